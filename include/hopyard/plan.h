@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "hopyard/spec.h"
+#include "hopyard/tensor.h"
+
+namespace hopyard {
+
+struct PlanOptions {
+  uint32_t struct_size = sizeof(PlanOptions);
+  int64_t max_tokens = 0;        // capacity; Forward accepts 0 .. max_tokens
+  std::string tactic;            // kernel name to use; empty: the library chooses
+  bool batch_invariant = false;  // a token's output depends on that token alone
+  int64_t workspace_cap = 0;     // bytes; 0 = none. Larger batches are cut into chunks of tokens
+  int num_threads = 0;           // CPU: 0 = all that OpenMP gives at MakePlan
+};
+
+// One kernel candidate and what became of it.
+struct Candidate {
+  std::string kernel;
+  bool chosen = false;
+  std::string reason;  // why refused, or why chosen
+
+  friend bool operator==(const Candidate&, const Candidate&) = default;
+};
+
+struct Explanation {
+  bool supported = false;
+  std::string reason;  // when unsupported: the rule that was broken and the remedy
+  std::vector<Candidate> candidates;
+
+  [[nodiscard]] std::string ToString() const;
+};
+
+// Immutable, cheap to copy, safe to share between threads. Concurrent Forwards need distinct
+// workspaces.
+class Plan {
+ public:
+  Plan();  // empty; usable only as an assignment target
+  [[nodiscard]] const MoeSpec& spec() const;
+  [[nodiscard]] const PlanOptions& options() const;
+  [[nodiscard]] Device device() const;
+  // Bytes that Forward needs; alignment 256; content undefined at entry. Known without a device.
+  [[nodiscard]] int64_t workspace_bytes() const;
+  // Tokens that one pass handles under workspace_cap.
+  [[nodiscard]] int64_t tokens_per_chunk() const;
+  [[nodiscard]] const Explanation& Explain() const;
+
+  struct Impl;
+  [[nodiscard]] const Impl& impl() const { return *impl_; }
+
+ private:
+  friend Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options);
+  std::shared_ptr<const Impl> impl_;
+};
+
+// Throws Error{kInvalidArgument} for a spec that means nothing and Error{kUnsupported} (with
+// Explain's reason) for one that no kernel runs.
+Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options);
+
+// The same decision without throwing for unsupported specs; needs no device.
+Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& options);
+
+}  // namespace hopyard

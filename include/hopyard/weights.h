@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "hopyard/quantize.h"
+#include "hopyard/spec.h"
+#include "hopyard/tensor.h"
+
+namespace hopyard {
+
+// Order of GEMM1's rows in a fused gate/up matrix. Ignored for activations that are not gated.
+enum class RowOrder : uint8_t {
+  kUpGate,             // rows [0, I) up, [I, 2I) gate
+  kGateUp,             // gate first (Hugging Face checkpoints)
+  kInterleavedGateUp,  // gate, up, gate, up ... (gpt-oss)
+  kInterleavedUpGate,  // up, gate, ... (FlashInfer's prepared layout)
+};
+
+// Where row i of the order above is stored (spec 5.2).
+enum class RowMap : uint8_t {
+  kNatural,
+  kShuffled128,  // FlashInfer shuffle_matrix_a with epilogue tile 128: blocks of 32 rows
+  kShuffled64,   // epilogue tile 64: blocks of 16 rows
+};
+
+enum class MajorOrder : uint8_t {
+  kKMajor,       // [rows, K]
+  kMnMajor,      // [K, rows], BF16 only
+  kBlockKMajor,  // [K / b, rows, b] with b = 128 bytes of K (FlashInfer BlockMajorK)
+};
+
+// One family of weight matrices, one matrix [rows, K] per expert. Either `values` is 3-D
+// [experts, ...] with one stride, or `per_expert` holds a 2-D view (3-D for kBlockKMajor) per
+// expert; scales likewise. 4-bit codes are kUint8 with two values a byte along K. A partial last
+// scale block is allowed: scale columns = ceil((col_origin + K) / block).
+struct MatrixSet {
+  TensorView values;
+  std::vector<TensorView> values_per_expert;
+  TensorView
+      scales;  // block scales of the format, or f32 per row (kFp8PerChannel: [experts, rows])
+  std::vector<TensorView> scales_per_expert;
+  TensorView
+      global_scales;  // f32 [experts]: kFp8PerTensor scale, kNvFp4 multiplier 1/g; absent = 1
+  TensorView bias;    // f32 or bf16 [experts, rows] in natural units and row order; optional
+  std::vector<TensorView> bias_per_expert;
+  MajorOrder major = MajorOrder::kKMajor;
+  ScaleLayout scale_layout = ScaleLayout::kLinear;
+  RowMap row_map = RowMap::kNatural;  // of values, scales and bias alike
+  int64_t row_origin = 0;  // kFp8Block128: a shard's first row within its 128-row scale block
+  int64_t col_origin = 0;  // its first column within its scale block
+
+  [[nodiscard]] bool defined() const { return values.defined() || !values_per_expert.empty(); }
+};
+
+// The matrices of a group of experts: gemm1 fused, or gate and up apart; then gemm2.
+struct ExpertMatrices {
+  MatrixSet gemm1;  // [f * I, H] per expert, rows in `row_order`
+  MatrixSet gate;   // [I, H]: instead of gemm1, together with `up`
+  MatrixSet up;
+  MatrixSet gemm2;  // [H, I]
+  RowOrder row_order = RowOrder::kGateUp;
+  TensorView gemm1_input_scale;  // f32 [1] or [experts]: static scale of quantised activations
+  TensorView gemm2_input_scale;  // the same for the intermediate; value = code * scale
+};
+
+struct WeightsDesc {
+  uint32_t struct_size = sizeof(WeightsDesc);
+  ExpertMatrices routed;              // local experts of the spec
+  ExpertMatrices shared;              // spec.shared.count experts in spec.shared.weights
+  bool read_only = false;             // the memory must not be written: Update refuses
+  std::shared_ptr<const void> owner;  // keeps the memory alive (a mapped file); may be null
+};
+
+// Part of an expert that Update writes.
+enum class WeightPart : uint8_t { kGate, kUp, kGemm1, kGemm2 };
+
+// A canonical slice: natural rows [row_begin, row_begin + rows) and columns [col_begin, ...) of one
+// matrix, K-major, linear scales. kGemm1 addresses rows in the `row_order`
+// of the matrices, before the row map. For block-scaled formats row_begin/col_begin lie on scale
+// blocks.
+struct WeightSlice {
+  int64_t expert = 0;  // local slot; shared expert j is num_local_experts + j
+  WeightPart part = WeightPart::kGemm1;
+  int64_t row_begin = 0;
+  int64_t col_begin = 0;
+  TensorView values;        // [rows, cols] (packed columns for 4-bit codes); absent: unchanged
+  TensorView scales;        // absent: unchanged
+  TensorView bias;          // [rows] f32 or bf16; absent: unchanged
+  TensorView global_scale;  // f32 [1]; absent: unchanged
+};
+
+// Weights of one layer. A view: it does not copy, the caller's memory must outlive it (or be held
+// by WeightsDesc::owner). Safe to share between threads; Update must not run beside a Forward.
+class Weights {
+ public:
+  Weights();  // empty; usable only as an assignment target
+  // Checks every shape, dtype and layout against the spec; Error names the field, got and wanted.
+  Weights(const MoeSpec& spec, WeightsDesc desc);
+
+  [[nodiscard]] const MoeSpec& spec() const;
+  [[nodiscard]] const WeightsDesc& desc() const;
+  // Bytes of one expert's codes and scales: what a decode step reads per touched expert.
+  [[nodiscard]] int64_t bytes_per_expert() const;
+  // Writes a slice in place, in whatever layout the weights are stored. Takes effect in the next
+  // Forward; addresses do not change.
+  void Update(const WeightSlice& slice);
+
+  struct Impl;
+  [[nodiscard]] const Impl& impl() const { return *impl_; }
+
+ private:
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace hopyard

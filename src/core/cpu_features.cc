@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/cpu_features.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "core/error.h"
+
+namespace hopyard {
+namespace {
+
+Isa DetectIsa() {
+#if defined(__x86_64__)
+  // The builtin also checks that the operating system saves the wider registers.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
+  const bool avx512 =
+      __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+      __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0;
+  if (avx2 && avx512) {
+    return Isa::kAvx512;
+  }
+  if (avx2) {
+    return Isa::kAvx2;
+  }
+#endif
+  return Isa::kScalar;
+}
+
+Isa ChooseIsa() {
+  const Isa detected = DetectIsa();
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): read once, behind a function-local static.
+  const char* wanted = std::getenv("HOPYARD_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    return detected;
+  }
+  const std::string name = wanted;
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    if (name == ToString(isa)) {
+      HOPYARD_CHECK(isa <= detected, kUnsupported)
+          << "HOPYARD_CPU_ISA=" << name << ", but this machine runs at most " << ToString(detected)
+          << "; unset the variable";
+      return isa;
+    }
+  }
+  HOPYARD_CHECK(false, kInvalidArgument)
+      << "HOPYARD_CPU_ISA=" << name << "; wanted scalar, avx2 or avx512";
+  return detected;
+}
+
+}  // namespace
+
+std::string_view ToString(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      return "scalar";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+  }
+  return "?";
+}
+
+Isa BestIsa() {
+  static const Isa isa = ChooseIsa();
+  return isa;
+}
+
+}  // namespace hopyard
