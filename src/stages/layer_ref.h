@@ -16,6 +16,12 @@ struct LayerRefOptions {
   // rounded to the layer's formats at the stage boundaries, GEMM2 rows rounded to bf16.
   bool plain = false;
   std::vector<int64_t> tokens;  // rows to compute; empty: all
+  // Optional [T, >= K] i32: ids to use instead of the selected ones (columns beyond K are ignored),
+  // so that a backend's own choice between nearly equal scores is judged by Route's tests, not
+  // here. Their weights are recomputed from the logits where there are any, else they are the given
+  // ones.
+  TensorView forced_ids;
+  TensorView forced_weights;  // optional [T, >= K] f32, together with forced_ids
 };
 
 struct LayerRefResult {
@@ -29,8 +35,19 @@ struct LayerRefResult {
 LayerRefResult LayerRef(const MoeSpec& spec, const Weights& weights, const MoeInputs& inputs,
                         int64_t output_width, const LayerRefOptions& options);
 
+// The same in two passes over the same routing: `exact` and `plain` for tests that need both.
+struct LayerRefPair {
+  LayerRefResult exact;
+  LayerRefResult plain;
+};
+LayerRefPair LayerRefBoth(const MoeSpec& spec, const Weights& weights, const MoeInputs& inputs,
+                          int64_t output_width, const LayerRefOptions& options);
+
 // Value of natural row `row` (gate and up as parts of their own, before any row map), column `col`.
 double WeightValue(const MoeSpec& spec, const WeightsDesc& desc, int64_t expert, WeightPart part,
                    int64_t row, int64_t col);
+// Bias of the same row; 0 where the weights have none.
+double BiasValue(const MoeSpec& spec, const WeightsDesc& desc, int64_t expert, WeightPart part,
+                 int64_t row);
 
 }  // namespace hopyard::ref
