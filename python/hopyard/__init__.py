@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hopyard: fused Mixture-of-Experts layers for LLM inference.
+
+    spec = hopyard.MoeSpec(hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8)
+    weights = hopyard.Weights(spec, hopyard.ExpertWeights(gemm1=w13, gemm2=w2))
+    layer = hopyard.MoeLayer(spec, weights, max_tokens=512)
+    output = layer(hidden, logits=logits)
+
+Arrays are NumPy arrays or torch CPU tensors. NumPy has no bfloat16: there, uint16 arrays hold
+bfloat16 bits (`to_bf16`, `from_bf16`). Errors: ValueError for a wrong argument, NotImplementedError
+for what no kernel does, MemoryError, InternalError for a defect of Hopyard.
+"""
+
+from hopyard._library import InternalError
+from hopyard.arrays import Array, from_bf16, to_bf16
+from hopyard.checkpoint import Checkpoint, LoadedLayer, load_layer
+from hopyard.formats import Format, Quantized, dequantize, quantize
+from hopyard.layer import CallOptions, Candidate, Explanation, MoeLayer, PlanOptions, explain
+from hopyard.routing import fused_topk_deepseek, route
+from hopyard.spec import Activation, ExpertMap, MoeSpec, RoutingRule, SharedExperts
+from hopyard.weights import ExpertWeights, Matrix, Weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "Array",
+    "CallOptions",
+    "Candidate",
+    "Checkpoint",
+    "ExpertMap",
+    "ExpertWeights",
+    "Explanation",
+    "Format",
+    "InternalError",
+    "LoadedLayer",
+    "Matrix",
+    "MoeLayer",
+    "MoeSpec",
+    "PlanOptions",
+    "Quantized",
+    "RoutingRule",
+    "SharedExperts",
+    "Weights",
+    "dequantize",
+    "explain",
+    "from_bf16",
+    "fused_topk_deepseek",
+    "load_layer",
+    "quantize",
+    "route",
+    "to_bf16",
+]

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the extension module and registers its exception classes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class InternalError(RuntimeError):
+    """A defect of Hopyard: please report it with its message."""
+
+
+def _import_tvm_ffi() -> Any:
+    """Import tvm_ffi without letting it import torch or compile anything.
+
+    On import tvm_ffi imports torch where it is installed (seconds), and for some versions of torch
+    it compiles a bridge. Hopyard needs neither: tensors cross through DLPack. A process that has
+    imported torch or tvm_ffi already is left as it is.
+    """
+    if "tvm_ffi" in sys.modules:
+        return sys.modules["tvm_ffi"]
+    switch = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
+    previous = os.environ.get(switch)
+    os.environ[switch] = "1"
+    hide_torch = "torch" not in sys.modules
+    if hide_torch:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` fail
+    try:
+        import tvm_ffi
+    finally:
+        if hide_torch:
+            del sys.modules["torch"]
+        if previous is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = previous
+    return tvm_ffi
+
+
+def _library_path() -> Path:
+    override = os.environ.get("HOPYARD_LIBRARY")
+    path = Path(override) if override else Path(__file__).parent / "libhopyard_ffi.so"
+    if not path.is_file():
+        where = "HOPYARD_LIBRARY" if override else "the package"
+        raise ImportError(
+            f"hopyard: {where} has no extension module at {path}; install the package "
+            "(pip install .), or build the target hopyard_ffi with -DHOPYARD_FFI=ON and set "
+            "HOPYARD_LIBRARY to the libhopyard_ffi.so"
+        )
+    return path
+
+
+tvm_ffi = _import_tvm_ffi()
+for _name, _cls in (
+    ("NotImplementedError", NotImplementedError),
+    ("TimeoutError", TimeoutError),
+    ("InternalError", InternalError),
+):
+    tvm_ffi.register_error(_name, _cls)
+
+# Functions of src/ffi/exports.cc. The module stays loaded until the process ends: objects that it
+# made hold pointers to its code.
+lib: Any = tvm_ffi.load_module(_library_path())

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NumPy arrays, torch tensors and other DLPack arrays on their way into and out of the library.
+
+NumPy has no bfloat16, so a NumPy ``uint16`` array stands for bfloat16 bits wherever the library
+takes bfloat16, and a ``uint8`` array for float8 bytes (e4m3 or e8m0) wherever the number format
+says so. ``ml_dtypes`` arrays are taken as well. Torch tensors keep their own dtypes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hopyard._library import tvm_ffi
+
+# A NumPy array, a torch CPU tensor, or any other CPU array that speaks DLPack.
+Array: TypeAlias = Any
+
+_BYTE_FLOATS = ("float8_e4m3fn", "float8_e8m0fnu")
+
+
+def to_bf16(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
+    """Round float32 values to bfloat16 (nearest, ties to even) and return their bits.
+
+    Args:
+        values: array of any shape, converted to float32 first.
+
+    Returns:
+        uint16 array of the same shape: the upper half of each float32. NaN stays NaN, overflow
+        becomes infinity.
+    """
+    source = np.ascontiguousarray(values, dtype=np.float32)
+    bits = source.view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(source), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def from_bf16(bits: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """Return the float32 values of bfloat16 bits (exact).
+
+    Args:
+        bits: uint16 array (or ml_dtypes bfloat16) of any shape.
+
+    Raises:
+        ValueError: the dtype is another one.
+    """
+    source = np.ascontiguousarray(bits)
+    if source.dtype.name == "bfloat16":
+        source = source.view(np.uint16)
+    if source.dtype != np.uint16:
+        raise ValueError(f"bits has dtype {source.dtype}, wanted uint16 (bfloat16 bits)")
+    return (source.astype(np.uint32) << 16).view(np.float32)
+
+
+def is_torch(array: Any) -> bool:
+    """Whether `array` is a torch tensor; never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def dtype_name(array: Any) -> str:
+    """The dtype in NumPy's spelling: "float32", "bfloat16", "uint16"."""
+    return str(getattr(array, "dtype", type(array).__name__)).removeprefix("torch.")
+
+
+def _numpy_tensor(array: npt.NDArray[Any]) -> Any:
+    if array.dtype.name == "bfloat16":
+        array = array.view(np.uint16)
+    elif array.dtype.name in _BYTE_FLOATS:
+        array = array.view(np.uint8)
+    if array.flags.writeable:
+        return tvm_ffi.from_dlpack(array)
+    try:
+        # DLPack before 1.0 has no way to say read-only, and NumPy then refuses.
+        return tvm_ffi.from_dlpack(array.__dlpack__(max_version=(1, 0)))
+    except TypeError:  # NumPy before 2.1
+        return tvm_ffi.from_dlpack(array.copy())
+
+
+def _torch_tensor(tensor: Any) -> Any:
+    if dtype_name(tensor) in _BYTE_FLOATS or dtype_name(tensor) == "float4_e2m1fn_x2":
+        tensor = tensor.view(sys.modules["torch"].uint8)
+    return tvm_ffi.from_dlpack(tensor.detach())
+
+
+def as_tensor(array: Any, name: str) -> Any:
+    """A tvm_ffi tensor that shares the memory of `array` and keeps it alive.
+
+    Raises:
+        ValueError: `array` is no array, or has a dtype that DLPack does not know.
+    """
+    try:
+        if isinstance(array, np.ndarray):
+            return _numpy_tensor(array)
+        if is_torch(array):
+            return _torch_tensor(array)
+        if isinstance(array, tvm_ffi.Tensor):
+            return array
+        if hasattr(array, "__dlpack__"):
+            return tvm_ffi.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} of dtype {dtype_name(array)} cannot be shared through DLPack: {error}"
+        ) from error
+    raise ValueError(
+        f"{name} is a {type(array).__name__}, wanted a NumPy array, a torch tensor or another "
+        "array with __dlpack__"
+    )
+
+
+def as_output(array: Any, name: str) -> Any:
+    """`as_tensor` for an array that will be written.
+
+    Raises:
+        ValueError: the array is read-only.
+    """
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name} is read-only, wanted an array that can be written; pass a copy")
+    return as_tensor(array, name)
+
+
+def is_read_only(array: Any) -> bool:
+    """Whether `array` is a NumPy array that must not be written."""
+    return isinstance(array, np.ndarray) and not array.flags.writeable
+
+
+def require_not_float32(array: Any, name: str) -> None:
+    """Refuse float32 and float64 where bfloat16 is wanted, naming the conversion.
+
+    Raises:
+        ValueError: naming `hopyard.to_bf16` or torch's own conversion.
+    """
+    if dtype_name(array) not in ("float32", "float64", "float16"):
+        return
+    remedy = f"{name}.bfloat16()" if is_torch(array) else f"hopyard.to_bf16({name})"
+    raise ValueError(
+        f"{name} has dtype {dtype_name(array)}, wanted bfloat16"
+        f"{'' if is_torch(array) else ' (uint16 bits)'}; convert it with {remedy}"
+    )
+
+
+def empty_like_kind(like: Any, shape: tuple[int, ...], dtype: str, *, zero: bool = False) -> Array:
+    """A new CPU array of the kind of `like`: torch for torch, NumPy otherwise.
+
+    Args:
+        like: decides the kind.
+        shape: of the new array.
+        dtype: NumPy name; "bfloat16" is uint16 in NumPy, unless `like` is an ml_dtypes array.
+        zero: fill with zeros.
+    """
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        make = torch.zeros if zero else torch.empty
+        return make(shape, dtype=getattr(torch, dtype))
+    numpy_dtype: Any = dtype
+    if dtype == "bfloat16":
+        numpy_dtype = like.dtype if dtype_name(like) == "bfloat16" else np.uint16
+    return np.zeros(shape, numpy_dtype) if zero else np.empty(shape, numpy_dtype)
+
+
+def token_count(num_tokens: Any) -> Any:
+    """`num_tokens` as a tensor: an int becomes an int32 scalar, arrays go through."""
+    if isinstance(num_tokens, (int, np.integer)):
+        return as_tensor(np.array([num_tokens], np.int32), "num_tokens")
+    return as_tensor(num_tokens, "num_tokens")

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer: a plan, its weights and a workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+
+from hopyard._library import lib
+from hopyard.arrays import (
+    Array,
+    as_output,
+    as_tensor,
+    empty_like_kind,
+    require_not_float32,
+    token_count,
+)
+from hopyard.spec import MoeSpec, spec_to_map
+from hopyard.weights import Weights
+
+_ALIGNMENT = 256
+
+
+class PlanOptions(TypedDict, total=False):
+    """Options of a layer.
+
+    Attributes:
+        max_tokens: capacity; a call takes 0 .. max_tokens tokens.
+        tactic: name of the kernel to use; the library chooses without.
+        batch_invariant: a token's output depends on that token alone.
+        workspace_cap: bytes; larger batches are cut into chunks of tokens.
+        num_threads: 0 = all that OpenMP gives when the layer is made.
+    """
+
+    max_tokens: int
+    tactic: str
+    batch_invariant: bool
+    workspace_cap: int
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One kernel and what became of it.
+
+    Attributes:
+        kernel: its name.
+        chosen: whether the layer uses it.
+        reason: why it was refused or chosen.
+    """
+
+    kernel: str
+    chosen: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the library would do for a spec.
+
+    Attributes:
+        supported: whether a kernel runs it.
+        reason: when not: the rule that was broken, and the remedy.
+        candidates: every kernel looked at.
+        text: all of this, for people.
+    """
+
+    supported: bool
+    reason: str
+    candidates: tuple[Candidate, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class CallOptions(TypedDict, total=False):
+    """Keyword arguments of a call, all optional; T tokens, K = top_k, E experts, S shared, H, I.
+
+    Routing is one of: `logits`; `ids` and `weights`; `ids` and `logits` (ids forced, weights
+    recomputed); `packed`; `token_ids`, `token_to_experts` and `logits`.
+
+    Attributes:
+        logits: [T, E] float32 or bfloat16 router logits.
+        routing_bias: [E] float32 or bfloat16 selection bias.
+        ids: [T, K] int32 (with `logits` also int16); an id outside [0, E) skips its slot.
+        weights: [T, K] float32 or bfloat16.
+        packed: [T, K] int32, (id << 16) | bfloat16 bits of the weight.
+        token_ids: [T] int32 or int64.
+        token_to_experts: [vocabulary, K] int32.
+        shared_weights: [T, S] float32 or bfloat16.
+        expert_table: [E] int32, logical id -> local slot, for `ExpertMap(kind="table")`.
+        hidden_scales: block scales of quantised hidden states, [T, blocks] or [T].
+        token_scales: [T] float32, activations "nvfp4_per_token".
+        gemm1_delta: [T, K, f * I] bfloat16, rows up|gate, added to GEMM1 (LoRA).
+        num_tokens: live tokens, int or int32 scalar array, at most T; rows beyond stay untouched.
+        out: [T, W] bfloat16, W <= H, written instead of a new array.
+        accumulate: add to `out`.
+        replay_out: [>= T, K] int16, receives the selected ids.
+        load_out: [E] int32 or int64, increased by the tokens of each expert.
+        routing_weights_out: [T, K + S] float32.
+        routing_ids_out: [T, K + S] int32.
+        rows_out: [T * (K + S), H] bfloat16, GEMM2 rows before they are summed.
+        slot_to_row_out: [T, K + S] int32, row of each slot or -1.
+        gemm1_activation_out: [T * (K + S), I] bfloat16.
+    """
+
+    logits: Array
+    routing_bias: Array
+    ids: Array
+    weights: Array
+    packed: Array
+    token_ids: Array
+    token_to_experts: Array
+    shared_weights: Array
+    expert_table: Array
+    hidden_scales: Array
+    token_scales: Array
+    gemm1_delta: Array
+    num_tokens: int | Array
+    out: Array
+    accumulate: bool
+    replay_out: Array
+    load_out: Array
+    routing_weights_out: Array
+    routing_ids_out: Array
+    rows_out: Array
+    slot_to_row_out: Array
+    gemm1_activation_out: Array
+
+
+_INPUT_NAMES = {
+    "logits": "logits",
+    "routing_bias": "routing_bias",
+    "ids": "expert_ids",
+    "weights": "expert_weights",
+    "packed": "packed_ids",
+    "token_ids": "token_ids",
+    "token_to_experts": "token_to_experts",
+    "shared_weights": "shared_weights",
+    "expert_table": "expert_table",
+    "hidden_scales": "hidden_scales",
+    "token_scales": "token_scales",
+    "gemm1_delta": "gemm1_delta",
+}
+_OUTPUT_NAMES = {
+    "replay_out": "replay",
+    "load_out": "expert_load",
+    "routing_weights_out": "routing_weights",
+    "routing_ids_out": "routing_ids",
+    "rows_out": "rows",
+    "slot_to_row_out": "slot_to_row",
+    "gemm1_activation_out": "gemm1_activation",
+}
+_ROUTING_MODES = {
+    frozenset({"logits"}): "logits",
+    frozenset({"packed"}): "packed",
+    frozenset({"ids", "weights"}): "unpacked",
+    frozenset({"ids", "logits"}): "replay",
+    frozenset({"token_ids", "token_to_experts", "logits"}): "hash",
+}
+
+
+def _routing_mode(given: dict[str, Any]) -> str:
+    names = frozenset(
+        name
+        for name in ("logits", "packed", "ids", "weights", "token_ids", "token_to_experts")
+        if name in given
+    )
+    if names not in _ROUTING_MODES:
+        raise ValueError(
+            f"routing arguments are {sorted(names)}, wanted exactly one of: logits; ids and "
+            "weights; ids and logits; packed; token_ids, token_to_experts and logits"
+        )
+    return _ROUTING_MODES[names]
+
+
+def explain(spec: MoeSpec, **options: Unpack[PlanOptions]) -> Explanation:
+    """Say which kernels would run a spec, and why not the others; needs no weights.
+
+    Args:
+        spec: the layer.
+        **options: as for `MoeLayer`.
+
+    Raises:
+        ValueError: the spec means nothing. An unsupported spec is an answer, not an error.
+    """
+    answer = lib.explain(spec_to_map(spec), {"max_tokens": 1, **options})
+    return Explanation(
+        supported=bool(answer["supported"]),
+        reason=str(answer["reason"]),
+        candidates=tuple(
+            Candidate(str(c["kernel"]), bool(c["chosen"]), str(c["reason"]))
+            for c in answer["candidates"]
+        ),
+        text=str(answer["text"]),
+    )
+
+
+def _new_workspace(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -memory.ctypes.data % _ALIGNMENT
+    return memory[offset : offset + size]
+
+
+class MoeLayer:
+    """A layer that can be called; safe to call from several threads at once.
+
+    Calls release the GIL. Each concurrent call has a workspace of its own, kept for later calls.
+
+    Args:
+        spec: the layer.
+        weights: made for an equal spec; kept alive.
+        max_tokens: capacity of a call.
+        **options: the other options of `PlanOptions`.
+
+    Raises:
+        ValueError: the spec means nothing, or weights belong to another one.
+        NotImplementedError: no kernel runs it; the message says why, as `explain` does.
+        MemoryError: there is no memory for the workspace.
+    """
+
+    def __init__(
+        self, spec: MoeSpec, weights: Weights, max_tokens: int, **options: Unpack[PlanOptions]
+    ) -> None:
+        self._spec = spec
+        self._weights = weights
+        self._options: PlanOptions = {**options, "max_tokens": max_tokens}
+        if weights.spec != spec:
+            raise ValueError(
+                f"weights were made for {weights.spec}, wanted weights made for {spec}"
+            )
+        self._plan = lib.make_plan(spec_to_map(spec), dict(self._options))
+        self._workspaces = [self._allocate()]
+
+    @property
+    def spec(self) -> MoeSpec:
+        """The layer."""
+        return self._spec
+
+    @property
+    def weights(self) -> Weights:
+        """Its weights."""
+        return self._weights
+
+    @property
+    def max_tokens(self) -> int:
+        """Capacity of a call."""
+        return self._options["max_tokens"]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that one call needs besides its inputs and outputs."""
+        return int(self._plan.workspace_bytes)
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Tokens that one pass handles under `workspace_cap`."""
+        return int(self._plan.tokens_per_chunk)
+
+    def explain(self) -> Explanation:
+        """Which kernels were chosen, and why not the others."""
+        return explain(self._spec, **self._options)
+
+    def _allocate(self) -> Any:
+        return as_tensor(_new_workspace(self.workspace_bytes), "workspace")
+
+    def _inputs(self, hidden: Array, call: dict[str, Any]) -> dict[str, Any]:
+        if self._spec.activations == "bf16" or "hidden_scales" not in call:
+            require_not_float32(hidden, "hidden")
+        inputs = {
+            "routing": _routing_mode(call),
+            "hidden_states": as_tensor(hidden, "hidden"),
+        }
+        for name, field in _INPUT_NAMES.items():
+            if name in call:
+                inputs[field] = as_tensor(call[name], name)
+        if "num_tokens" in call:
+            inputs["num_tokens"] = token_count(call["num_tokens"])
+        return inputs
+
+    def __call__(self, hidden: Array, **call: Unpack[CallOptions]) -> Array:
+        """Run the layer.
+
+        Args:
+            hidden: [T, H] bfloat16 (uint16 bits in NumPy), T <= max_tokens; or codes of the spec's
+                activation format with `hidden_scales`.
+            **call: see `CallOptions`.
+
+        Returns:
+            `out`, or a new array [T, H] bfloat16 of the kind of `hidden`; rows at and beyond
+            `num_tokens` of a new array are zero.
+
+        Raises:
+            ValueError: before anything is written, naming the argument, what it is and what was
+                wanted.
+            MemoryError: there is no memory for the workspace of another concurrent call.
+        """
+        given: dict[str, Any] = {k: v for k, v in call.items() if v is not None}
+        unknown = sorted(set(given) - CallOptions.__optional_keys__)
+        if unknown:
+            raise TypeError(f"a layer got unexpected arguments {unknown}")
+        inputs = self._inputs(hidden, given)
+        result = given.get("out")
+        if result is None:
+            if given.get("accumulate"):
+                raise ValueError("accumulate is set without out, wanted an array to add to")
+            shape = (int(hidden.shape[0]), self._spec.hidden_size)
+            result = empty_like_kind(hidden, shape, "bfloat16", zero="num_tokens" in given)
+        else:
+            require_not_float32(result, "out")
+        outputs = {
+            "output": as_output(result, "out"),
+            "accumulate": bool(given.get("accumulate", False)),
+        }
+        for name, field in _OUTPUT_NAMES.items():
+            if name in given:
+                outputs[field] = as_output(given[name], name)
+        try:
+            workspace = self._workspaces.pop()
+        except IndexError:  # every workspace is in use by another thread
+            workspace = self._allocate()
+        try:
+            lib.forward(self._plan, self._weights._handle, inputs, outputs, workspace)
+        finally:
+            self._workspaces.append(workspace)
+        return result

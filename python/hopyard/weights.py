@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the experts' matrices lie, and in which layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from hopyard._library import lib
+from hopyard.arrays import Array, as_tensor, is_read_only, require_not_float32
+from hopyard.formats import Quantized
+from hopyard.spec import MoeSpec, WeightFormat, spec_to_map
+
+RowOrder: TypeAlias = Literal["up_gate", "gate_up", "interleaved_gate_up", "interleaved_up_gate"]
+RowMap: TypeAlias = Literal["natural", "shuffled128", "shuffled64"]
+MajorOrder: TypeAlias = Literal["k", "mn", "block_k"]
+ScaleLayout: TypeAlias = Literal["linear", "swizzled128x4"]
+WeightPart: TypeAlias = Literal["gate", "up", "gemm1", "gemm2"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One family of matrices, one [rows, K] per expert: stacked arrays, or a list of E arrays.
+
+    Attributes:
+        values: [experts, rows, K] codes, or a list of [rows, K]. bfloat16 (uint16 bits in NumPy),
+            float8_e4m3fn (uint8), or uint8 with two 4-bit codes a byte [.., K / 2], low nibble
+            first. "mn" is [.., K, rows] (bf16 only); "block_k" is [.., K / b, rows, b].
+        scales: block scales of the format [experts, rows, ceil(K / block)] (fp8_block128:
+            float32 [experts, ceil(rows / 128), ceil(K / 128)]; mxfp8, mxfp4: uint8 e8m0; nvfp4:
+            uint8 e4m3; mxint4: bfloat16), or float32 [experts, rows] for fp8_per_channel.
+        global_scales: float32 [experts], multipliers of fp8_per_tensor and nvfp4 values.
+        bias: float32 or bfloat16 [experts, rows].
+        major: order of `values`.
+        scale_layout: order of `scales`.
+        row_map: where rows are stored.
+        row_origin: a shard's first row within its 128-row scale block (fp8_block128).
+        col_origin: its first column within its scale block.
+    """
+
+    values: Array | Sequence[Array]
+    scales: Array | Sequence[Array] | None = None
+    global_scales: Array | None = None
+    bias: Array | Sequence[Array] | None = None
+    major: MajorOrder = "k"
+    scale_layout: ScaleLayout = "linear"
+    row_map: RowMap = "natural"
+    row_origin: int = 0
+    col_origin: int = 0
+
+    @staticmethod
+    def from_quantized(quantized: Quantized, bias: Array | None = None) -> Matrix:
+        """The matrices that `hopyard.quantize` made of a stack [experts, rows, K]."""
+        if quantized.codes.ndim != 3:
+            raise ValueError(
+                f"quantized has codes of {quantized.codes.ndim} dimensions, wanted 3: quantize a "
+                "stack [experts, rows, K]"
+            )
+        scales = quantized.scales
+        if scales is not None and quantized.format == "fp8_per_row":
+            scales = scales.reshape(scales.shape[0], -1)
+        has_global = quantized.format in ("fp8_per_tensor", "nvfp4")
+        return Matrix(
+            values=quantized.codes,
+            scales=scales,
+            global_scales=quantized.global_scale if has_global else None,
+            bias=bias,
+            scale_layout=quantized.scale_layout,
+        )
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The matrices of a group of experts: `gemm1` fused, or `gate` and `up` apart; then `gemm2`.
+
+    A bare array or list stands for `Matrix(values)`.
+
+    Attributes:
+        gemm2: [experts, H, I], the down projection.
+        gemm1: [experts, f * I, H], rows in `row_order`.
+        gate: [experts, I, H], instead of gemm1 and together with `up`.
+        up: [experts, I, H].
+        row_order: of gemm1; ignored where the activation is not gated.
+        gemm1_input_scale: float32 [1] or [experts], static scale of quantised hidden states.
+        gemm2_input_scale: the same for the intermediate.
+    """
+
+    gemm2: Matrix | Array | Sequence[Array]
+    gemm1: Matrix | Array | Sequence[Array] | None = None
+    gate: Matrix | Array | Sequence[Array] | None = None
+    up: Matrix | Array | Sequence[Array] | None = None
+    row_order: RowOrder = "gate_up"
+    gemm1_input_scale: Array | None = None
+    gemm2_input_scale: Array | None = None
+
+
+class _Collector:
+    """Turns arrays into tensors and remembers whether one of them is read-only."""
+
+    def __init__(self) -> None:
+        self.read_only = False
+
+    def one(self, array: Array, name: str) -> Any:
+        self.read_only = self.read_only or is_read_only(array)
+        return as_tensor(array, name)
+
+    def one_or_many(self, arrays: Array | Sequence[Array] | None, name: str) -> Any:
+        if arrays is None:
+            return None
+        if isinstance(arrays, (list, tuple)):
+            return [self.one(array, f"{name}[{i}]") for i, array in enumerate(arrays)]
+        return self.one(arrays, name)
+
+    def matrix(self, given: Any, name: str, weight_format: WeightFormat) -> dict[str, Any]:
+        matrix = given if isinstance(given, Matrix) else Matrix(given)
+        if weight_format == "bf16":
+            values = matrix.values
+            first = values[0] if isinstance(values, (list, tuple)) and values else values
+            require_not_float32(first, f"{name}.values")
+        fields = {
+            "values": self.one_or_many(matrix.values, f"{name}.values"),
+            "scales": self.one_or_many(matrix.scales, f"{name}.scales"),
+            "bias": self.one_or_many(matrix.bias, f"{name}.bias"),
+            "major": matrix.major,
+            "scale_layout": matrix.scale_layout,
+            "row_map": matrix.row_map,
+            "row_origin": matrix.row_origin,
+            "col_origin": matrix.col_origin,
+        }
+        if matrix.global_scales is not None:
+            fields["global_scales"] = self.one(matrix.global_scales, f"{name}.global_scales")
+        return fields
+
+    def group(
+        self, experts: ExpertWeights, name: str, weight_format: WeightFormat
+    ) -> dict[str, Any]:
+        fields: dict[str, Any] = {"row_order": experts.row_order}
+        for part in ("gemm1", "gate", "up", "gemm2"):
+            given = getattr(experts, part)
+            if given is not None:
+                fields[part] = self.matrix(given, f"{name}.{part}", weight_format)
+        for part in ("gemm1_input_scale", "gemm2_input_scale"):
+            given = getattr(experts, part)
+            if given is not None:
+                fields[part] = self.one(given, f"{name}.{part}")
+        return fields
+
+
+class Weights:
+    """Weights of one layer: views of the caller's arrays, which are kept alive.
+
+    Nothing is copied, so a later write to the arrays is seen by the next call of a layer. Safe to
+    share between threads; neither `update` nor such a write may run beside a call.
+
+    Args:
+        spec: the layer; shapes and dtypes are checked against it.
+        routed: matrices of the local experts.
+        shared: matrices of `spec.shared.count` shared experts.
+
+    Raises:
+        ValueError: naming the array, what it is and what was wanted.
+    """
+
+    def __init__(
+        self, spec: MoeSpec, routed: ExpertWeights, shared: ExpertWeights | None = None
+    ) -> None:
+        collector = _Collector()
+        fields = collector.group(routed, "weights.routed", spec.weights)
+        if shared is not None:
+            fields["shared"] = collector.group(shared, "weights.shared", spec.shared.weights)
+        fields["read_only"] = collector.read_only
+        self._spec = spec
+        self._handle = lib.make_weights(spec_to_map(spec), fields)
+
+    @classmethod
+    def _from_handle(cls, spec: MoeSpec, handle: Any) -> Weights:
+        weights = cls.__new__(cls)
+        weights._spec = spec
+        weights._handle = handle
+        return weights
+
+    @property
+    def spec(self) -> MoeSpec:
+        """The layer that these weights belong to."""
+        return self._spec
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Bytes of one expert's codes and scales."""
+        return int(self._handle.bytes_per_expert)
+
+    def update(
+        self,
+        expert: int,
+        part: WeightPart,
+        values: Array | None = None,
+        *,
+        row_begin: int = 0,
+        col_begin: int = 0,
+        scales: Array | None = None,
+        **others: Array,
+    ) -> None:
+        """Write part of one matrix in place, whatever layout it is stored in.
+
+        Args:
+            expert: local slot; shared expert j is num_local_experts + j.
+            part: "gemm1" addresses rows in `row_order`; "gate", "up" and "gemm2" natural rows.
+            values: [rows, cols], K-major, in the weights' format (4-bit codes packed along cols).
+            row_begin: first row; on a scale block for block-scaled formats.
+            col_begin: first column; the same.
+            scales: linear scales of the slice.
+            **others: `bias` [rows] and `global_scale` float32 [1].
+
+        Raises:
+            ValueError: shape, dtype or range is wrong, or the weights are read-only.
+        """
+        unknown = sorted(set(others) - {"bias", "global_scale"})
+        if unknown:
+            raise TypeError(f"update got unexpected arguments {unknown}")
+        fields: dict[str, Any] = {
+            "expert": expert,
+            "part": part,
+            "row_begin": row_begin,
+            "col_begin": col_begin,
+        }
+        for name, array in {"values": values, "scales": scales, **others}.items():
+            if array is not None:
+                fields[name] = as_tensor(array, name)
+        lib.update_weights(self._handle, fields)
