@@ -19,6 +19,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(hopyard_avx2_flags "-mavx2;-mfma;-mf16c")
   set(hopyard_avx512_flags
       "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx2;-mfma;-mf16c;-mprefer-vector-width=512")
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # g++ 12's own AVX-512 headers trip these warnings (GCC bug 105593).
+    list(APPEND hopyard_avx512_flags -Wno-uninitialized -Wno-maybe-uninitialized)
+  endif()
   foreach(source IN LISTS hopyard_sources)
     if(source MATCHES "_avx2\\.cc$")
       set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${hopyard_avx2_flags}")

@@ -62,8 +62,8 @@ struct ExpertMatrices {
   MatrixSet up;
   MatrixSet gemm2;  // [H, I]
   RowOrder row_order = RowOrder::kGateUp;
-  TensorView gemm1_input_scale;  // f32 [1] or [experts]: static scale of quantised activations
-  TensorView gemm2_input_scale;  // the same for the intermediate; value = code * scale
+  TensorView gemm1_input_scale;  // f32 [1]: static scale of quantised hidden states
+  TensorView gemm2_input_scale;  // f32 [1] or [experts], of the intermediate; value = code * scale
 };
 
 struct WeightsDesc {

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemm/cpu/kernels_inl.h"
+#include "gemm/cpu/vec_avx2.h"
+
+namespace hopyard::gemm::cpu::avx2 {
+
+const KernelTable& Table() {
+  static constexpr KernelTable kTable = MakeTable<V>();
+  return kTable;
+}
+
+}  // namespace hopyard::gemm::cpu::avx2

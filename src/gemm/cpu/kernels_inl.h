@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+// The micro-kernels, written once against a vector type V (vec_*.h); each instruction set's
+// translation unit instantiates them for its own V, so no code leaks between the sets.
+#pragma once
+
+#include "gemm/cpu/dot.h"
+#include "stages/activation.h"
+
+namespace hopyard::gemm::cpu {
+
+template <class V, Code kCode>
+inline V LoadStep(const char* codes) {
+  if constexpr (kCode == Code::kF32) {
+    return V::Load(static_cast<const float*>(static_cast<const void*>(codes)));
+  } else if constexpr (kCode == Code::kBf16) {
+    return V::LoadBf16(codes);
+  } else if constexpr (kCode == Code::kE4m3) {
+    return V::LoadE4m3(codes);
+  } else if constexpr (kCode == Code::kE2m1) {
+    return V::LoadE2m1(codes);
+  } else {
+    return V::LoadInt4(codes);
+  }
+}
+
+// Bytes of 16 codes.
+template <Code kCode>
+inline constexpr int kStepBytes = kCode == Code::kF32    ? 64
+                                  : kCode == Code::kBf16 ? 32
+                                  : kCode == Code::kE4m3 ? 16
+                                                         : 8;
+
+// How far ahead of the running step weights are prefetched: 2 KiB per row, measured best for one to
+// four streams of BF16 on Sapphire Rapids (docs/cpu.md).
+inline constexpr int kPrefetchBytes = 2048;
+
+// The last, partial step of a row: its codes copied behind zeros so that nothing outside is read.
+template <Code kCode>
+struct TailStep {
+  alignas(64) char codes[kStepBytes<kCode>];
+
+  TailStep(const char* row, int64_t k) {
+    const int64_t full = k / kLanes;
+    const int64_t bytes =
+        ((k % kLanes) * kStepBytes<kCode> + kLanes - 1) / kLanes;  // 4-bit codes: k is even
+    for (int i = 0; i < kStepBytes<kCode>; ++i) {
+      codes[i] = i < bytes ? row[full * kStepBytes<kCode> + i] : '\0';
+    }
+  }
+};
+
+template <class V, Code kCode, int kR, int kC>
+struct Tile {
+  V acc[kR][kC];
+
+  Tile() {
+    for (int r = 0; r < kR; ++r) {
+      for (int c = 0; c < kC; ++c) {
+        acc[r][c] = V::Zero();
+      }
+    }
+  }
+
+  // One step of 16: `codes[r]` points at the row's codes of the step.
+  inline void Step(const char* const* codes, const RowRef* rows, const float* const* x,
+                   int64_t step) {
+    V w[kR];
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      w[r] = LoadStep<V, kCode>(codes[r]);
+      if constexpr (kCode != Code::kF32) {
+        if (rows[r].step_scales != nullptr) {
+          w[r] = w[r] * V::Set(rows[r].step_scales[step]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) {
+      const V xv = V::Load(x[c] + step * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kR; ++r) {
+        acc[r][c] = V::Fma(w[r], xv, acc[r][c]);
+      }
+    }
+  }
+};
+
+template <class V, Code kCode, int kR, int kC>
+void DotTile(const RowRef* rows, const float* const* x, int64_t k, float* out, int64_t out_stride) {
+  Tile<V, kCode, kR, kC> tile;
+  const char* codes[kR];
+  for (int r = 0; r < kR; ++r) {
+    codes[r] = static_cast<const char*>(rows[r].codes);
+  }
+  const int64_t full = k / kLanes;
+  for (int64_t step = 0; step < full; ++step) {
+    if constexpr (kCode != Code::kF32) {
+      if ((step & (64 / kStepBytes<kCode> - 1)) == 0) {
+        for (int r = 0; r < kR; ++r) {
+          __builtin_prefetch(codes[r] + kPrefetchBytes);
+        }
+      }
+    }
+    tile.Step(codes, rows, x, step);
+    for (int r = 0; r < kR; ++r) {
+      codes[r] += kStepBytes<kCode>;
+    }
+  }
+  if (k % kLanes != 0) {
+    for (int r = 0; r < kR; ++r) {
+      const TailStep<kCode> tail(static_cast<const char*>(rows[r].codes), k);
+      const char* tail_codes = tail.codes;
+      Tile<V, kCode, 1, kC> one;
+      for (int c = 0; c < kC; ++c) {
+        one.acc[0][c] = tile.acc[r][c];
+      }
+      one.Step(&tail_codes, rows + r, x, full);
+      for (int c = 0; c < kC; ++c) {
+        tile.acc[r][c] = one.acc[0][c];
+      }
+    }
+  }
+  for (int r = 0; r < kR; ++r) {
+    for (int c = 0; c < kC; ++c) {
+      out[c * out_stride + r] = tile.acc[r][c].Sum() * rows[r].scale;
+    }
+  }
+}
+
+// Token tiles of kC, then one tile of what is left.
+template <class V, Code kCode, int kR, int kC>
+void DotTokens(const RowRef* rows, const float* const* x, int num_tokens, const DotArgs& args,
+               float* out) {
+  int t = 0;
+  for (; t + kC <= num_tokens; t += kC) {
+    DotTile<V, kCode, kR, kC>(rows, x + t, args.k, out + t * args.out_stride, args.out_stride);
+  }
+  if constexpr (kC > 1) {
+    if (t < num_tokens) {
+      DotTokens<V, kCode, kR, kC - 1>(rows, x + t, num_tokens - t, args, out + t * args.out_stride);
+    }
+  }
+}
+
+// Decodes a row group into FP32, zero beyond k: many tokens then share one decoding.
+template <class V, Code kCode>
+void DecodePanel(const RowRef* rows, int num_rows, int64_t k, float* panel, RowRef* decoded) {
+  const int64_t full = k / kLanes;
+  const int64_t padded = (k + kLanes - 1) / kLanes * kLanes;
+  for (int r = 0; r < num_rows; ++r) {
+    const auto* codes = static_cast<const char*>(rows[r].codes);
+    float* out = panel + r * padded;
+    const auto store = [&](const char* step_codes, int64_t step) {
+      V w = LoadStep<V, kCode>(step_codes);
+      if (rows[r].step_scales != nullptr) {
+        w = w * V::Set(rows[r].step_scales[step]);
+      }
+      w.Store(out + step * kLanes);
+    };
+    for (int64_t step = 0; step < full; ++step) {
+      store(codes + step * kStepBytes<kCode>, step);
+    }
+    if (k % kLanes != 0) {
+      const TailStep<kCode> tail(codes, k);
+      store(tail.codes, full);
+    }
+    decoded[r] = RowRef{out, nullptr, rows[r].scale};
+  }
+}
+
+template <class V, Code kCode, int kR>
+void DotRows(const RowRef* rows, const DotArgs& args, float* out) {
+  DotTokens<V, kCode, kR, V::kTokens>(rows, args.x, args.num_tokens, args, out);
+}
+
+template <class V, Code kCode>
+void DotAll(const RowRef* rows, int num_rows, const DotArgs& args) {
+  int r = 0;
+  for (; r + V::kRows <= num_rows; r += V::kRows) {
+    DotRows<V, kCode, V::kRows>(rows + r, args, args.out + r);
+  }
+  for (; r < num_rows; ++r) {
+    DotRows<V, kCode, 1>(rows + r, args, args.out + r);
+  }
+}
+
+template <class V, Code kCode>
+void Dot(const DotArgs& args) {
+  if constexpr (kCode != Code::kF32) {
+    // Beyond one register tile of tokens, decoding once and reading FP32 is cheaper.
+    if (args.num_tokens > V::kTokens) {
+      RowRef decoded[kRowGroup];
+      DecodePanel<V, kCode>(args.rows, args.num_rows, args.k, args.panel, decoded);
+      DotArgs padded = args;
+      padded.k = (args.k + kLanes - 1) / kLanes * kLanes;
+      DotAll<V, Code::kF32>(decoded, args.num_rows, padded);
+      return;
+    }
+  }
+  DotAll<V, kCode>(args.rows, args.num_rows, args);
+}
+
+template <class V>
+void Activate(const ActivateArgs& args) {
+  const V x = V::Load(args.gate);
+  if (IsGated(args.kind)) {
+    activation::Gated(args.kind, {args.alpha, args.beta, args.limit}, x, V::Load(args.up))
+        .Store(args.out);
+  } else {
+    activation::Plain(args.kind, x).Store(args.out);
+  }
+}
+
+template <class V>
+constexpr KernelTable MakeTable() {
+  return {{&Dot<V, Code::kF32>, &Dot<V, Code::kBf16>, &Dot<V, Code::kE4m3>, &Dot<V, Code::kE2m1>,
+           &Dot<V, Code::kInt4>},
+          &Activate<V>};
+}
+
+}  // namespace hopyard::gemm::cpu

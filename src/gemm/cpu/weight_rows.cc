@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemm/cpu/weight_rows.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/shape.h"
+#include "formats/codes.h"
+#include "formats/rows.h"
+#include "spec/format_rules.h"
+
+namespace hopyard::gemm::cpu {
+namespace {
+
+constexpr int64_t kKBlockBytes = 128;  // BlockMajorK: bytes of K per block (spec 1.1)
+
+Code CodeOf(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kBf16:
+      return Code::kBf16;
+    case WeightFormat::kNvFp4:
+    case WeightFormat::kMxFp4:
+      return Code::kE2m1;
+    case WeightFormat::kMxInt4:
+      return Code::kInt4;
+    default:
+      return Code::kE4m3;
+  }
+}
+
+// Bytes of the first `cols` codes of a row.
+int64_t CodeBytes(const spec::WeightFormatRule& rule, int64_t cols) {
+  return cols * SizeOf(rule.code_dtype) / rule.codes_per_byte;
+}
+
+float DecodeScale(DType dtype, const uint8_t* address) {
+  switch (dtype) {
+    case DType::kE8m0:
+      return formats::DecodeE8m0(*address);
+    case DType::kE4m3:
+      return formats::DecodeE4m3(*address);
+    case DType::kBf16: {
+      uint16_t bits = 0;
+      std::memcpy(&bits, address, sizeof(bits));
+      return formats::DecodeBf16(bits);
+    }
+    default: {
+      float value = 0.0F;
+      std::memcpy(&value, address, sizeof(value));
+      return value;
+    }
+  }
+}
+
+void FillStepScales(const MatrixRef& matrix, const spec::WeightFormatRule& rule, int64_t row,
+                    float* steps) {
+  const int64_t num_steps = CeilDiv(matrix.cols, kLanes);
+  int64_t step = 0;
+  while (step < num_steps) {
+    const int64_t col = step * kLanes;
+    const float scale = DecodeScale(rule.scale_dtype, ScaleAddress(matrix, row, col));
+    const int64_t block_end =
+        ((matrix.col_origin + col) / rule.scale_block + 1) * rule.scale_block - matrix.col_origin;
+    const int64_t end = std::min(num_steps, std::max(step + 1, block_end / kLanes));
+    for (; step < end; ++step) {
+      steps[step] = scale;
+    }
+  }
+}
+
+// Any format and layout, element by element, into FP32: for scale blocks that cut a step of 16.
+void DecodeSlowly(const MatrixRef& matrix, const spec::WeightFormatRule& rule, int64_t row,
+                  float* out) {
+  for (int64_t col = 0; col < matrix.cols; ++col) {
+    const int64_t even = col - col % rule.codes_per_byte;
+    const uint8_t* address = ValueAddress(matrix, row, even);
+    const int shift = static_cast<int>(4 * (col - even));
+    const auto nibble = static_cast<uint8_t>((*address >> shift) & 15);
+    float value = 0.0F;
+    switch (CodeOf(matrix.format)) {
+      case Code::kBf16:
+        value = DecodeScale(DType::kBf16, address);
+        break;
+      case Code::kE2m1:
+        value = formats::DecodeE2m1(nibble);
+        break;
+      case Code::kInt4:
+        value = formats::DecodeInt4(nibble);
+        break;
+      default:
+        value = formats::DecodeE4m3(*address);
+    }
+    const float scale = DecodeScale(rule.scale_dtype, ScaleAddress(matrix, row, col));
+    out[col] = value * scale;
+  }
+  std::fill(out + matrix.cols, out + RoundUp(matrix.cols, kLanes), 0.0F);
+}
+
+// MN-major rows are columns in memory: 16 of them share each cache line that is read.
+void CopyMnMajor(const MatrixRef& matrix, int64_t row_begin, int num_rows, uint16_t* copies,
+                 int64_t pitch) {
+  const uint8_t* sources[kFeatureBlock];
+  for (int r = 0; r < num_rows; ++r) {
+    sources[r] = ValueAddress(matrix, row_begin + r, 0);
+  }
+  for (int64_t k = 0; k < matrix.cols; ++k) {
+    for (int r = 0; r < num_rows; ++r) {
+      std::memcpy(copies + r * pitch + k, sources[r] + k * matrix.value_stride, sizeof(uint16_t));
+    }
+  }
+}
+
+void CopyBlockMajor(const MatrixRef& matrix, int64_t row, int64_t bytes, uint8_t* copy) {
+  const uint8_t* source = ValueAddress(matrix, row, 0);
+  for (int64_t begin = 0; begin < bytes; begin += kKBlockBytes) {
+    std::memcpy(copy + begin, source, static_cast<size_t>(std::min(kKBlockBytes, bytes - begin)));
+    source += matrix.value_stride;
+  }
+}
+
+// Fills rows[0 .. num_rows) of args and returns how their codes are stored.
+Code FetchRows(const BlockArgs& args, RowRef* rows) {
+  const MatrixRef& matrix = *args.matrix;
+  const spec::WeightFormatRule rule = spec::RuleOf(matrix.format);
+  const int64_t padded = RoundUp(matrix.cols, kLanes);
+  const float global = matrix.global_scale != nullptr ? *matrix.global_scale : 1.0F;
+  const bool blocks = rule.scale_block > 0;
+  const bool cut_steps = blocks && matrix.col_origin % kLanes != 0;
+  if (matrix.major == MajorOrder::kMnMajor) {
+    CopyMnMajor(matrix, args.row_begin, args.num_rows,
+                static_cast<uint16_t*>(static_cast<void*>(args.scratch.copies)), 2 * padded);
+  }
+  for (int r = 0; r < args.num_rows; ++r) {
+    const int64_t row = args.row_begin + r;
+    RowRef& ref = rows[r];
+    float* copy = args.scratch.copies + r * padded;
+    ref = RowRef{};
+    ref.scale = global;
+    if (rule.per_row_scale) {
+      ref.scale *= DecodeScale(DType::kFloat32, ScaleAddress(matrix, row, 0));
+    }
+    if (cut_steps) {
+      DecodeSlowly(matrix, rule, row, copy);
+      ref.codes = copy;
+      continue;
+    }
+    if (blocks) {
+      float* steps = args.scratch.step_scales + r * CeilDiv(matrix.cols, kLanes);
+      FillStepScales(matrix, rule, row, steps);
+      ref.step_scales = steps;
+    }
+    if (matrix.major == MajorOrder::kKMajor) {
+      ref.codes = ValueAddress(matrix, row, 0);
+      continue;
+    }
+    ref.codes = copy;
+    if (matrix.major == MajorOrder::kBlockKMajor) {
+      CopyBlockMajor(matrix, row, CodeBytes(rule, matrix.cols),
+                     static_cast<uint8_t*>(static_cast<void*>(copy)));
+    }
+  }
+  return cut_steps ? Code::kF32 : CodeOf(matrix.format);
+}
+
+}  // namespace
+
+int64_t StoredRow(const MatrixRef& matrix, int64_t row) {
+  const int64_t position = matrix.position_begin + row * matrix.position_step;
+  switch (matrix.row_map) {
+    case RowMap::kNatural:
+      return position;
+    // Old position within a block -> stored position (spec 5.2).
+    case RowMap::kShuffled64: {
+      const int64_t old = position % 16;
+      return position - old + 8 * (old % 2) + old / 2;
+    }
+    case RowMap::kShuffled128: {
+      const int64_t old = position % 32;
+      return position - old + 8 * (old % 4) + old / 4;
+    }
+  }
+  return position;
+}
+
+uint8_t* ValueAddress(const MatrixRef& matrix, int64_t row, int64_t col) {
+  const spec::WeightFormatRule rule = spec::RuleOf(matrix.format);
+  const int64_t stored = StoredRow(matrix, row);
+  const int64_t byte = CodeBytes(rule, col);
+  switch (matrix.major) {
+    case MajorOrder::kKMajor:
+      return matrix.values + stored * matrix.value_stride + byte;
+    case MajorOrder::kMnMajor:
+      return matrix.values + col * matrix.value_stride + stored * SizeOf(rule.code_dtype);
+    case MajorOrder::kBlockKMajor:
+      return matrix.values + byte / kKBlockBytes * matrix.value_stride + stored * kKBlockBytes +
+             byte % kKBlockBytes;
+  }
+  return nullptr;
+}
+
+uint8_t* ScaleAddress(const MatrixRef& matrix, int64_t row, int64_t col) {
+  const spec::WeightFormatRule rule = spec::RuleOf(matrix.format);
+  if (matrix.scales == nullptr) {
+    return nullptr;
+  }
+  const int64_t size = SizeOf(rule.scale_dtype);
+  if (rule.per_row_scale) {
+    return matrix.scales + StoredRow(matrix, row) * matrix.scale_stride * size;
+  }
+  if (rule.scale_block == 0) {
+    return nullptr;
+  }
+  // Scales of 128-row blocks follow the order before the row map, which stays within such a block.
+  const int64_t scale_row =
+      rule.scale_block_rows > 1
+          ? (matrix.row_origin + matrix.position_begin + row * matrix.position_step) /
+                rule.scale_block_rows
+          : StoredRow(matrix, row);
+  const int64_t scale_col = (matrix.col_origin + col) / rule.scale_block;
+  const int64_t index = matrix.scale_layout == ScaleLayout::kLinear
+                            ? scale_row * matrix.scale_stride + scale_col
+                            : formats::SwizzledOffset(scale_row, scale_col, matrix.scale_stride);
+  return matrix.scales + index * size;
+}
+
+float BiasAt(const MatrixRef& matrix, int64_t row) {
+  if (matrix.bias == nullptr) {
+    return 0.0F;
+  }
+  const auto* bytes = static_cast<const uint8_t*>(matrix.bias);
+  return DecodeScale(matrix.bias_dtype, bytes + StoredRow(matrix, row) * SizeOf(matrix.bias_dtype));
+}
+
+int64_t RowScratchFloats(int64_t max_cols) {
+  const int64_t padded = RoundUp(max_cols, kLanes);
+  // Every part is a whole number of 64-byte lines.
+  return RoundUp(kFeatureBlock * (padded / kLanes), 16) + (kFeatureBlock + kRowGroup) * padded;
+}
+
+RowScratch CarveRowScratch(float* base, int64_t max_cols) {
+  const int64_t padded = RoundUp(max_cols, kLanes);
+  RowScratch scratch;
+  scratch.step_scales = base;
+  scratch.copies = base + RoundUp(kFeatureBlock * (padded / kLanes), 16);
+  scratch.panel = scratch.copies + kFeatureBlock * padded;
+  return scratch;
+}
+
+void DotBlock(const BlockArgs& args) {
+  RowRef rows[kFeatureBlock];
+  const Code code = FetchRows(args, rows);
+  const DotFn dot = args.kernels->dot[static_cast<int>(code)];
+  for (int r = 0; r < args.num_rows; r += kRowGroup) {
+    DotArgs group;
+    group.rows = rows + r;
+    group.num_rows = std::min(kRowGroup, args.num_rows - r);
+    group.x = args.x;
+    group.num_tokens = args.num_tokens;
+    group.k = args.matrix->cols;
+    group.out = args.out + r;
+    group.out_stride = kFeatureBlock;
+    group.panel = args.scratch.panel;
+    dot(group);
+  }
+}
+
+}  // namespace hopyard::gemm::cpu

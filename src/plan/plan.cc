@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hopyard/plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+
+#include "hopyard/permute.h"
+
+#include "core/error.h"
+#include "core/parallel.h"
+#include "core/shape.h"
+#include "plan/plan_impl.h"
+#include "spec/validate.h"
+#include "stages/3_gemm1/gemm1.h"
+
+namespace hopyard {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+constexpr Isa kAllIsas[] = {Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
+
+std::string KernelName(Isa isa, WeightFormat weights) {
+  std::ostringstream name;
+  name << "cpu_" << ToString(isa) << '_' << ToString(weights);
+  return name.str();
+}
+
+void CheckOptions(const PlanOptions& options) {
+  HOPYARD_CHECK(options.struct_size == sizeof(PlanOptions), kInvalidArgument)
+      << "PlanOptions.struct_size=" << options.struct_size << "; this library knows "
+      << sizeof(PlanOptions) << ": compile against its headers";
+  HOPYARD_CHECK(options.max_tokens >= 1, kInvalidArgument)
+      << "max_tokens=" << options.max_tokens << "; wanted at least 1, the plan's capacity";
+  HOPYARD_CHECK(options.workspace_cap >= 0, kInvalidArgument)
+      << "workspace_cap=" << options.workspace_cap << " bytes; wanted 0 (none) or more";
+  HOPYARD_CHECK(options.num_threads >= 0, kInvalidArgument)
+      << "num_threads=" << options.num_threads << "; wanted 0 (all) or more";
+}
+
+// Fills the candidates; the chosen one, if any, is marked.
+void ChooseCpuKernel(const MoeSpec& spec, const PlanOptions& options, Explanation& out) {
+  const Isa best = BestIsa();
+  bool chosen = false;
+  bool tactic_known = options.tactic.empty();
+  for (const Isa isa : kAllIsas) {
+    Candidate candidate;
+    candidate.kernel = KernelName(isa, spec.weights);
+    tactic_known = tactic_known || candidate.kernel == options.tactic;
+    if (isa > best) {
+      candidate.reason = "needs " + std::string(ToString(isa)) +
+                         "; this machine (or HOPYARD_CPU_ISA)"
+                         " offers " +
+                         std::string(ToString(best));
+    } else if (!options.tactic.empty() && candidate.kernel != options.tactic) {
+      candidate.reason = "tactic " + options.tactic + " was asked for";
+    } else if (chosen) {
+      candidate.reason = "a wider instruction set is available";
+    } else {
+      candidate.chosen = true;
+      candidate.reason = options.tactic.empty()
+                             ? "widest instruction set of this machine; runs every"
+                               " number of tokens"
+                             : "asked for by name";
+      chosen = true;
+    }
+    out.candidates.push_back(candidate);
+  }
+  if (!tactic_known) {
+    out.reason = "tactic '" + options.tactic + "' is no kernel of this layer on the CPU; known:";
+    for (const Candidate& candidate : out.candidates) {
+      out.reason += ' ' + candidate.kernel;
+    }
+  } else if (!chosen) {
+    out.reason = "tactic '" + options.tactic + "' does not run on this machine";
+  }
+  out.supported = chosen && tactic_known;
+}
+
+}  // namespace
+
+Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& options) {
+  CheckOptions(options);
+  spec::ValidateSpec(spec);
+  Explanation out;
+  out.reason = spec::UnsupportedReason(spec);
+  if (!out.reason.empty()) {
+    return out;
+  }
+  if (device.kind != DeviceKind::kCpu) {
+    out.reason = "this build has no CUDA backend; plan for the CPU";
+    return out;
+  }
+  if (options.max_tokens > std::numeric_limits<int32_t>::max() / spec.slots_per_token()) {
+    out.reason = "max_tokens " + std::to_string(options.max_tokens) + " x " +
+                 std::to_string(spec.slots_per_token()) +
+                 " slots pass 2^31 rows; split the batch over several calls";
+    return out;
+  }
+  ChooseCpuKernel(spec, options, out);
+  return out;
+}
+
+std::string Explanation::ToString() const {
+  std::ostringstream out;
+  out << (supported ? "supported" : "unsupported: " + reason) << '\n';
+  for (const Candidate& candidate : candidates) {
+    out << (candidate.chosen ? "  * " : "  - ") << candidate.kernel << ": " << candidate.reason
+        << '\n';
+  }
+  return out.str();
+}
+
+WorkspaceLayout MakeWorkspaceLayout(const MoeSpec& spec, int64_t tokens, int num_threads) {
+  WorkspaceLayout layout;
+  const int64_t per_token = spec.slots_per_token();
+  layout.tokens = tokens;
+  layout.slots = tokens * per_token;
+  layout.segments = spec.num_local_experts() + spec.shared.count;
+  layout.x_pitch = RoundUp(spec.hidden_size, gemm::cpu::kLanes);
+  layout.h_pitch = RoundUp(spec.intermediate_size, gemm::cpu::kLanes);
+  layout.scratch_floats = RoundUp(GemmScratchFloats(spec), kAlignment / 4);
+  PermuteOptions permute;
+  permute.num_local_experts = static_cast<int>(layout.segments);
+  permute.tile = std::max<int64_t>(layout.slots, 1);
+  layout.max_tiles = MaxTiles(layout.slots, permute);
+  const auto take = [&layout](int64_t bytes) {
+    const int64_t offset = layout.bytes;
+    layout.bytes += RoundUp(bytes, kAlignment);
+    return offset;
+  };
+  layout.ids = take(tokens * spec.top_k * 4);
+  layout.weights = take(tokens * spec.top_k * 4);
+  layout.slot_weights = take(layout.slots * 4);
+  layout.local_slots = take(layout.slots * 4);
+  layout.expert_offsets = take((layout.segments + 1) * 4);
+  layout.expert_counts = take(layout.segments * 4);
+  layout.active = take(layout.segments * 4);
+  layout.slot_to_row = take(layout.slots * 4);
+  layout.row_to_slot = take(layout.slots * 4);
+  layout.row_to_token = take(layout.slots * 4);
+  layout.tiles = take((3 * layout.max_tiles + 2) * 4);
+  layout.x = take(tokens * layout.x_pitch * 4);
+  layout.h = take(layout.slots * layout.h_pitch * 4);
+  layout.y = take(layout.slots * spec.hidden_size * 2);
+  layout.scratch = take(num_threads * layout.scratch_floats * 4);
+  return layout;
+}
+
+Plan::Plan() = default;
+
+const MoeSpec& Plan::spec() const {
+  HOPYARD_CHECK(impl_ != nullptr, kInvalidArgument) << "plan is empty; make one with MakePlan";
+  return impl_->spec;
+}
+const PlanOptions& Plan::options() const {
+  return impl_->options;
+}
+Device Plan::device() const {
+  return impl_->device;
+}
+int64_t Plan::workspace_bytes() const {
+  return impl_->layout.bytes;
+}
+int64_t Plan::tokens_per_chunk() const {
+  return impl_->layout.tokens;
+}
+const Explanation& Plan::Explain() const {
+  return impl_->explanation;
+}
+
+Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {
+  auto impl = std::make_shared<Plan::Impl>();
+  impl->explanation = Explain(spec, device, options);
+  HOPYARD_CHECK(impl->explanation.supported, kUnsupported) << impl->explanation.reason;
+  impl->spec = spec;
+  impl->options = options;
+  impl->device = device;
+  impl->num_threads = options.num_threads > 0 ? options.num_threads : MaxThreads();
+  for (const Isa isa : kAllIsas) {
+    for (const Candidate& candidate : impl->explanation.candidates) {
+      if (candidate.chosen && candidate.kernel == KernelName(isa, spec.weights)) {
+        impl->isa = isa;
+      }
+    }
+  }
+  const auto fits = [&](int64_t tokens) {
+    return MakeWorkspaceLayout(spec, tokens, impl->num_threads).bytes <= options.workspace_cap;
+  };
+  int64_t tokens = options.max_tokens;
+  if (options.workspace_cap > 0 && !fits(tokens)) {
+    HOPYARD_CHECK(fits(1), kInvalidArgument)
+        << "workspace_cap=" << options.workspace_cap << " bytes; one token needs "
+        << MakeWorkspaceLayout(spec, 1, impl->num_threads).bytes;
+    int64_t low = 1;  // fits
+    int64_t high = tokens;
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (fits(middle) ? low : high) = middle;
+    }
+    tokens = low;
+  }
+  impl->layout = MakeWorkspaceLayout(spec, tokens, impl->num_threads);
+  Plan plan;
+  plan.impl_ = std::move(impl);
+  return plan;
+}
+
+}  // namespace hopyard

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every rule about arguments once; C++, Python and the CLI all pass through here.
+#pragma once
+
+#include <string>
+
+#include "hopyard/forward.h"
+#include "hopyard/spec.h"
+#include "hopyard/weights.h"
+
+namespace hopyard::spec {
+
+// Throws Error{kInvalidArgument} for a spec that means nothing.
+void ValidateSpec(const MoeSpec& spec);
+
+// Empty, or the rule that makes a meaningful spec unsupported (by any backend), with the remedy.
+[[nodiscard]] std::string UnsupportedReason(const MoeSpec& spec);
+
+// Shapes, dtypes, layouts and per-expert counts against the spec.
+void ValidateWeights(const MoeSpec& spec, const WeightsDesc& desc);
+
+// One call: shapes against the spec and capacity, optional outputs, reserved modes.
+void ValidateForward(const MoeSpec& spec, int64_t max_tokens, const MoeInputs& inputs,
+                     const MoeOutputs& outputs);
+
+// A tensor argument that must be a contiguous CPU array of one of `dtypes` with this shape; -1 in
+// the shape is free.
+struct TensorRule {
+  const char* name = "";
+  std::initializer_list<DType> dtypes;
+  std::initializer_list<int64_t> shape;
+};
+void CheckTensor(const TensorView& tensor, const TensorRule& rule);
+
+[[nodiscard]] std::string ShapeString(const TensorView& tensor);  // "[2, 3]"
+
+}  // namespace hopyard::spec

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdint>
+#include <limits>
+
+#include "core/error.h"
+#include "core/shape.h"
+#include "spec/format_rules.h"
+#include "spec/validate.h"
+
+namespace hopyard::spec {
+namespace {
+
+void CheckAbsent(const TensorView& tensor, const char* name, const char* why) {
+  HOPYARD_CHECK(!tensor.defined(), kInvalidArgument) << name << " is given, but " << why;
+}
+
+void CheckHidden(const MoeSpec& spec, const MoeInputs& inputs) {
+  const TensorView& hidden = inputs.hidden_states;
+  HOPYARD_CHECK(hidden.defined() && hidden.ndim == 2, kInvalidArgument)
+      << "hidden_states has shape " << ShapeString(hidden) << "; wanted [T, " << spec.hidden_size
+      << "]";
+  HOPYARD_CHECK(hidden.dtype != DType::kFp16, kUnsupported)
+      << "hidden_states is f16; the layer takes bf16 or quantised codes: convert to bf16";
+  const int64_t tokens = hidden.shape[0];
+  if (hidden.dtype == DType::kBf16) {
+    CheckTensor(hidden, {"hidden_states", {DType::kBf16}, {tokens, spec.hidden_size}});
+    CheckAbsent(inputs.hidden_scales, "hidden_scales", "hidden_states is bf16");
+    CheckAbsent(inputs.token_scales, "token_scales", "hidden_states is bf16");
+    return;
+  }
+  const int64_t h = spec.hidden_size;
+  const char* scales = "hidden_scales";
+  switch (spec.activations) {
+    case ActivationFormat::kBf16:
+      CheckTensor(hidden, {"hidden_states", {DType::kBf16}, {tokens, h}});
+      return;
+    case ActivationFormat::kNvFp4:
+    case ActivationFormat::kNvFp4PerToken:
+      CheckTensor(hidden, {"hidden_states", {DType::kBf16, DType::kUint8}, {tokens, h / 2}});
+      CheckTensor(inputs.hidden_scales, {scales, {DType::kE4m3}, {tokens, CeilDiv(h, 16)}});
+      if (spec.activations == ActivationFormat::kNvFp4PerToken) {
+        CheckTensor(inputs.token_scales, {"token_scales", {DType::kFloat32}, {tokens}});
+      }
+      return;
+    default:
+      break;
+  }
+  CheckTensor(hidden, {"hidden_states", {DType::kBf16, DType::kE4m3}, {tokens, h}});
+  if (spec.activations == ActivationFormat::kFp8Block128) {
+    CheckTensor(inputs.hidden_scales, {scales, {DType::kFloat32}, {tokens, CeilDiv(h, 128)}});
+  } else if (spec.activations == ActivationFormat::kFp8PerToken) {
+    CheckTensor(inputs.hidden_scales, {scales, {DType::kFloat32}, {tokens}});
+  } else if (spec.activations == ActivationFormat::kMxFp8) {
+    CheckTensor(inputs.hidden_scales, {scales, {DType::kE8m0}, {tokens, CeilDiv(h, 32)}});
+  } else {
+    CheckAbsent(inputs.hidden_scales, scales, "fp8_per_tensor has one static scale in the weights");
+  }
+}
+
+void CheckLogits(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens) {
+  CheckTensor(inputs.logits,
+              {"logits", {DType::kFloat32, DType::kBf16}, {tokens, spec.num_experts}});
+  if (inputs.routing_bias.defined()) {
+    HOPYARD_CHECK(spec.routing.use_bias, kInvalidArgument)
+        << "routing_bias is given, but the routing rule (" << ToString(spec.routing)
+        << ") uses none";
+    CheckTensor(inputs.routing_bias,
+                {"routing_bias", {DType::kFloat32, DType::kBf16}, {spec.num_experts}});
+  }
+}
+
+void CheckRoutingInput(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens) {
+  const int64_t k = spec.top_k;
+  switch (inputs.routing) {
+    case RoutingInput::kLogits:
+      CheckLogits(spec, inputs, tokens);
+      CheckAbsent(inputs.expert_ids, "expert_ids", "routing is kLogits; use kUnpacked or kReplay");
+      CheckAbsent(inputs.packed_ids, "packed_ids", "routing is kLogits; use kPacked");
+      return;
+    case RoutingInput::kPacked:
+      CheckTensor(inputs.packed_ids, {"packed_ids", {DType::kInt32}, {tokens, k}});
+      break;
+    case RoutingInput::kUnpacked:
+      CheckTensor(inputs.expert_ids, {"expert_ids", {DType::kInt32}, {tokens, k}});
+      CheckTensor(inputs.expert_weights,
+                  {"expert_weights", {DType::kFloat32, DType::kBf16}, {tokens, k}});
+      break;
+    case RoutingInput::kReplay:
+      CheckLogits(spec, inputs, tokens);
+      CheckTensor(inputs.expert_ids, {"expert_ids", {DType::kInt16, DType::kInt32}, {tokens, k}});
+      return;
+    case RoutingInput::kHash:
+      CheckLogits(spec, inputs, tokens);
+      CheckTensor(inputs.token_ids, {"token_ids", {DType::kInt32, DType::kInt64}, {tokens}});
+      CheckTensor(inputs.token_to_experts, {"token_to_experts", {DType::kInt32}, {-1, k}});
+      return;
+    case RoutingInput::kPermuted:
+      HOPYARD_CHECK(false, kUnsupported)
+          << "routing mode kPermuted (rows already in expert order) is reserved; give tokens with "
+             "logits or ids";
+      return;
+    case RoutingInput::kBatched:
+      HOPYARD_CHECK(false, kUnsupported)
+          << "routing mode kBatched ([experts, max_rows, H] with counts) is reserved; give tokens "
+             "with logits or ids";
+      return;
+  }
+  CheckAbsent(inputs.logits, "logits", "the experts are given; use kReplay to recompute weights");
+  CheckAbsent(inputs.routing_bias, "routing_bias", "the experts are given");
+}
+
+void CheckOptionalInputs(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens) {
+  if (spec.local.kind == ExpertMap::Kind::kTable) {
+    CheckTensor(inputs.expert_table, {"expert_table", {DType::kInt32}, {spec.num_experts}});
+  } else {
+    CheckAbsent(inputs.expert_table, "expert_table", "spec.local is not a table");
+  }
+  if (spec.shared.per_token_weight && spec.shared.count > 0) {
+    CheckTensor(inputs.shared_weights,
+                {"shared_weights", {DType::kFloat32, DType::kBf16}, {tokens, spec.shared.count}});
+  } else {
+    CheckAbsent(inputs.shared_weights, "shared_weights",
+                "the spec has no shared experts with per-token weights");
+  }
+  if (inputs.gemm1_delta.defined()) {
+    HOPYARD_CHECK(IsGated(spec.activation.kind), kUnsupported)
+        << "gemm1_delta requires a gated activation; got " << ToString(spec.activation.kind);
+    CheckTensor(inputs.gemm1_delta,
+                {"gemm1_delta", {DType::kBf16}, {tokens, spec.top_k, spec.gemm1_rows()}});
+  }
+  if (inputs.num_tokens.defined()) {
+    HOPYARD_CHECK(inputs.num_tokens.numel() == 1 && inputs.num_tokens.dtype == DType::kInt32 &&
+                      inputs.num_tokens.data != nullptr,
+                  kInvalidArgument)
+        << "num_tokens is " << ToString(inputs.num_tokens.dtype) << ' '
+        << ShapeString(inputs.num_tokens) << "; wanted one i32";
+    const int32_t count = *inputs.num_tokens.as<int32_t>();
+    HOPYARD_CHECK(count >= 0 && count <= tokens, kInvalidArgument)
+        << "num_tokens=" << count << "; wanted 0 .. " << tokens << ", the rows of hidden_states";
+  }
+}
+
+void CheckReplay(const MoeSpec& spec, const TensorView& replay, int64_t tokens) {
+  if (!replay.defined()) {
+    return;
+  }
+  CheckTensor(replay, {"replay", {DType::kInt16}, {-1, spec.top_k}});
+  HOPYARD_CHECK(replay.shape[0] >= tokens, kInvalidArgument)
+      << "replay has " << replay.shape[0] << " rows; wanted at least " << tokens
+      << ", one per token";
+}
+
+void CheckOutputs(const MoeSpec& spec, const MoeOutputs& outputs, int64_t tokens) {
+  const int64_t slots = spec.slots_per_token();
+  HOPYARD_CHECK(outputs.output.defined() || outputs.rows.defined(), kInvalidArgument)
+      << "outputs have neither output nor rows; nothing would be computed";
+  if (outputs.output.defined()) {
+    CheckTensor(outputs.output, {"output", {DType::kBf16}, {tokens, -1}});
+    HOPYARD_CHECK(outputs.output.shape[1] >= 1 && outputs.output.shape[1] <= spec.hidden_size,
+                  kInvalidArgument)
+        << "output has " << outputs.output.shape[1] << " columns; wanted 1 .. " << spec.hidden_size;
+  }
+  CheckReplay(spec, outputs.replay, tokens);
+  if (outputs.expert_load.defined()) {
+    CheckTensor(outputs.expert_load,
+                {"expert_load", {DType::kInt32, DType::kInt64}, {spec.num_experts}});
+  }
+  if (outputs.routing_weights.defined()) {
+    CheckTensor(outputs.routing_weights, {"routing_weights", {DType::kFloat32}, {tokens, slots}});
+  }
+  if (outputs.routing_ids.defined()) {
+    CheckTensor(outputs.routing_ids, {"routing_ids", {DType::kInt32}, {tokens, slots}});
+  }
+  if (outputs.rows.defined()) {
+    CheckTensor(outputs.rows, {"rows", {DType::kBf16}, {tokens * slots, spec.hidden_size}});
+    HOPYARD_CHECK(outputs.slot_to_row.defined(), kInvalidArgument)
+        << "slot_to_row is missing; unfinalised rows are of no use without it";
+  }
+  if (outputs.slot_to_row.defined()) {
+    CheckTensor(outputs.slot_to_row, {"slot_to_row", {DType::kInt32}, {tokens, slots}});
+  }
+  if (outputs.gemm1_activation.defined()) {
+    CheckTensor(outputs.gemm1_activation,
+                {"gemm1_activation", {DType::kBf16}, {tokens * slots, spec.intermediate_size}});
+  }
+}
+
+}  // namespace
+
+void ValidateForward(const MoeSpec& spec, int64_t max_tokens, const MoeInputs& inputs,
+                     const MoeOutputs& outputs) {
+  HOPYARD_CHECK(inputs.struct_size == sizeof(MoeInputs), kInvalidArgument)
+      << "MoeInputs.struct_size=" << inputs.struct_size << "; this library knows "
+      << sizeof(MoeInputs) << ": compile against its headers";
+  HOPYARD_CHECK(outputs.struct_size == sizeof(MoeOutputs), kInvalidArgument)
+      << "MoeOutputs.struct_size=" << outputs.struct_size << "; this library knows "
+      << sizeof(MoeOutputs) << ": compile against its headers";
+  CheckHidden(spec, inputs);
+  const int64_t tokens = inputs.hidden_states.shape[0];
+  HOPYARD_CHECK(tokens <= max_tokens, kInvalidArgument)
+      << "hidden_states has " << tokens
+      << " tokens; the plan was made for max_tokens=" << max_tokens << ", make a larger plan";
+  CheckRoutingInput(spec, inputs, tokens);
+  CheckOptionalInputs(spec, inputs, tokens);
+  CheckOutputs(spec, outputs, tokens);
+}
+
+}  // namespace hopyard::spec

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// Argument rules of routing and permutation. All throw Error{kInvalidArgument}.
+#pragma once
+
+#include "hopyard/permute.h"
+#include "hopyard/routing.h"
+
+namespace hopyard::spec {
+
+// A rule that can be applied to `num_experts` logits to choose `top_k`.
+void ValidateRule(const RoutingRule& rule, int num_experts, int top_k);
+
+// One call of Route.
+void ValidateRoute(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
+                   const RouteOutputs& outputs);
+
+// Options alone: what MaxTiles and MaxRows need.
+void ValidatePermuteOptions(int64_t num_slots, const PermuteOptions& options);
+
+// One call of Permute.
+void ValidatePermute(const TensorView& local_slots, const PermuteOptions& options,
+                     const PermuteOutputs& outputs);
+
+}  // namespace hopyard::spec

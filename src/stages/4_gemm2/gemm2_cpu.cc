@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "core/parallel.h"
+#include "core/shape.h"
+#include "formats/codes.h"
+#include "gemm/cpu/token_chunk.h"
+#include "stages/4_gemm2/gemm2.h"
+
+namespace hopyard::gemm2 {
+namespace {
+
+using gemm::cpu::kFeatureBlock;
+using gemm::cpu::TokenChunk;
+
+struct Task {
+  int64_t segment = 0;
+  int64_t feature_begin = 0;
+  int num_features = 0;
+};
+
+void RunTask(const Args& args, const Task& task, float* scratch) {
+  const MoeSpec& spec = *args.spec;
+  const gemm::cpu::MatrixRef& matrix = args.groups.experts[task.segment].down;
+  float bias[kFeatureBlock] = {};
+  for (int f = 0; f < task.num_features; ++f) {
+    bias[f] = BiasAt(matrix, task.feature_begin + f);
+  }
+  TokenChunk chunk(scratch);
+  gemm::cpu::BlockArgs block;
+  block.kernels = args.groups.kernels;
+  block.matrix = &matrix;
+  block.row_begin = task.feature_begin;
+  block.num_rows = task.num_features;
+  block.x = chunk.x;
+  block.out = chunk.first;
+  block.scratch = gemm::cpu::CarveRowScratch(scratch + TokenChunk::kFloats,
+                                             std::max(spec.hidden_size, spec.intermediate_size));
+  const int64_t end = args.groups.expert_offsets[task.segment + 1];
+  int64_t row = args.groups.expert_offsets[task.segment];
+  const int64_t max_tokens = TokenChunk::Size(spec.intermediate_size);
+  for (; row < end; row += block.num_tokens) {
+    block.num_tokens = static_cast<int>(std::min(max_tokens, end - row));
+    for (int t = 0; t < block.num_tokens; ++t) {
+      chunk.x[t] = args.h + (row + t) * args.h_pitch;
+    }
+    DotBlock(block);
+    for (int t = 0; t < block.num_tokens; ++t) {
+      const float* values = chunk.first + t * kFeatureBlock;
+      uint16_t* y = args.y + (row + t) * spec.hidden_size + task.feature_begin;
+      for (int f = 0; f < task.num_features; ++f) {
+        y[f] = formats::EncodeBf16(values[f] + bias[f]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void Gemm2Cpu(const Args& args) {
+  const RowGroups& groups = args.groups;
+  const int64_t hidden = args.spec->hidden_size;
+  const int64_t blocks = CeilDiv(hidden, kFeatureBlock);
+  ParallelFor(0, groups.num_active * blocks, 1, groups.num_threads, [&](int64_t i, int thread) {
+    Task task;
+    task.segment = groups.active[i / blocks];
+    task.feature_begin = i % blocks * kFeatureBlock;
+    task.num_features =
+        static_cast<int>(std::min<int64_t>(kFeatureBlock, hidden - task.feature_begin));
+    RunTask(args, task, groups.scratch + thread * groups.scratch_floats);
+  });
+}
+
+}  // namespace hopyard::gemm2
