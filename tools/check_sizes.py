@@ -87,13 +87,29 @@ def _count_parameters(parameters: str) -> int:
     return count
 
 
+def _blank_template(head: str) -> str:
+    """Blank out `template <...>`, whose default arguments look like assignments."""
+    match = re.search(r"\btemplate\s*<", head)
+    if not match:
+        return head
+    depth = 0
+    for at in range(match.end() - 1, len(head)):
+        depth += {"<": 1, ">": -1}.get(head[at], 0)
+        if depth == 0:
+            blank = re.sub(r"\S", "\0", head[match.start() : at + 1])
+            return head[: match.start()] + blank + _blank_template(head[at + 1 :])
+    return head
+
+
 def _function_block(head: str, line: int) -> Block | None:
     """The function that `head` (the text before a brace, outside functions) begins, if it does."""
-    head = _ATTRIBUTE.sub(lambda match: " " * len(match.group(0)), head)
+    head = _blank_template(_ATTRIBUTE.sub(lambda match: " " * len(match.group(0)), head))
     match = _NAME.search(head)
     if not match or "=" in head[: match.start()].replace("operator", ""):
         return None
-    if not (_FUNCTION_TAIL.search(head) or _CONSTRUCTOR.search(head)):
+    # `S(int a) : a_{` opens an initialiser; `S(int a) : a_{a} {` the body.
+    braced_member = _CONSTRUCTOR.search(head) and head.rstrip().endswith("}")
+    if not (braced_member or _FUNCTION_TAIL.search(head)):
         return None
     opening = match.end() - 1
     closing = _skip_parentheses(head, opening)
@@ -103,18 +119,21 @@ def _function_block(head: str, line: int) -> Block | None:
     return Block("function", first_line, match.group(1).strip(), parameters)
 
 
+def _inside_function(stack: list[Block]) -> bool:
+    return any(block.kind == "function" for block in stack)
+
+
 def _classify(head: str, line: int, stack: list[Block]) -> Block:
     """What the brace after `head` opens."""
-    in_function = any(block.kind == "function" for block in stack)
+    if not _inside_function(stack) and any(block.kind == "other" for block in stack):
+        return Block("other", line)
     if _LAMBDA.search(head):
         return Block("other", line)
-    if in_function:
+    if _inside_function(stack):
         is_control = _CONTROL_ONLY.match(head) or (
             _CONTROL.search(head) and head.rstrip().endswith((")", "else", "do", "try"))
         )
         return Block("control" if is_control else "other", line)
-    if any(block.kind == "other" for block in stack):
-        return Block("other", line)
     function = _function_block(head, line)
     if function:
         return function
@@ -145,27 +164,32 @@ def check_cpp(relative: str, text: str) -> list[Violation]:
     head_start = 0
     parentheses = 0
     for at, character in enumerate(code):
+        block = None
         if character == "\n":
             line += 1
         elif character in "()":
             parentheses += 1 if character == "(" else -1
         elif character == "{":
-            head = code[head_start:at]
-            block = _classify(head, line, stack)
+            block = _classify(code[head_start:at], line, stack)
             stack.append(block)
-            nesting = sum(1 for open_block in stack if open_block.kind == "control")
-            if block.kind == "control" and nesting == MAX_NESTING + 1:
-                message = f"{nesting} levels of nesting; at most {MAX_NESTING}"
-                violations.append(Violation(relative, line, message))
+            violations += _check_nesting(relative, stack, line)
         elif character == "}" and stack:
             block = stack.pop()
             if block.kind == "function":
                 violations += _check_function(relative, block, line, device)
-            if block.kind == "other" and not (stack and stack[-1].kind == "function"):
-                continue  # an initialiser within a head: the head goes on
-        if character in "{}" or (character == ";" and parentheses == 0):
+        # An initialiser outside functions is part of a declaration's head, which goes on after it.
+        initialiser = block and block.kind == "other" and not _inside_function(stack)
+        statement_end = character == ";" and parentheses == 0
+        if (character in "{}" and not initialiser) or statement_end:
             head_start = at + 1
     return violations
+
+
+def _check_nesting(relative: str, stack: list[Block], line: int) -> list[Violation]:
+    levels = sum(block.kind == "control" for block in stack)
+    if stack[-1].kind != "control" or levels != MAX_NESTING + 1:
+        return []
+    return [Violation(relative, line, f"{levels} levels of nesting; at most {MAX_NESTING}")]
 
 
 _NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)

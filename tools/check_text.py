@@ -32,7 +32,7 @@ _DEAD_CPP = re.compile(
       | (?:return|break|continue|throw|delete|goto|using|typedef)\b[^;]*;
       | (?:if|for|while|switch|else\s+if)\s*\(.*\)\s*\{?
       | (?:\}\s*)?else\s*\{?
-      | [\w:<>,*&\[\]\s.\->()]+?\s*(?:[-+*/|&^%]|<<|>>)?=(?!=)\s*[^;]*;
+      | [\w:<>,*&\[\]\s.\->()]+?\s*(?:[-+*/|&^%]|<<|>>)?=(?!=)(?!.*[a-z]{2}\s[a-z]{2})\s*[^;]*;
       | [\w:<>.\->]+\([^;]*\)\s*;
       | (?:const|constexpr|static|auto|int|float|double|bool|size_t|u?int\d+_t|std::\w+)
         [\w:<>,*&\s]*\s\w+(?:\[\w*\])?(?:\{[^;]*\})?;
@@ -71,10 +71,10 @@ _MODELS = re.compile(
 _METHODS = re.compile(r"deepseek_?v3|llama_?4|minimax_?2|fused_?topk_?deepseek", re.IGNORECASE)
 _MODEL_PLACES = re.compile(
     r"^(?:src/(?:checkpoint|cli|stages/1_route)/|bench/shapes\.h$|bench/.*\.py$"
-    r"|include/hopyard/(?:checkpoint|spec|routing|weights)\.h$|python/hopyard/(?:compat|integrations)/"
+    r"|include/hopyard/(?:checkpoint|spec|routing|weights)\.h$|python/hopyard/"
     r"|docs/|tests/|examples/|tools/|README)"
 )
-_MODEL_SUBJECTS = re.compile(r"^(?:include|src|bench|python)/")
+_MODEL_SUBJECTS = re.compile(r"^(?:include|src|bench)/")
 
 _DESIGN_FOLDER = re.compile(r"\.\./shared\b|/work/shared\b|\bshared/(?:design|spec|research)\b")
 
