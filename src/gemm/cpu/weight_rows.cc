@@ -2,6 +2,7 @@
 #include "gemm/cpu/weight_rows.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "core/shape.h"
@@ -52,18 +53,58 @@ float DecodeScale(DType dtype, const uint8_t* address) {
   }
 }
 
-void FillStepScales(const MatrixRef& matrix, const spec::WeightFormatRule& rule, int64_t row,
-                    float* steps) {
+// All e4m3 values; a table because NVFP4 has a scale every 16 weights.
+const std::array<float, 256>& E4m3Table() {
+  static const std::array<float, 256> table = [] {
+    std::array<float, 256> values{};
+    for (size_t code = 0; code < values.size(); ++code) {
+      values.at(code) = formats::DecodeE4m3(static_cast<uint8_t>(code));
+    }
+    return values;
+  }();
+  return table;
+}
+
+// Repeats decode(c), the row's c-th block scale, over the steps of block c.
+template <class Decode>
+void SpreadScales(const MatrixRef& matrix, int64_t block, float* steps, Decode&& decode) {
   const int64_t num_steps = CeilDiv(matrix.cols, kLanes);
   int64_t step = 0;
-  while (step < num_steps) {
-    const int64_t col = step * kLanes;
-    const float scale = DecodeScale(rule.scale_dtype, ScaleAddress(matrix, row, col));
-    const int64_t block_end =
-        ((matrix.col_origin + col) / rule.scale_block + 1) * rule.scale_block - matrix.col_origin;
-    const int64_t end = std::min(num_steps, std::max(step + 1, block_end / kLanes));
+  for (int64_t c = 0; step < num_steps; ++c) {
+    const float scale = decode(c);
+    const int64_t end = std::min(num_steps, ((c + 1) * block - matrix.col_origin) / kLanes);
     for (; step < end; ++step) {
       steps[step] = scale;
+    }
+  }
+}
+
+// One scale per step of 16; the origin lies on a step.
+void FillStepScales(const MatrixRef& matrix, const spec::WeightFormatRule& rule, int64_t row,
+                    float* steps) {
+  if (matrix.scale_layout != ScaleLayout::kLinear) {
+    SpreadScales(matrix, rule.scale_block, steps, [&](int64_t c) {
+      const int64_t col = std::max<int64_t>(0, c * rule.scale_block - matrix.col_origin);
+      return DecodeScale(rule.scale_dtype, ScaleAddress(matrix, row, col));
+    });
+    return;
+  }
+  // Linear scales of a row are neighbours; the first column is in the first block.
+  const uint8_t* scales = ScaleAddress(matrix, row, 0);
+  switch (rule.scale_dtype) {
+    case DType::kE8m0:
+      SpreadScales(matrix, rule.scale_block, steps,
+                   [&](int64_t c) { return formats::DecodeE8m0(scales[c]); });
+      return;
+    case DType::kE4m3: {
+      const std::array<float, 256>& table = E4m3Table();
+      SpreadScales(matrix, rule.scale_block, steps, [&](int64_t c) { return table[scales[c]]; });
+      return;
+    }
+    default: {
+      const int64_t size = SizeOf(rule.scale_dtype);
+      SpreadScales(matrix, rule.scale_block, steps,
+                   [&](int64_t c) { return DecodeScale(rule.scale_dtype, scales + c * size); });
     }
   }
 }
