@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hopyard._library import lib
-from hopyard.spec import MoeSpec, spec_from_map
+from hopyard.spec import ActivationFormat, MoeSpec, spec_from_map
 from hopyard.weights import Weights
 
 
@@ -67,16 +67,18 @@ class Checkpoint:
         """Indices of the layers that have experts."""
         return [int(i) for i in self._handle.moe_layers]
 
-    def layer(self, index: int) -> LoadedLayer:
+    def layer(self, index: int, activations: ActivationFormat | None = None) -> LoadedLayer:
         """Read one layer.
 
         Args:
             index: one of `moe_layers`.
+            activations: format that activations are rounded to; None for the one that goes with the
+                weights ("fp8_block128" for FP8 blocks, else "bf16").
 
         Raises:
             ValueError: the layer has no experts, or a tensor is missing or wrong.
         """
-        found = lib.checkpoint_layer(self._handle, index)
+        found = lib.checkpoint_layer(self._handle, index, activations or "")
         spec = spec_from_map(found["spec"])
 
         def array(name: str) -> Any:
@@ -92,6 +94,8 @@ class Checkpoint:
         )
 
 
-def load_layer(directory: str | os.PathLike[str], index: int) -> LoadedLayer:
-    """Read one MoE layer of a checkpoint directory; see `Checkpoint`."""
-    return Checkpoint(directory).layer(index)
+def load_layer(
+    directory: str | os.PathLike[str], index: int, activations: ActivationFormat | None = None
+) -> LoadedLayer:
+    """Read one MoE layer of a checkpoint directory; see `Checkpoint.layer`."""
+    return Checkpoint(directory).layer(index, activations)

@@ -112,8 +112,8 @@ def quantize(
             float32, float16 or bfloat16 (uint16 bits in NumPy), contiguous along cols.
         format: number format; docs/formats.md defines each bit for bit.
         scale_layout: order of the scales.
-        global_scale: fp8_per_tensor: static scale; nvfp4: ``g``, which values are multiplied by
-            before the block scales are taken (default 448 * 6 / amax). One, or one per matrix.
+        global_scale: multiplier of every value to use for fp8_per_tensor (default amax / 448) and
+            nvfp4 (1/g, default amax / (448 * 6)). One, or one per matrix.
 
     Returns:
         Codes and scales of the kind of `source`, NumPy or torch.

@@ -228,11 +228,14 @@ class MoeLayer:
         self._spec = spec
         self._weights = weights
         self._options: PlanOptions = {**options, "max_tokens": max_tokens}
-        if weights.spec != spec:
-            raise ValueError(
-                f"weights were made for {weights.spec}, wanted weights made for {spec}"
-            )
         self._plan = lib.make_plan(spec_to_map(spec), dict(self._options))
+        given, wanted = vars(weights.spec), vars(spec)
+        for name in wanted:
+            if given[name] != wanted[name]:
+                raise ValueError(
+                    f"weights were made for a spec with {name}={given[name]}, wanted {name}="
+                    f"{wanted[name]}; make them for the layer's spec"
+                )
         self._workspaces = [self._allocate()]
 
     @property

@@ -126,7 +126,7 @@ class RoutingRule:
         return RoutingRule(
             score="sqrt_softplus",
             weight="score",
-            renormalise="sum_plus_epsilon",
+            renormalise="sum_at_least",
             use_bias=True,
             scaling_factor=scaling_factor,
         )

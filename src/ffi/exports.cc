@@ -189,9 +189,13 @@ CheckpointRef OpenCheckpointFn(const ffi::String& directory) {
   return Guarded([&] { return CheckpointRef(Checkpoint::Open(directory)); });
 }
 
-Dict CheckpointLayerFn(const CheckpointRef& checkpoint, int index) {
+// An empty `activations` stands for the format that goes with the checkpoint's weights.
+Dict CheckpointLayerFn(const CheckpointRef& checkpoint, int index, const ffi::String& activations) {
   return Guarded([&] {
     CheckpointLayer layer = checkpoint->checkpoint.Layer(index);
+    if (!activations.empty()) {
+      layer.spec.activations = ParseActivationFormat(std::string(activations));
+    }
     Dict result{{"name", ffi::String(layer.name)}, {"spec", ToDict(layer.spec)}};
     result.Set("weights", WeightsRef(Weights(layer.spec, std::move(layer.weights))));
     const auto set_tensor = [&result](const char* key, const TensorView& view) {
