@@ -28,7 +28,7 @@ enum class Format : uint8_t {
 // Order of the scale matrix [M, C] in memory.
 enum class ScaleLayout : uint8_t {
   kLinear,         // row-major
-  kSwizzled128x4,  // rows padded to 128, columns to 4; offset formula in spec 4.4 / docs/formats.md
+  kSwizzled128x4,  // rows padded to 128, columns to 4, padding zero; offsets in docs/formats.md
 };
 
 // Shapes that a format needs for a [rows, cols] matrix.
@@ -45,8 +45,10 @@ struct FormatShape {
 [[nodiscard]] FormatShape ShapeOf(Format format, int64_t rows, int64_t cols,
                                   ScaleLayout layout = ScaleLayout::kLinear);
 
-// A quantised matrix. `codes` [rows, code_cols]; `scales` holds scale_numel elements, any shape,
-// contiguous; absent for kBf16/kFp16. `global_scale` is a multiplier of every value (kNvFp4: 1/g).
+// A quantised matrix. `codes` [rows, code_cols], rows may be strided; `scales` holds scale_numel
+// elements, any shape, contiguous; absent for kBf16, kFp16 and kFp8PerTensor. Codes and scales of
+// one byte may have dtype kUint8. `global_scale` is a multiplier of every value of kFp8PerTensor
+// and kNvFp4 (there 1/g); other formats have none, and want 1 (or 0).
 struct QuantizedView {
   Format format = Format::kBf16;
   TensorView codes;
@@ -56,10 +58,11 @@ struct QuantizedView {
 };
 
 // source [rows, cols] f32, bf16 or f16, rows may be strided, columns contiguous.
-// Dynamic scales are computed from the data. For kNvFp4 `global_scale` <= 0 asks for 448 * 6 / amax
-// of the tensor; the one used is returned (as the multiplier 1/g). For kFp8PerTensor a positive
-// `global_scale` is used as the static scale, otherwise amax / 448; the scale used is returned.
-// Every other format returns 1. Runs on all threads; bit-identical to the scalar definition.
+// Dynamic scales are computed from the data. For kNvFp4 `global_scale` <= 0 asks for g = 448 * 6 /
+// amax of the tensor; the one used is returned (as the multiplier 1/g). For kFp8PerTensor a
+// positive `global_scale` is used as the static scale, otherwise 1/g with g = 448 / amax; the scale
+// used is returned. Every other format returns 1. A block that holds NaN or infinity dequantises to
+// NaN. Runs on all threads; bit-identical to the scalar definition whatever the machine.
 float Quantize(const TensorView& source, const QuantizedView& destination);
 
 // destination [rows, cols] f32 or bf16 (round to nearest even), columns contiguous.

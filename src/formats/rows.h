@@ -26,7 +26,8 @@ void FloatToBf16(const float* in, uint16_t* out, int64_t cols);
 void DecodeRow(Format format, const void* codes, const void* scales, float global_scale, float* out,
                int64_t cols);
 
-// Offset of scale (m, k) of an [M, C] scale matrix in the 128x4 layout (spec 4.4), and its size.
+// Offset of scale (m, k) of an [M, C] scale matrix in the 128x4 layout (docs/formats.md), and its
+// size.
 [[nodiscard]] int64_t SwizzledOffset(int64_t m, int64_t k, int64_t cols);
 [[nodiscard]] int64_t SwizzledSize(int64_t rows, int64_t cols);
 
