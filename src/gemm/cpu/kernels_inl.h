@@ -85,6 +85,33 @@ struct Tile {
   }
 };
 
+// Adds the partial step at the end of each row, one row at a time.
+template <class V, Code kCode, int kR, int kC>
+void AddTail(const RowRef* rows, const float* const* x, int64_t k, Tile<V, kCode, kR, kC>& tile) {
+  for (int r = 0; r < kR; ++r) {
+    const TailStep<kCode> tail(static_cast<const char*>(rows[r].codes), k);
+    const char* codes = tail.codes;
+    Tile<V, kCode, 1, kC> one;
+    for (int c = 0; c < kC; ++c) {
+      one.acc[0][c] = tile.acc[r][c];
+    }
+    one.Step(&codes, rows + r, x, k / kLanes);
+    for (int c = 0; c < kC; ++c) {
+      tile.acc[r][c] = one.acc[0][c];
+    }
+  }
+}
+
+template <Code kCode, int kR>
+inline void Prefetch(const char* const* codes, int64_t step) {
+  // Once per cache line of each row; FP32 panels are in the cache already.
+  if (kCode != Code::kF32 && (step & (64 / kStepBytes<kCode> - 1)) == 0) {
+    for (int r = 0; r < kR; ++r) {
+      __builtin_prefetch(codes[r] + kPrefetchBytes);
+    }
+  }
+}
+
 template <class V, Code kCode, int kR, int kC>
 void DotTile(const RowRef* rows, const float* const* x, int64_t k, float* out, int64_t out_stride) {
   Tile<V, kCode, kR, kC> tile;
@@ -94,31 +121,14 @@ void DotTile(const RowRef* rows, const float* const* x, int64_t k, float* out, i
   }
   const int64_t full = k / kLanes;
   for (int64_t step = 0; step < full; ++step) {
-    if constexpr (kCode != Code::kF32) {
-      if ((step & (64 / kStepBytes<kCode> - 1)) == 0) {
-        for (int r = 0; r < kR; ++r) {
-          __builtin_prefetch(codes[r] + kPrefetchBytes);
-        }
-      }
-    }
+    Prefetch<kCode, kR>(codes, step);
     tile.Step(codes, rows, x, step);
     for (int r = 0; r < kR; ++r) {
       codes[r] += kStepBytes<kCode>;
     }
   }
   if (k % kLanes != 0) {
-    for (int r = 0; r < kR; ++r) {
-      const TailStep<kCode> tail(static_cast<const char*>(rows[r].codes), k);
-      const char* tail_codes = tail.codes;
-      Tile<V, kCode, 1, kC> one;
-      for (int c = 0; c < kC; ++c) {
-        one.acc[0][c] = tile.acc[r][c];
-      }
-      one.Step(&tail_codes, rows + r, x, full);
-      for (int c = 0; c < kC; ++c) {
-        tile.acc[r][c] = one.acc[0][c];
-      }
-    }
+    AddTail(rows, x, k, tile);
   }
   for (int r = 0; r < kR; ++r) {
     for (int c = 0; c < kC; ++c) {

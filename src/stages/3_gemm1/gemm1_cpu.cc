@@ -20,7 +20,6 @@ namespace gemm1 {
 namespace {
 
 using gemm::cpu::kFeatureBlock;
-using gemm::cpu::MatrixRef;
 using gemm::cpu::TokenChunk;
 
 // One expert, one block of features.
@@ -112,8 +111,8 @@ void RunTask(const Args& args, const Task& task, float* scratch) {
       DotBlock(block);
     }
     for (int t = 0; t < block.num_tokens; ++t) {
-      float* gate = chunk.first + t * kFeatureBlock;
-      float* up = chunk.second + t * kFeatureBlock;
+      float* gate = chunk.first + int64_t{t} * kFeatureBlock;
+      float* up = chunk.second + int64_t{t} * kFeatureBlock;
       Adjust(args, task, row + t, biases, gate, up);
       activate.gate = gate;
       activate.up = up;

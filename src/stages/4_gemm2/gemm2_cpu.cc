@@ -46,7 +46,7 @@ void RunTask(const Args& args, const Task& task, float* scratch) {
     }
     DotBlock(block);
     for (int t = 0; t < block.num_tokens; ++t) {
-      const float* values = chunk.first + t * kFeatureBlock;
+      const float* values = chunk.first + int64_t{t} * kFeatureBlock;
       uint16_t* y = args.y + (row + t) * spec.hidden_size + task.feature_begin;
       for (int f = 0; f < task.num_features; ++f) {
         y[f] = formats::EncodeBf16(values[f] + bias[f]);
