@@ -302,7 +302,7 @@ class Evaluator {
       const auto scale = static_cast<Real>(table.weights[Index(at.row)]);
       for (int64_t row = 0; row < intermediate; ++row) {
         Real& value = result[a][Index(row)];
-        if (spec_.router_weight_on_input && routed) {
+        if (spec_.router_weight_on_input) {
           value *= scale;
         }
         value += static_cast<Real>(BiasAt(LocateRow(spec_, desc_, expert, part, row)));
@@ -364,8 +364,8 @@ class Evaluator {
           if (table.experts[Index(row)] < 0) {
             continue;
           }
-          const bool unscaled = spec_.router_weight_on_input && slot < spec_.top_k;
-          const auto weight = unscaled ? Real{1} : static_cast<Real>(table.weights[Index(row)]);
+          const auto weight =
+              spec_.router_weight_on_input ? Real{1} : static_cast<Real>(table.weights[Index(row)]);
           sum += weight * rows_[Index(row * width_ + c)];
         }
         if constexpr (kPlain) {

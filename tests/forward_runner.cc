@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/forward_runner.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "formats/codes.h"
+#include "stages/layer_ref.h"
+
+namespace hopyard::test {
+namespace {
+
+size_t Index(int64_t i) {
+  return static_cast<size_t>(i);
+}
+
+template <class T>
+std::vector<T> Contents(const TensorView& view) {
+  if (!view.defined()) {
+    return {};
+  }
+  return {view.as<const T>(), view.as<const T>() + view.numel()};
+}
+
+struct OutputBuffers {
+  Arena arena;
+  MoeOutputs outputs;
+};
+
+void AddOutputs(const MoeSpec& spec, int64_t tokens, const RunOptions& options,
+                OutputBuffers* buffers) {
+  MoeOutputs& out = buffers->outputs;
+  Arena& arena = buffers->arena;
+  const int64_t slots = spec.slots_per_token();
+  const int64_t width = options.width == 0 ? spec.hidden_size : options.width;
+  if (!options.no_output) {
+    out.output = arena.Array(DType::kBf16, {tokens, width});
+    if (!options.initial.empty()) {
+      std::copy(options.initial.begin(), options.initial.end(), out.output.as<uint16_t>());
+    }
+    out.accumulate = options.accumulate;
+  }
+  if (!options.extras && !options.no_output) {
+    return;
+  }
+  out.routing_ids = arena.Array(DType::kInt32, {tokens, slots});
+  out.routing_weights = arena.Array(DType::kFloat32, {tokens, slots});
+  out.rows = arena.Array(DType::kBf16, {tokens * slots, spec.hidden_size});
+  out.slot_to_row = arena.Array(DType::kInt32, {tokens, slots});
+  if (options.extras) {
+    out.replay = arena.Array(DType::kInt16, {tokens + options.spare_replay_rows, spec.top_k});
+    out.expert_load = arena.Array(DType::kInt32, {spec.num_experts});
+    std::fill_n(out.expert_load.as<int32_t>(), spec.num_experts, 0);
+    out.gemm1_activation = arena.Array(DType::kBf16, {tokens * slots, spec.intermediate_size});
+  }
+}
+
+}  // namespace
+
+RunResult Run(const MoeSpec& spec, const Weights& weights, const MoeInputs& inputs,
+              const RunOptions& options) {
+  const int64_t tokens = inputs.hidden_states.shape[0];
+  PlanOptions plan_options = options.plan;
+  if (plan_options.max_tokens == 0) {
+    plan_options.max_tokens = std::max<int64_t>(1, tokens);
+  }
+  const Plan plan = MakePlan(spec, Device{}, plan_options);
+  OutputBuffers buffers;
+  AddOutputs(spec, tokens, options, &buffers);
+  const GuardedBuffer workspace(plan.workspace_bytes());
+  Forward(plan, weights, inputs, buffers.outputs,
+          Workspace{workspace.data(), Index(workspace.bytes())});
+  EXPECT_TRUE(workspace.Intact()) << "Forward wrote outside of its workspace";
+  EXPECT_TRUE(buffers.arena.Intact()) << "Forward wrote outside of an output";
+  const MoeOutputs& out = buffers.outputs;
+  RunResult result;
+  result.output = Contents<uint16_t>(out.output);
+  result.replay = Contents<int16_t>(out.replay);
+  result.load = Contents<int32_t>(out.expert_load);
+  result.weights = Contents<float>(out.routing_weights);
+  result.ids = Contents<int32_t>(out.routing_ids);
+  result.rows = Contents<uint16_t>(out.rows);
+  result.slot_to_row = Contents<int32_t>(out.slot_to_row);
+  result.activation = Contents<uint16_t>(out.gemm1_activation);
+  for (const Candidate& candidate : plan.Explain().candidates) {
+    if (candidate.chosen) {
+      result.kernel = candidate.kernel;
+    }
+  }
+  return result;
+}
+
+::testing::AssertionResult MatchesOracle(const MoeSpec& spec, const Weights& weights,
+                                         const MoeInputs& inputs, const RunResult& result,
+                                         const std::vector<int64_t>& tokens) {
+  const int64_t count = inputs.hidden_states.shape[0];
+  if (count == 0) {
+    return ::testing::AssertionSuccess();
+  }
+  const int64_t width = static_cast<int64_t>(result.output.size()) / count;
+  ref::LayerRefOptions options;
+  options.tokens = tokens;
+  if (!result.ids.empty()) {
+    options.forced_ids =
+        TensorView::Contiguous(result.ids.data(), DType::kInt32, {count, spec.slots_per_token()});
+  }
+  const ref::LayerRefPair pair = ref::LayerRefBoth(spec, weights, inputs, width, options);
+  const std::vector<double> all = FromBf16(result.output);
+  Judged judged{{}, pair.exact.output, pair.plain.output, width};
+  for (const int64_t token : pair.exact.tokens) {
+    judged.out.insert(judged.out.end(), all.begin() + token * width,
+                      all.begin() + (token + 1) * width);
+  }
+  return Accurate(judged, ToleranceOf(spec.activations));
+}
+
+std::vector<uint16_t> FinalizeByHand(const MoeSpec& spec, const RunResult& result, int64_t tokens) {
+  const int64_t slots = spec.slots_per_token();
+  const int64_t hidden = spec.hidden_size;
+  std::vector<uint16_t> output(Index(tokens * hidden));
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t c = 0; c < hidden; ++c) {
+      float sum = 0.0F;
+      for (int64_t slot = t * slots; slot < (t + 1) * slots; ++slot) {
+        const int64_t row = result.slot_to_row[Index(slot)];
+        if (row >= 0) {
+          const float weight = spec.router_weight_on_input ? 1.0F : result.weights[Index(slot)];
+          sum += weight * formats::DecodeBf16(result.rows[Index(row * hidden + c)]);
+        }
+      }
+      output[Index(t * hidden + c)] = formats::EncodeBf16(sum);
+    }
+  }
+  return output;
+}
+
+std::vector<std::string> RunnableKernels(const MoeSpec& spec) {
+  PlanOptions options;
+  options.max_tokens = 1;
+  std::vector<std::string> names;
+  for (const Candidate& candidate : Explain(spec, Device{}, options).candidates) {
+    PlanOptions one = options;
+    one.tactic = candidate.kernel;
+    if (Explain(spec, Device{}, one).supported) {
+      names.push_back(candidate.kernel);
+    }
+  }
+  return names;
+}
+
+Caught CatchError(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    return {error.kind(), error.message()};
+  }
+  ADD_FAILURE() << "no error was thrown";
+  return {};
+}
+
+}  // namespace hopyard::test
