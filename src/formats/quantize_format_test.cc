@@ -189,6 +189,15 @@ TEST_P(QuantizeFormatTest, NvFp4BlockScaleOfZeroGivesZeros) {
   EXPECT_EQ(Decode(packed)[20], 0.0F);
 }
 
+TEST_P(QuantizeFormatTest, NvFp4ClampsItsFactors) {
+  // amax 2^-135: g = FLT_MAX, g * amax / 6 = 0.0013 -> sf = 2^-9, 1 / (sf / g) = 2^137 -> FLT_MAX,
+  // 2^-135 * FLT_MAX = 2^-7 -> 0. A zero must not meet an infinity on the way.
+  const Packed packed = Run(Format::kNvFp4, 1, Padded({0x1p-135F, -0.0F}, 16));
+  EXPECT_EQ(packed.scales[0], 0x01);
+  EXPECT_EQ(packed.codes[0], 0x80);
+  EXPECT_EQ(packed.view.global_scale, 1.0F / FLT_MAX);
+}
+
 TEST_P(QuantizeFormatTest, MxInt4ByHand) {
   // max 7 -> 7 * 8 / 7 = 8 > 4 = -min; s = 1. Ties to even: 2.5 -> 2, 3.5 -> 4, -0.5 -> 0.
   const Packed one = Run(Format::kMxInt4, 1, Padded({7, -4, 2.5, 3.5, -0.5, -1.5, 6.6F}, 32));
