@@ -72,9 +72,15 @@ TensorView ViewOf(const ffi::Tensor& tensor, const std::string& name) {
   view.data = static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
   view.dtype = *dtype;
   view.ndim = tensor.ndim();
-  for (int i = 0; i < view.ndim; ++i) {
-    view.shape[static_cast<size_t>(i)] = tensor.size(i);
-    view.strides[static_cast<size_t>(i)] = tensor.stride(i);
+  // Strides of empty dimensions and of dimensions of size 1 mean nothing and differ between
+  // frameworks: a contiguous tensor gets the strides that its shape says.
+  const bool contiguous = tensor.IsContiguous();
+  int64_t stride = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    const auto dim = static_cast<size_t>(i);
+    view.shape[dim] = tensor.size(i);
+    view.strides[dim] = contiguous ? stride : tensor.stride(i);
+    stride *= view.shape[dim];
   }
   if (device.device_type == kDLCUDA) {
     view.device = {DeviceKind::kCuda, device.device_id};
