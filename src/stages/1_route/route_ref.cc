@@ -97,6 +97,11 @@ void SortBest(const std::vector<double>& value, std::vector<int>& indices) {
 std::vector<int> Candidates(const RoutingRule& rule, const std::vector<double>& biased) {
   const int num_experts = static_cast<int>(biased.size());
   const int group_size = num_experts / rule.num_groups;
+  if (rule.num_groups == 1) {
+    std::vector<int> all(biased.size());
+    std::iota(all.begin(), all.end(), 0);
+    return all;
+  }
   std::vector<double> group_scores;
   for (int g = 0; g < rule.num_groups; ++g) {
     std::vector<int> members(static_cast<size_t>(group_size));

@@ -194,29 +194,32 @@ HOPYARD_HOST_DEVICE typename Ops::F Log1pF32(typename Ops::F u) {
   return Ops::Fma(Ops::Sub(Ops::Set(0.0F), s), correction, u);
 }
 
-// exp(-|z|)
+// -|z|
 template <class Ops>
-HOPYARD_HOST_DEVICE typename Ops::F ExpNegAbs(typename Ops::F z) {
-  return ExpF32<Ops>(Ops::FromBits(Ops::Xor(Ops::And(Ops::Bits(z), Ops::SetInt(0x7FFFFFFF)),
-                                            Ops::SetInt(static_cast<int>(1U << 31)))));
+HOPYARD_HOST_DEVICE typename Ops::F NegAbs(typename Ops::F z) {
+  return Ops::FromBits(Ops::Xor(Ops::And(Ops::Bits(z), Ops::SetInt(0x7FFFFFFF)),
+                                Ops::SetInt(static_cast<int>(1U << 31))));
 }
 
 template <class Ops>
 HOPYARD_HOST_DEVICE typename Ops::F Sigmoid(typename Ops::F z) {
   using F = typename Ops::F;
   const F one = Ops::Set(1.0F);
-  const F e = ExpNegAbs<Ops>(z);
+  const F e = ExpF32<Ops>(NegAbs<Ops>(z));
   const F numerator = Ops::Select(Ops::Less(z, Ops::Set(0.0F)), e, one);
   return Ops::Div(numerator, Ops::Add(one, e));
 }
 
-// sqrt(log(1 + exp(z)))
+// sqrt(log(1 + exp(z))). Below -20 it is exp(z / 2) to FP32 precision; there the long way would
+// lose what exp(z) loses to underflow.
 template <class Ops>
 HOPYARD_HOST_DEVICE typename Ops::F SqrtSoftplus(typename Ops::F z) {
   using F = typename Ops::F;
   const F zero = Ops::Set(0.0F);
+  const auto tiny = Ops::Less(z, Ops::Set(-20.0F));
+  const F e = ExpF32<Ops>(Ops::Select(tiny, Ops::Mul(z, Ops::Set(0.5F)), NegAbs<Ops>(z)));
   const F positive = Ops::Select(Ops::Less(zero, z), z, zero);
-  return Ops::Sqrt(Ops::Add(positive, Log1pF32<Ops>(ExpNegAbs<Ops>(z))));
+  return Ops::Select(tiny, e, Ops::Sqrt(Ops::Add(positive, Log1pF32<Ops>(e))));
 }
 
 // exp(z - max) with the rounding error of the difference put back, so that logits one ulp apart
