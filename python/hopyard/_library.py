@@ -14,25 +14,25 @@ class InternalError(RuntimeError):
 
 
 def _import_tvm_ffi() -> Any:
-    """Import tvm_ffi without letting it import torch or compile anything.
+    """Import tvm_ffi without letting it import torch, run programs or compile anything.
 
-    On import tvm_ffi imports torch where it is installed (seconds), and for some versions of torch
-    it compiles a bridge. Hopyard needs neither: tensors cross through DLPack. A process that has
-    imported torch or tvm_ffi already is left as it is.
+    On import tvm_ffi imports torch and cuda.bindings where they are installed, which takes seconds
+    and runs ldconfig, and for some versions of torch it compiles a bridge. Hopyard needs none of
+    it: tensors cross through DLPack. What a process has imported already is left as it is.
     """
     if "tvm_ffi" in sys.modules:
         return sys.modules["tvm_ffi"]
     switch = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
     previous = os.environ.get(switch)
     os.environ[switch] = "1"
-    hide_torch = "torch" not in sys.modules
-    if hide_torch:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` fail
+    hidden = [name for name in ("torch", "cuda.bindings") if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # makes its import fail
     try:
         import tvm_ffi
     finally:
-        if hide_torch:
-            del sys.modules["torch"]
+        for name in hidden:
+            del sys.modules[name]
         if previous is None:
             del os.environ[switch]
         else:
