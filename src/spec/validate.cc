@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "spec/validate.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
-#include <limits>
+#include <cstdint>
 #include <sstream>
 
 #include "core/error.h"
@@ -13,23 +15,104 @@
 namespace hopyard::spec {
 namespace {
 
-constexpr int64_t kMaxSize = int64_t{1} << 31;  // of hidden and intermediate size
+// Of hidden and intermediate size: with 2^31 rows and 2^11 experts every byte count stays in 64
+// bits.
+constexpr int64_t kMaxSize = int64_t{1} << 24;
+constexpr int64_t kMaxElements = int64_t{1} << 60;
 
-void CheckPerExpert(const char* name, const PerExpert& value, int num_local_experts) {
+bool HasRank(const TensorView& tensor) {
+  return tensor.ndim >= 0 && tensor.ndim <= TensorView::kMaxDims;
+}
+
+// Whether the extents may be multiplied: none negative, the product far from overflow.
+bool ElementsFit(const TensorView& tensor) {
+  int64_t count = 1;
+  for (int d = 0; d < tensor.ndim; ++d) {
+    const int64_t extent = tensor.shape.at(static_cast<size_t>(d));
+    if (extent < 0 || (extent > 0 && count > kMaxElements / extent)) {
+      return false;
+    }
+    count *= std::max<int64_t>(extent, 1);
+  }
+  return true;
+}
+
+bool HasShape(const TensorView& tensor, const TensorRule& rule) {
+  if (tensor.ndim != static_cast<int>(rule.shape.size())) {
+    return false;
+  }
+  size_t d = 0;
+  for (const int64_t extent : rule.shape) {
+    const int64_t got = tensor.shape.at(d++);
+    if (extent < 0 ? got < 0 : got != extent) {
+      return false;
+    }
+  }
+  return true;
+}
+
+std::string ListString(const std::array<int64_t, TensorView::kMaxDims>& list, int count) {
+  std::string text = "[";
+  for (int d = 0; d < count; ++d) {
+    text += (d > 0 ? ", " : "") + std::to_string(list.at(static_cast<size_t>(d)));
+  }
+  return text + "]";
+}
+
+std::string ShapeString(const TensorRule& rule) {
+  std::string text = "[";
+  for (const int64_t extent : rule.shape) {
+    text += (text.size() > 1 ? ", " : "") + (extent < 0 ? "*" : std::to_string(extent));
+  }
+  return text + "]";
+}
+
+std::string DTypesString(const TensorRule& rule) {
+  std::string text;
+  for (const DType dtype : rule.dtypes) {
+    text += (text.empty() ? "" : " or ") + std::string(ToString(dtype));
+  }
+  return text;
+}
+
+template <class Enum>
+void CheckEnum(const char* name, Enum value, Enum last, const char* type) {
+  HOPYARD_CHECK(value <= last, kInvalidArgument)
+      << name << "=" << static_cast<int>(value) << " is not a " << type << "; wanted 0 .. "
+      << static_cast<int>(last);
+}
+
+void CheckEnums(const MoeSpec& spec) {
+  CheckEnum("activation.kind", spec.activation.kind, ActivationKind::kIdentity, "ActivationKind");
+  CheckEnum("weights", spec.weights, WeightFormat::kMxInt4, "WeightFormat");
+  CheckEnum("shared.weights", spec.shared.weights, WeightFormat::kMxInt4, "WeightFormat");
+  CheckEnum("activations", spec.activations, ActivationFormat::kNvFp4PerToken, "ActivationFormat");
+  CheckEnum("local.kind", spec.local.kind, ExpertMap::Kind::kTable, "ExpertMap::Kind");
+}
+
+// `may_be_infinite`: an infinite limit is no clamp; infinite factors only make NaN.
+void CheckPerExpert(const char* name, const PerExpert& value, int num_local_experts,
+                    bool may_be_infinite) {
   HOPYARD_CHECK(value.each.empty() || static_cast<int>(value.each.size()) == num_local_experts,
                 kInvalidArgument)
       << name << " has " << value.each.size() << " values; wanted one per local expert ("
       << num_local_experts << ") or none";
-  HOPYARD_CHECK(!std::isnan(value.all), kInvalidArgument) << name << " is NaN";
-  for (const float x : value.each) {
-    HOPYARD_CHECK(!std::isnan(x), kInvalidArgument) << name << " holds a NaN";
+  const auto check = [&](float x, int expert) {
+    HOPYARD_CHECK(may_be_infinite ? !std::isnan(x) : std::isfinite(x), kInvalidArgument)
+        << name << " is " << x
+        << (expert < 0 ? std::string() : " for local expert " + std::to_string(expert))
+        << "; wanted a finite number" << (may_be_infinite ? " or infinity (no clamp)" : "");
+  };
+  check(value.all, -1);
+  for (int e = 0; e < static_cast<int>(value.each.size()); ++e) {
+    check(value.each[static_cast<size_t>(e)], e);
   }
 }
 
 void CheckActivation(const Activation& activation, int num_local_experts) {
-  CheckPerExpert("activation.alpha", activation.alpha, num_local_experts);
-  CheckPerExpert("activation.beta", activation.beta, num_local_experts);
-  CheckPerExpert("activation.limit", activation.limit, num_local_experts);
+  CheckPerExpert("activation.alpha", activation.alpha, num_local_experts, false);
+  CheckPerExpert("activation.beta", activation.beta, num_local_experts, false);
+  CheckPerExpert("activation.limit", activation.limit, num_local_experts, true);
   const bool parametrised =
       activation.kind == ActivationKind::kSwiGlu || activation.kind == ActivationKind::kSiTu;
   const Activation usual;
@@ -53,57 +136,71 @@ void CheckActivation(const Activation& activation, int num_local_experts) {
 void CheckLocal(const MoeSpec& spec) {
   const ExpertMap& local = spec.local;
   if (local.kind == ExpertMap::Kind::kAll) {
+    HOPYARD_CHECK(local.offset == 0 && (local.count == 0 || local.count == spec.num_experts),
+                  kInvalidArgument)
+        << "local.offset=" << local.offset << " and local.count=" << local.count
+        << ", but local.kind is kAll; wanted both 0, or kind kRange for a part of the experts";
     return;
   }
-  HOPYARD_CHECK(local.count >= 1, kInvalidArgument)
-      << "local.count=" << local.count << "; a rank holds at least 1 expert";
+  HOPYARD_CHECK(local.count >= 1 && local.count <= kMaxExperts, kInvalidArgument)
+      << "local.count=" << local.count << "; wanted 1 .. " << kMaxExperts
+      << ", the experts that this rank holds";
   if (local.kind == ExpertMap::Kind::kRange) {
-    HOPYARD_CHECK(local.offset >= 0 && local.offset + local.count <= spec.num_experts,
+    HOPYARD_CHECK(local.offset >= 0 && local.offset <= spec.num_experts - local.count,
                   kInvalidArgument)
-        << "local experts [" << local.offset << ", " << local.offset + local.count
-        << ") are not within the " << spec.num_experts << " experts";
+        << "local.offset=" << local.offset << " with local.count=" << local.count
+        << "; local experts [offset, offset + count) must lie within the " << spec.num_experts
+        << " experts";
   }
+}
+
+void CheckShared(const MoeSpec& spec) {
+  HOPYARD_CHECK(spec.shared.count >= 0 && spec.shared.count <= kMaxTopK - spec.top_k,
+                kInvalidArgument)
+      << "shared.count=" << spec.shared.count << " with top_k=" << spec.top_k << "; wanted 0 .. "
+      << kMaxTopK - spec.top_k << ", at most " << kMaxTopK << " slots a token in all";
+  HOPYARD_CHECK(std::isfinite(spec.shared.weight), kInvalidArgument)
+      << "shared.weight=" << spec.shared.weight << "; wanted a finite number";
 }
 
 }  // namespace
 
 std::string ShapeString(const TensorView& tensor) {
-  std::ostringstream out;
-  out << '[';
-  for (int d = 0; d < tensor.ndim; ++d) {
-    out << (d > 0 ? ", " : "") << tensor.shape.at(static_cast<size_t>(d));
+  if (!HasRank(tensor)) {
+    return "of " + std::to_string(tensor.ndim) + " dimensions";
   }
-  out << ']';
-  return out.str();
+  return ListString(tensor.shape, tensor.ndim);
+}
+
+void CheckMemory(const TensorView& tensor, const char* name) {
+  HOPYARD_CHECK(HasRank(tensor) && ElementsFit(tensor), kInvalidArgument)
+      << name << " has shape " << ShapeString(tensor) << "; wanted at most " << TensorView::kMaxDims
+      << " dimensions, none negative, and fewer than 2^60 elements";
+  HOPYARD_CHECK(tensor.device.kind == DeviceKind::kCpu, kInvalidArgument)
+      << name << " is a CUDA tensor (cuda:" << tensor.device.index
+      << "); wanted host memory, the plan's device is the CPU: copy it to the host";
+  HOPYARD_CHECK(tensor.data != nullptr || tensor.numel() == 0, kInvalidArgument)
+      << name << " of shape " << ShapeString(tensor)
+      << " has a null pointer; wanted allocated memory";
+  const auto size = static_cast<uintptr_t>(SizeOf(tensor.dtype));
+  HOPYARD_CHECK(reinterpret_cast<uintptr_t>(tensor.data) % size == 0, kInvalidArgument)
+      << name << " at " << tensor.data << " is not aligned to the " << size << " bytes of "
+      << ToString(tensor.dtype) << "; copy it to aligned memory";
 }
 
 void CheckTensor(const TensorView& tensor, const TensorRule& rule) {
-  HOPYARD_CHECK(tensor.defined(), kInvalidArgument) << rule.name << " is missing";
-  HOPYARD_CHECK(tensor.device.kind == DeviceKind::kCpu, kInvalidArgument)
-      << rule.name << " is a CUDA tensor; the plan's device is the CPU";
-  bool dtype_ok = false;
-  std::ostringstream wanted;
-  for (const DType dtype : rule.dtypes) {
-    dtype_ok = dtype_ok || tensor.dtype == dtype;
-    wanted << (wanted.tellp() > 0 ? " or " : "") << ToString(dtype);
-  }
+  HOPYARD_CHECK(tensor.defined(), kInvalidArgument)
+      << rule.name << " is missing; wanted " << DTypesString(rule) << ' ' << ShapeString(rule);
+  const bool dtype_ok =
+      std::find(rule.dtypes.begin(), rule.dtypes.end(), tensor.dtype) != rule.dtypes.end();
   HOPYARD_CHECK(dtype_ok, kInvalidArgument)
-      << rule.name << " is " << ToString(tensor.dtype) << "; wanted " << wanted.str();
-  bool shape_ok = tensor.ndim == static_cast<int>(rule.shape.size());
-  std::ostringstream shape;
-  int d = 0;
-  for (const int64_t extent : rule.shape) {
-    shape << (d > 0 ? ", " : "");
-    extent < 0 ? shape << '*' : shape << extent;
-    shape_ok = shape_ok && (extent < 0 || tensor.shape.at(static_cast<size_t>(d)) == extent);
-    ++d;
-  }
-  HOPYARD_CHECK(shape_ok, kInvalidArgument)
-      << rule.name << " has shape " << ShapeString(tensor) << "; wanted [" << shape.str() << "]";
-  HOPYARD_CHECK(tensor.is_contiguous(), kInvalidArgument)
-      << rule.name << " is not contiguous; make it so";
-  HOPYARD_CHECK(tensor.data != nullptr || tensor.numel() == 0, kInvalidArgument)
-      << rule.name << " has a null pointer";
+      << rule.name << " is " << ToString(tensor.dtype) << "; wanted " << DTypesString(rule);
+  HOPYARD_CHECK(HasShape(tensor, rule), kInvalidArgument)
+      << rule.name << " has shape " << ShapeString(tensor) << "; wanted " << ShapeString(rule);
+  CheckMemory(tensor, rule.name);
+  HOPYARD_CHECK(tensor.numel() == 0 || tensor.is_contiguous(), kInvalidArgument)
+      << rule.name << " of shape " << ShapeString(tensor) << " is not contiguous: its strides are "
+      << ListString(tensor.strides, tensor.ndim) << "; copy it to row-major memory without gaps";
 }
 
 void ValidateSpec(const MoeSpec& spec) {
@@ -114,15 +211,10 @@ void ValidateSpec(const MoeSpec& spec) {
       << "hidden_size=" << spec.hidden_size << "; wanted 1 .. " << kMaxSize - 1;
   HOPYARD_CHECK(spec.intermediate_size > 0 && spec.intermediate_size < kMaxSize, kInvalidArgument)
       << "intermediate_size=" << spec.intermediate_size << "; wanted 1 .. " << kMaxSize - 1;
+  CheckEnums(spec);
   ValidateRule(spec.routing, spec.num_experts, spec.top_k);
   CheckLocal(spec);
-  HOPYARD_CHECK(spec.num_local_experts() <= kMaxExperts, kInvalidArgument)
-      << "local experts=" << spec.num_local_experts() << "; at most " << kMaxExperts;
-  HOPYARD_CHECK(spec.shared.count >= 0 && spec.slots_per_token() <= kMaxTopK, kInvalidArgument)
-      << "top_k + shared experts = " << spec.top_k << " + " << spec.shared.count
-      << "; wanted at most " << kMaxTopK << " slots and no negative count";
-  HOPYARD_CHECK(std::isfinite(spec.shared.weight), kInvalidArgument)
-      << "shared.weight=" << spec.shared.weight << " is not finite";
+  CheckShared(spec);
   CheckActivation(spec.activation, spec.num_local_experts());
 }
 

@@ -31,6 +31,8 @@ struct TensorRule {
   std::initializer_list<int64_t> shape;
 };
 void CheckTensor(const TensorView& tensor, const TensorRule& rule);
+// The part of it that holds for any layout: a sane shape, host memory, not null, aligned elements.
+void CheckMemory(const TensorView& tensor, const char* name);
 
 [[nodiscard]] std::string ShapeString(const TensorView& tensor);  // "[2, 3]"
 

@@ -16,11 +16,14 @@ void CheckAbsent(const TensorView& tensor, const char* name, const char* why) {
 
 void CheckHidden(const MoeSpec& spec, const MoeInputs& inputs) {
   const TensorView& hidden = inputs.hidden_states;
-  HOPYARD_CHECK(hidden.defined() && hidden.ndim == 2, kInvalidArgument)
+  HOPYARD_CHECK(hidden.defined(), kInvalidArgument)
+      << "hidden_states is missing; wanted bf16 [T, " << spec.hidden_size << "]";
+  HOPYARD_CHECK(hidden.ndim == 2, kInvalidArgument)
       << "hidden_states has shape " << ShapeString(hidden) << "; wanted [T, " << spec.hidden_size
-      << "]";
+      << "]: flatten leading dimensions";
   HOPYARD_CHECK(hidden.dtype != DType::kFp16, kUnsupported)
-      << "hidden_states is f16; the layer takes bf16 or quantised codes: convert to bf16";
+      << "hidden_states is f16; wanted bf16 or codes of the plan's activation format: convert to "
+         "bf16";
   const int64_t tokens = hidden.shape[0];
   if (hidden.dtype == DType::kBf16) {
     CheckTensor(hidden, {"hidden_states", {DType::kBf16}, {tokens, spec.hidden_size}});
@@ -40,12 +43,16 @@ void CheckHidden(const MoeSpec& spec, const MoeInputs& inputs) {
       CheckTensor(inputs.hidden_scales, {scales, {DType::kE4m3}, {tokens, CeilDiv(h, 16)}});
       if (spec.activations == ActivationFormat::kNvFp4PerToken) {
         CheckTensor(inputs.token_scales, {"token_scales", {DType::kFloat32}, {tokens}});
+      } else {
+        CheckAbsent(inputs.token_scales, "token_scales",
+                    "nvfp4 activations have one static global scale in the weights");
       }
       return;
     default:
       break;
   }
   CheckTensor(hidden, {"hidden_states", {DType::kBf16, DType::kE4m3}, {tokens, h}});
+  CheckAbsent(inputs.token_scales, "token_scales", "only nvfp4_per_token activations have them");
   if (spec.activations == ActivationFormat::kFp8Block128) {
     CheckTensor(inputs.hidden_scales, {scales, {DType::kFloat32}, {tokens, CeilDiv(h, 128)}});
   } else if (spec.activations == ActivationFormat::kFp8PerToken) {
@@ -63,50 +70,79 @@ void CheckLogits(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens) {
   if (inputs.routing_bias.defined()) {
     HOPYARD_CHECK(spec.routing.use_bias, kInvalidArgument)
         << "routing_bias is given, but the routing rule (" << ToString(spec.routing)
-        << ") uses none";
+        << ") uses none; leave it absent or set routing.use_bias";
     CheckTensor(inputs.routing_bias,
                 {"routing_bias", {DType::kFloat32, DType::kBf16}, {spec.num_experts}});
   }
 }
 
+constexpr const char* kModeNames[] = {"kLogits", "kPacked", "kUnpacked", "kReplay", "kHash"};
+constexpr const char* kModeFields[] = {"logits", "packed_ids", "expert_ids and expert_weights",
+                                       "logits and expert_ids",
+                                       "logits, token_ids and token_to_experts"};
+
+// A field that the mode does not read would be ignored in silence: refused instead.
+void CheckUnusedFields(const MoeInputs& inputs) {
+  const RoutingInput mode = inputs.routing;
+  const bool scored =
+      mode == RoutingInput::kLogits || mode == RoutingInput::kReplay || mode == RoutingInput::kHash;
+  const bool unpacked = mode == RoutingInput::kUnpacked;
+  const bool hash = mode == RoutingInput::kHash;
+  const struct {
+    const TensorView& tensor;
+    const char* name;
+    bool used;
+  } fields[] = {{inputs.logits, "logits", scored},
+                {inputs.routing_bias, "routing_bias", scored},
+                {inputs.packed_ids, "packed_ids", mode == RoutingInput::kPacked},
+                {inputs.expert_ids, "expert_ids", unpacked || mode == RoutingInput::kReplay},
+                {inputs.expert_weights, "expert_weights", unpacked},
+                {inputs.token_ids, "token_ids", hash},
+                {inputs.token_to_experts, "token_to_experts", hash}};
+  for (const auto& field : fields) {
+    HOPYARD_CHECK(field.used || !field.tensor.defined(), kInvalidArgument)
+        << field.name << " is given, but inputs.routing is " << kModeNames[static_cast<int>(mode)]
+        << ", which takes " << kModeFields[static_cast<int>(mode)]
+        << "; leave it absent or choose the mode that reads it";
+  }
+}
+
+void CheckMode(RoutingInput mode) {
+  HOPYARD_CHECK(mode != RoutingInput::kPermuted, kUnsupported)
+      << "inputs.routing is kPermuted (rows already in expert order), which is reserved; give "
+         "tokens with logits or ids";
+  HOPYARD_CHECK(mode != RoutingInput::kBatched, kUnsupported)
+      << "inputs.routing is kBatched ([experts, max_rows, H] with counts), which is reserved; give "
+         "tokens with logits or ids";
+  HOPYARD_CHECK(mode <= RoutingInput::kHash, kInvalidArgument)
+      << "inputs.routing=" << static_cast<int>(mode) << " is not a RoutingInput; wanted 0 .. "
+      << static_cast<int>(RoutingInput::kHash);
+}
+
 void CheckRoutingInput(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens) {
   const int64_t k = spec.top_k;
+  CheckMode(inputs.routing);
+  CheckUnusedFields(inputs);
   switch (inputs.routing) {
-    case RoutingInput::kLogits:
-      CheckLogits(spec, inputs, tokens);
-      CheckAbsent(inputs.expert_ids, "expert_ids", "routing is kLogits; use kUnpacked or kReplay");
-      CheckAbsent(inputs.packed_ids, "packed_ids", "routing is kLogits; use kPacked");
-      return;
     case RoutingInput::kPacked:
       CheckTensor(inputs.packed_ids, {"packed_ids", {DType::kInt32}, {tokens, k}});
-      break;
+      return;
     case RoutingInput::kUnpacked:
       CheckTensor(inputs.expert_ids, {"expert_ids", {DType::kInt32}, {tokens, k}});
       CheckTensor(inputs.expert_weights,
                   {"expert_weights", {DType::kFloat32, DType::kBf16}, {tokens, k}});
-      break;
-    case RoutingInput::kReplay:
-      CheckLogits(spec, inputs, tokens);
-      CheckTensor(inputs.expert_ids, {"expert_ids", {DType::kInt16, DType::kInt32}, {tokens, k}});
       return;
+    case RoutingInput::kReplay:
+      CheckTensor(inputs.expert_ids, {"expert_ids", {DType::kInt16, DType::kInt32}, {tokens, k}});
+      break;
     case RoutingInput::kHash:
-      CheckLogits(spec, inputs, tokens);
       CheckTensor(inputs.token_ids, {"token_ids", {DType::kInt32, DType::kInt64}, {tokens}});
       CheckTensor(inputs.token_to_experts, {"token_to_experts", {DType::kInt32}, {-1, k}});
-      return;
-    case RoutingInput::kPermuted:
-      HOPYARD_CHECK(false, kUnsupported)
-          << "routing mode kPermuted (rows already in expert order) is reserved; give tokens with "
-             "logits or ids";
-      return;
-    case RoutingInput::kBatched:
-      HOPYARD_CHECK(false, kUnsupported)
-          << "routing mode kBatched ([experts, max_rows, H] with counts) is reserved; give tokens "
-             "with logits or ids";
-      return;
+      break;
+    default:
+      break;
   }
-  CheckAbsent(inputs.logits, "logits", "the experts are given; use kReplay to recompute weights");
-  CheckAbsent(inputs.routing_bias, "routing_bias", "the experts are given");
+  CheckLogits(spec, inputs, tokens);
 }
 
 void CheckOptionalInputs(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens) {
@@ -124,16 +160,15 @@ void CheckOptionalInputs(const MoeSpec& spec, const MoeInputs& inputs, int64_t t
   }
   if (inputs.gemm1_delta.defined()) {
     HOPYARD_CHECK(IsGated(spec.activation.kind), kUnsupported)
-        << "gemm1_delta requires a gated activation; got " << ToString(spec.activation.kind);
+        << "gemm1_delta requires a gated activation; got " << ToString(spec.activation.kind)
+        << ": merge the adapter into the weights (Weights::Update)";
     CheckTensor(inputs.gemm1_delta,
                 {"gemm1_delta", {DType::kBf16}, {tokens, spec.top_k, spec.gemm1_rows()}});
   }
   if (inputs.num_tokens.defined()) {
-    HOPYARD_CHECK(inputs.num_tokens.numel() == 1 && inputs.num_tokens.dtype == DType::kInt32 &&
-                      inputs.num_tokens.data != nullptr,
-                  kInvalidArgument)
-        << "num_tokens is " << ToString(inputs.num_tokens.dtype) << ' '
-        << ShapeString(inputs.num_tokens) << "; wanted one i32";
+    inputs.num_tokens.ndim == 0
+        ? CheckTensor(inputs.num_tokens, {"num_tokens", {DType::kInt32}, {}})
+        : CheckTensor(inputs.num_tokens, {"num_tokens", {DType::kInt32}, {1}});
     const int32_t count = *inputs.num_tokens.as<int32_t>();
     HOPYARD_CHECK(count >= 0 && count <= tokens, kInvalidArgument)
         << "num_tokens=" << count << "; wanted 0 .. " << tokens << ", the rows of hidden_states";
@@ -153,7 +188,9 @@ void CheckReplay(const MoeSpec& spec, const TensorView& replay, int64_t tokens) 
 void CheckOutputs(const MoeSpec& spec, const MoeOutputs& outputs, int64_t tokens) {
   const int64_t slots = spec.slots_per_token();
   HOPYARD_CHECK(outputs.output.defined() || outputs.rows.defined(), kInvalidArgument)
-      << "outputs have neither output nor rows; nothing would be computed";
+      << "outputs have neither output nor rows; give one of them, or nothing is computed";
+  HOPYARD_CHECK(!outputs.accumulate || outputs.output.defined(), kInvalidArgument)
+      << "outputs.accumulate is set, but output is missing; give the tensor to add to";
   if (outputs.output.defined()) {
     CheckTensor(outputs.output, {"output", {DType::kBf16}, {tokens, -1}});
     HOPYARD_CHECK(outputs.output.shape[1] >= 1 && outputs.output.shape[1] <= spec.hidden_size,
@@ -174,7 +211,8 @@ void CheckOutputs(const MoeSpec& spec, const MoeOutputs& outputs, int64_t tokens
   if (outputs.rows.defined()) {
     CheckTensor(outputs.rows, {"rows", {DType::kBf16}, {tokens * slots, spec.hidden_size}});
     HOPYARD_CHECK(outputs.slot_to_row.defined(), kInvalidArgument)
-        << "slot_to_row is missing; unfinalised rows are of no use without it";
+        << "slot_to_row is missing; wanted i32 [" << tokens << ", " << slots
+        << "], rows are of no use without it";
   }
   if (outputs.slot_to_row.defined()) {
     CheckTensor(outputs.slot_to_row, {"slot_to_row", {DType::kInt32}, {tokens, slots}});

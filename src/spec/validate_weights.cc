@@ -36,17 +36,37 @@ void ForEachExpert(const std::string& name, int64_t experts, const TensorView& a
       << name << " is given both as one tensor and per expert; give one of them";
   if (!each.empty()) {
     HOPYARD_CHECK(static_cast<int64_t>(each.size()) == experts, kInvalidArgument)
-        << name << " has " << each.size() << " per-expert tensors; wanted " << experts;
-    for (const TensorView& view : each) {
-      check(view);
+        << name << " has " << each.size() << " per-expert tensors; wanted " << experts
+        << ", one per local expert";
+    for (size_t e = 0; e < each.size(); ++e) {
+      CheckMemory(each[e], (name + '[' + std::to_string(e) + ']').c_str());
+      check(each[e]);
     }
     return;
   }
-  HOPYARD_CHECK(all.defined(), kInvalidArgument) << name << " is missing";
+  HOPYARD_CHECK(all.defined(), kInvalidArgument)
+      << name << " is missing; wanted one tensor of " << experts << " experts, or one per expert";
+  CheckMemory(all, name.c_str());
   HOPYARD_CHECK(all.ndim >= 2 && all.shape[0] == experts, kInvalidArgument)
       << name << " has shape " << ShapeString(all) << "; wanted " << experts
-      << " experts as the first dimension";
+      << " local experts as the first dimension";
   check(OneExpert(all));
+}
+
+// Contiguous along the last dimension; the outer ones may be padded but must not overlap.
+void CheckStrides(const TensorView& view, const std::string& name) {
+  int64_t least = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    const auto at = static_cast<size_t>(d);
+    const int64_t stride = view.strides.at(at);
+    const bool padded = d < view.ndim - 1 && !(view.ndim == 3 && d == 1);
+    HOPYARD_CHECK(view.shape.at(at) == 1 || (padded ? stride >= least : stride == least),
+                  kInvalidArgument)
+        << name << " has stride " << stride << " along dimension " << d << " of "
+        << ShapeString(view) << "; wanted " << (padded ? "at least " : "") << least
+        << ": copy it to memory in that order";
+    least *= view.shape.at(at);
+  }
 }
 
 void CheckValues(const TensorView& view, const MatrixSet& set, const MatrixRule& rule) {
@@ -68,7 +88,7 @@ void CheckValues(const TensorView& view, const MatrixSet& set, const MatrixRule&
     const int64_t block = 128 / SizeOf(format.code_dtype);
     HOPYARD_CHECK(packed % block == 0, kInvalidArgument)
         << rule.name << " in BlockMajorK needs K to be a multiple of "
-        << block * format.codes_per_byte << "; got " << rule.cols;
+        << block * format.codes_per_byte << "; got " << rule.cols << ": store it K-major";
     ndim = 3;
     want[0] = packed / block;
     want[1] = rule.rows;
@@ -81,12 +101,7 @@ void CheckValues(const TensorView& view, const MatrixSet& set, const MatrixRule&
   HOPYARD_CHECK(ok, kInvalidArgument)
       << name << " of one expert has shape " << ShapeString(view) << "; wanted [" << want[0] << ", "
       << want[1] << (ndim == 3 ? ", " + std::to_string(want[2]) : std::string()) << "]";
-  HOPYARD_CHECK(view.data != nullptr, kInvalidArgument) << name << " has a null pointer";
-  HOPYARD_CHECK(view.strides.at(static_cast<size_t>(ndim - 1)) == 1 || want[ndim - 1] == 1,
-                kInvalidArgument)
-      << name << " must be contiguous along its last dimension";
-  HOPYARD_CHECK(ndim == 2 || view.strides[1] == want[2], kInvalidArgument)
-      << name << " must have contiguous K blocks";
+  CheckStrides(view, name);
 }
 
 void CheckScales(const MatrixSet& set, const MatrixRule& rule) {
@@ -94,9 +109,13 @@ void CheckScales(const MatrixSet& set, const MatrixRule& rule) {
   const std::string name = rule.name + ".scales";
   if (format.scale_block == 0 && !format.per_row_scale) {
     HOPYARD_CHECK(!set.scales.defined() && set.scales_per_expert.empty(), kInvalidArgument)
-        << name << " is given, but " << ToString(rule.format) << " has no such scales";
+        << name << " is given, but " << ToString(rule.format)
+        << " has no such scales; leave it absent";
     return;
   }
+  HOPYARD_CHECK(set.scale_layout == ScaleLayout::kLinear || !format.per_row_scale, kUnsupported)
+      << name << " of " << ToString(rule.format)
+      << " are one per row; the 128x4 layout holds block scales, store these linear";
   int64_t rows = rule.rows;
   int64_t cols = 1;
   if (format.scale_block > 0) {
@@ -108,7 +127,6 @@ void CheckScales(const MatrixSet& set, const MatrixRule& rule) {
     HOPYARD_CHECK(view.dtype == format.scale_dtype, kInvalidArgument)
         << name << " is " << ToString(view.dtype) << "; " << ToString(rule.format) << " wants "
         << ToString(format.scale_dtype);
-    HOPYARD_CHECK(view.data != nullptr, kInvalidArgument) << name << " has a null pointer";
     if (set.scale_layout == ScaleLayout::kSwizzled128x4) {
       const int64_t size = RoundUp(rows, 128) * RoundUp(cols, 4);
       HOPYARD_CHECK(view.numel() == size && view.is_contiguous(), kInvalidArgument)
@@ -121,18 +139,30 @@ void CheckScales(const MatrixSet& set, const MatrixRule& rule) {
     HOPYARD_CHECK(vector || matrix, kInvalidArgument)
         << name << " of one expert has shape " << ShapeString(view) << "; wanted [" << rows
         << (format.per_row_scale ? "]" : ", " + std::to_string(cols) + "]");
-    HOPYARD_CHECK(vector || cols == 1 || view.strides[1] == 1, kInvalidArgument)
-        << name << " must be contiguous along its last dimension";
+    if (matrix) {
+      CheckStrides(view, name);
+    }
   });
 }
 
 void CheckLayout(const MatrixSet& set, const MatrixRule& rule) {
+  const auto check = [&](const char* field, int value, int last, const char* type) {
+    HOPYARD_CHECK(value <= last, kInvalidArgument)
+        << rule.name << '.' << field << '=' << value << " is not a " << type << "; wanted 0 .. "
+        << last;
+  };
+  check("major", static_cast<int>(set.major), static_cast<int>(MajorOrder::kBlockKMajor),
+        "MajorOrder");
+  check("scale_layout", static_cast<int>(set.scale_layout),
+        static_cast<int>(ScaleLayout::kSwizzled128x4), "ScaleLayout");
+  check("row_map", static_cast<int>(set.row_map), static_cast<int>(RowMap::kShuffled64), "RowMap");
   const int64_t block = set.row_map == RowMap::kShuffled128  ? 32
                         : set.row_map == RowMap::kShuffled64 ? 16
                                                              : 1;
   HOPYARD_CHECK(rule.rows % block == 0, kInvalidArgument)
       << rule.name << " has " << rule.rows
-      << " rows; its shuffled row map works on whole blocks of " << block;
+      << " rows; its shuffled row map works on whole blocks of " << block
+      << ": zero-pad the rows or store them natural";
   const WeightFormatRule format = RuleOf(rule.format);
   const int64_t row_block = format.scale_block_rows;
   const int64_t col_block = format.scale_block > 0 ? format.scale_block : 1;
@@ -161,7 +191,8 @@ void CheckMatrix(const MatrixSet& set, const MatrixRule& rule) {
   const std::string global_name = rule.name + ".global_scales";
   if (set.global_scales.defined()) {
     HOPYARD_CHECK(RuleOf(rule.format).global_scale, kInvalidArgument)
-        << global_name << " is given, but " << ToString(rule.format) << " has none";
+        << global_name << " is given, but " << ToString(rule.format)
+        << " has none; leave it absent";
     CheckTensor(set.global_scales, {global_name.c_str(), {DType::kFloat32}, {rule.experts}});
   }
 }
@@ -180,7 +211,10 @@ void CheckGroup(const MoeSpec& spec, const ExpertMatrices& group, const GroupRul
   HOPYARD_CHECK(group.gemm1.defined() != apart, kInvalidArgument)
       << name
       << (apart ? " has both gemm1 and gate/up; give one of them"
-                : " has neither gemm1 nor gate and up");
+                : " has neither gemm1 nor gate and up; give one of them");
+  HOPYARD_CHECK(group.row_order <= RowOrder::kInterleavedUpGate, kInvalidArgument)
+      << name << ".row_order=" << static_cast<int>(group.row_order)
+      << " is not a RowOrder; wanted 0 .. " << static_cast<int>(RowOrder::kInterleavedUpGate);
   if (apart) {
     HOPYARD_CHECK(IsGated(spec.activation.kind), kInvalidArgument)
         << name << " has gate and up, but activation " << ToString(spec.activation.kind)
@@ -197,20 +231,29 @@ void CheckGroup(const MoeSpec& spec, const ExpertMatrices& group, const GroupRul
 void CheckInputScales(const MoeSpec& spec, const ExpertMatrices& group, const GroupRule& rule) {
   const bool needed = spec.activations == ActivationFormat::kFp8PerTensor ||
                       spec.activations == ActivationFormat::kNvFp4;
-  const auto check = [&](const TensorView& scale, const char* name, int64_t experts) {
+  const auto check = [&](const TensorView& scale, const char* field, int64_t experts) {
+    const std::string name = std::string("weights.") + rule.name + '.' + field;
     HOPYARD_CHECK(scale.defined() || !needed, kInvalidArgument)
-        << "weights." << rule.name << '.' << name << " is missing; " << ToString(spec.activations)
-        << " activations have a static scale";
+        << name << " is missing; " << ToString(spec.activations)
+        << " activations have a static scale: give f32 [1]"
+        << (experts > 1 ? " or [" + std::to_string(experts) + "]" : std::string());
     if (!scale.defined()) {
       return;
     }
-    HOPYARD_CHECK(scale.numel() == 1 || scale.numel() == experts, kInvalidArgument)
-        << "weights." << rule.name << '.' << name << " has " << scale.numel() << " values; wanted 1"
-        << (experts > 1 ? " or " + std::to_string(experts) : std::string());
-    CheckTensor(scale, {name, {DType::kFloat32}, {scale.numel()}});
+    const bool one = scale.ndim == 1 && scale.shape[0] == 1;
+    CheckTensor(scale, {name.c_str(), {DType::kFloat32}, {one ? 1 : experts}});
   };
   check(group.gemm1_input_scale, "gemm1_input_scale", 1);
   check(group.gemm2_input_scale, "gemm2_input_scale", rule.experts);
+}
+
+// All experts read the same quantised hidden states.
+void CheckOneHiddenScale(const WeightsDesc& desc) {
+  const auto* routed = desc.routed.gemm1_input_scale.as<const float>();
+  const auto* shared = desc.shared.gemm1_input_scale.as<const float>();
+  HOPYARD_CHECK(routed == nullptr || shared == nullptr || *routed == *shared, kInvalidArgument)
+      << "weights.shared.gemm1_input_scale holds " << *shared << "; wanted " << *routed
+      << ", the routed experts' scale: hidden states are quantised once";
 }
 
 }  // namespace
@@ -222,11 +265,18 @@ void ValidateWeights(const MoeSpec& spec, const WeightsDesc& desc) {
   const GroupRule routed = {"routed", spec.num_local_experts(), spec.weights};
   CheckGroup(spec, desc.routed, routed);
   CheckInputScales(spec, desc.routed, routed);
-  if (spec.shared.count > 0) {
-    const GroupRule shared = {"shared", spec.shared.count, spec.shared.weights};
-    CheckGroup(spec, desc.shared, shared);
-    CheckInputScales(spec, desc.shared, shared);
+  if (spec.shared.count == 0) {
+    const ExpertMatrices& unused = desc.shared;
+    HOPYARD_CHECK(!unused.gemm1.defined() && !unused.gate.defined() && !unused.up.defined() &&
+                      !unused.gemm2.defined(),
+                  kInvalidArgument)
+        << "weights.shared is given, but spec.shared.count=0; leave it absent or set the count";
+    return;
   }
+  const GroupRule shared = {"shared", spec.shared.count, spec.shared.weights};
+  CheckGroup(spec, desc.shared, shared);
+  CheckInputScales(spec, desc.shared, shared);
+  CheckOneHiddenScale(desc);
 }
 
 }  // namespace hopyard::spec
