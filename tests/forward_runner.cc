@@ -57,8 +57,8 @@ void AddOutputs(const MoeSpec& spec, int64_t tokens, const RunOptions& options,
 
 }  // namespace
 
-RunResult Run(const MoeSpec& spec, const Weights& weights, const MoeInputs& inputs,
-              const RunOptions& options) {
+RunResult RunLayer(const MoeSpec& spec, const Weights& weights, const MoeInputs& inputs,
+                   const RunOptions& options) {
   const int64_t tokens = inputs.hidden_states.shape[0];
   PlanOptions plan_options = options.plan;
   if (plan_options.max_tokens == 0) {

@@ -42,8 +42,8 @@ struct RunResult {
   std::string kernel;                // the chosen one
 };
 
-[[nodiscard]] RunResult Run(const MoeSpec& spec, const Weights& weights, const MoeInputs& inputs,
-                            const RunOptions& options = {});
+[[nodiscard]] RunResult RunLayer(const MoeSpec& spec, const Weights& weights,
+                                 const MoeInputs& inputs, const RunOptions& options = {});
 
 // `result` against the oracle, which takes the ids that `result` reports. `tokens` names the rows
 // to judge; empty: all.

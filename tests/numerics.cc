@@ -70,10 +70,10 @@ Tolerance ToleranceOf(ActivationFormat activations) {
     case ActivationFormat::kFp8PerTensor:
     case ActivationFormat::kFp8PerToken:
     case ActivationFormat::kMxFp8:
-      return {0.09, kFloor};
+      return {0.12, kFloor};
     case ActivationFormat::kNvFp4:
     case ActivationFormat::kNvFp4PerToken:
-      return {0.30, kFloor};
+      return {0.40, kFloor};
   }
   return {};
 }

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// The whole layer against the oracle: every pair of formats, kernel, activation and odd size.
+#include "hopyard/forward.h"
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "stages/layer_ref.h"
+#include "tests/forward_runner.h"
+
+namespace hopyard::test {
+namespace {
+
+std::string PairName(const ::testing::TestParamInfo<FormatPair>& test) {
+  return ToString(test.param);
+}
+
+// Runs random tokens through the layer and judges them.
+::testing::AssertionResult RunAndJudge(const WeightSource& source, int64_t tokens,
+                                       const RunOptions& options = {}) {
+  const LayerWeights storage(source);
+  const Weights weights = storage.Make();
+  LayerInputs inputs(source.spec, tokens);
+  inputs.Logits();
+  const RunResult result = RunLayer(source.spec, weights, inputs.get(), options);
+  return MatchesOracle(source.spec, weights, inputs.get(), result);
+}
+
+class ForwardPair : public ::testing::TestWithParam<FormatPair> {
+ protected:
+  ForwardPair() { source_.spec = SmallSpec(GetParam().weights, GetParam().activations); }
+  WeightSource source_;
+};
+
+TEST_P(ForwardPair, MatchesOracleAtEdgeTokenCounts) {
+  for (const int64_t tokens : EdgeTokenCounts(SmallTests() ? 4 : 16)) {
+    EXPECT_TRUE(RunAndJudge(source_, tokens)) << tokens << " tokens";
+  }
+}
+
+TEST_P(ForwardPair, EveryKernelMatchesOracle) {
+  source_.bias = true;
+  const std::vector<std::string> kernels = RunnableKernels(source_.spec);
+  ASSERT_FALSE(kernels.empty());
+  const LayerWeights storage(source_);
+  const Weights weights = storage.Make();
+  LayerInputs inputs(source_.spec, 7);
+  inputs.Logits();
+  for (const std::string& kernel : kernels) {
+    RunOptions options;
+    options.plan.tactic = kernel;
+    const RunResult result = RunLayer(source_.spec, weights, inputs.get(), options);
+    EXPECT_EQ(result.kernel, kernel);
+    EXPECT_TRUE(MatchesOracle(source_.spec, weights, inputs.get(), result)) << kernel;
+  }
+}
+
+TEST_P(ForwardPair, QuantisedHiddenStatesMatchOracle) {
+  if (GetParam().activations == ActivationFormat::kBf16) {
+    GTEST_SKIP() << "bf16 activations have no codes";
+  }
+  const LayerWeights storage(source_);
+  const Weights weights = storage.Make();
+  LayerInputs rounded(source_.spec, 6);
+  rounded.Logits();
+  const RunResult from_bf16 = RunLayer(source_.spec, weights, rounded.get());
+  rounded.QuantizeHidden();
+  const RunResult from_codes = RunLayer(source_.spec, weights, rounded.get());
+  EXPECT_TRUE(MatchesOracle(source_.spec, weights, rounded.get(), from_codes));
+  EXPECT_TRUE(SameBits(from_codes.output, from_bf16.output))
+      << "the layer rounds bf16 hidden states as Quantize does";
+}
+
+// Partial scale blocks at the end of K, in both GEMMs.
+TEST_P(ForwardPair, OddSizesMatchOracle) {
+  struct Size {
+    int64_t hidden;
+    int64_t intermediate;
+  };
+  std::vector<Size> sizes = {{112, 40}, {96, 80}, {144, 96}, {200, 192}};
+  source_.spec.num_experts = 3;
+  for (const Size& size : sizes) {
+    source_.spec.hidden_size = size.hidden;
+    source_.spec.intermediate_size = size.intermediate;
+    EXPECT_TRUE(RunAndJudge(source_, 5)) << size.hidden << " x " << size.intermediate;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Pairs, ForwardPair, ::testing::ValuesIn(SupportedPairs()), PairName);
+
+// Widths of published models that divide by no power of two above 64.
+class ForwardModelSize : public ::testing::TestWithParam<FormatPair> {};
+
+TEST_P(ForwardModelSize, MatchesOracle) {
+  WeightSource source;
+  source.spec = SmallSpec(GetParam().weights, GetParam().activations);
+  source.spec.num_experts = 1;
+  source.spec.top_k = 1;
+  source.spec.hidden_size = SmallTests() ? 288 : 2688;
+  source.spec.intermediate_size = 192;
+  EXPECT_TRUE(RunAndJudge(source, 2));
+  source.spec.hidden_size = SmallTests() ? 480 : 2880;
+  source.spec.intermediate_size = 80;
+  EXPECT_TRUE(RunAndJudge(source, 2));
+  source.spec.hidden_size = 64;
+  source.spec.intermediate_size = 1856;
+  EXPECT_TRUE(RunAndJudge(source, 2));
+  source.spec.hidden_size = 72;
+  source.spec.intermediate_size = 704;
+  EXPECT_TRUE(RunAndJudge(source, 2));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Pairs, ForwardModelSize,
+    ::testing::Values(FormatPair{WeightFormat::kBf16, ActivationFormat::kBf16},
+                      FormatPair{WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+                      FormatPair{WeightFormat::kMxFp8, ActivationFormat::kMxFp8},
+                      FormatPair{WeightFormat::kMxFp4, ActivationFormat::kBf16},
+                      FormatPair{WeightFormat::kNvFp4, ActivationFormat::kNvFp4},
+                      FormatPair{WeightFormat::kMxInt4, ActivationFormat::kBf16}),
+    PairName);
+
+struct ActivationTest {
+  const char* name;
+  Activation activation;
+};
+
+class ForwardActivation : public ::testing::TestWithParam<ActivationTest> {};
+
+TEST_P(ForwardActivation, MatchesOracleWithAndWithoutBias) {
+  for (const FormatPair pair : {FormatPair{WeightFormat::kBf16, ActivationFormat::kBf16},
+                                FormatPair{WeightFormat::kMxFp4, ActivationFormat::kMxFp8}}) {
+    for (const bool bias : {false, true}) {
+      WeightSource source;
+      source.spec = SmallSpec(pair.weights, pair.activations);
+      source.spec.activation = GetParam().activation;
+      source.spec.num_experts = 4;
+      source.bias = bias;
+      source.gain = 1.5F;  // so that limits bite
+      source.layout.bias_dtype = bias ? DType::kBf16 : DType::kFloat32;
+      EXPECT_TRUE(RunAndJudge(source, 9)) << ToString(pair) << (bias ? " with bias" : "");
+    }
+  }
+}
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, ForwardActivation,
+    ::testing::Values(
+        ActivationTest{"SwiGlu", {ActivationKind::kSwiGlu, {1, {}}, {0, {}}, {kInfinity, {}}}},
+        ActivationTest{"SwiGluOss", {ActivationKind::kSwiGlu, {1.702F, {}}, {1, {}}, {0.7F, {}}}},
+        ActivationTest{"SwiGluPerExpert",
+                       {ActivationKind::kSwiGlu,
+                        {1, {0.5F, 1, 1.7F, 3}},
+                        {0, {0, 1, -1, 0.5F}},
+                        {kInfinity, {kInfinity, 0.5F, 1, 0.1F}}}},
+        ActivationTest{"GeGlu", {ActivationKind::kGeGlu, {1, {}}, {0, {}}, {kInfinity, {}}}},
+        ActivationTest{"GeGluTanh",
+                       {ActivationKind::kGeGluTanh, {1, {}}, {0, {}}, {kInfinity, {}}}},
+        ActivationTest{"SiTu", {ActivationKind::kSiTu, {1, {}}, {1, {}}, {kInfinity, {}}}},
+        ActivationTest{"SiTuPerExpert",
+                       {ActivationKind::kSiTu,
+                        {1, {4, 3, 2, 1}},
+                        {1, {1, 2, 3, 4}},
+                        {kInfinity, {kInfinity, 2, 1, 0.5F}}}},
+        ActivationTest{"Relu2", {ActivationKind::kRelu2, {1, {}}, {0, {}}, {kInfinity, {}}}},
+        ActivationTest{"Silu", {ActivationKind::kSilu, {1, {}}, {0, {}}, {kInfinity, {}}}},
+        ActivationTest{"Gelu", {ActivationKind::kGelu, {1, {}}, {0, {}}, {kInfinity, {}}}},
+        ActivationTest{"Identity", {ActivationKind::kIdentity, {1, {}}, {0, {}}, {kInfinity, {}}}}),
+    [](const auto& test) { return test.param.name; });
+
+// Integer matrices whose sums are exact in FP32: tolerance 0. Finds indexing and masking faults.
+TEST(Forward, IntegerLayerIsExact) {
+  WeightSource source;
+  source.spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
+  source.spec.activation.kind = ActivationKind::kIdentity;
+  source.spec.hidden_size = 24;  // |h| <= 24 * 4 = 96 and bf16 holds integers up to 256
+  source.spec.intermediate_size = 5;
+  source.integers = true;
+  const LayerWeights storage(source);
+  const Weights weights = storage.Make();
+  LayerInputs inputs(source.spec, 33);
+  inputs.IntegerHidden().Unpacked(MakeIds(IdPattern::kRandom, source.spec, 33),
+                                  std::vector<float>(66, 1.0F));
+  const RunResult result = RunLayer(source.spec, weights, inputs.get());
+  ref::LayerRefOptions options;
+  options.plain = true;
+  const auto wanted = ref::LayerRef(source.spec, weights, inputs.get(), 0, options);
+  EXPECT_EQ(FromBf16(result.output), wanted.output);
+}
+
+// Tiny and large weights: scales near 2^-40 and 2^20 must neither vanish nor overflow.
+TEST(Forward, ExtremeScalesScaleTheOutput) {
+  for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kFp8Block128,
+                                    WeightFormat::kFp8PerChannel, WeightFormat::kMxFp4}) {
+    for (const float gain : {0x1p-20F, 0x1p10F}) {
+      WeightSource source;
+      source.spec = SmallSpec(format, ActivationFormat::kBf16);
+      source.spec.activation.kind = ActivationKind::kIdentity;
+      source.gain = 1.0F;
+      LayerInputs inputs(source.spec, 4);
+      inputs.Logits();
+      const LayerWeights usual(source);
+      const RunResult want = RunLayer(source.spec, usual.Make(), inputs.get());
+      source.gain = gain;
+      const LayerWeights extreme(source);
+      const RunResult got = RunLayer(source.spec, extreme.Make(), inputs.get());
+      std::vector<double> scaled = FromBf16(got.output);
+      for (double& value : scaled) {
+        value /= static_cast<double>(gain) * gain;
+      }
+      EXPECT_EQ(scaled, FromBf16(want.output)) << ToString(format) << " gain " << gain;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hopyard::test
