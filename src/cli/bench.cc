@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+// hopyard bench: a sweep over tokens, formats and skews, one JSON line per point, each beside the
+// machine's own ceilings measured in the same process right before and after it.
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include <CLI/CLI.hpp>
+#include <fmt/core.h>
+
+#include "cli/commands.h"
+#include "cli/layer_source.h"
+#include "cli/machine.h"
+#include "cli/session.h"
+#include "cli/timing.h"
+#include "cli/tokens.h"
+#include "core/error.h"
+#include "core/parallel.h"
+#include "core/shape.h"
+
+#ifndef HOPYARD_GIT
+#define HOPYARD_GIT "unknown"
+#endif
+
+namespace hopyard::cli {
+namespace {
+
+// Input sets that the calls of one point rotate over: other tokens, other experts.
+constexpr int kMaxInputSets = 32;
+constexpr int64_t kInputSetTokens = 512;
+constexpr int kMinCalls = 5;
+constexpr int kMaxCalls = 400;
+constexpr int kMaxCopies = 8;
+
+struct BenchOptions {
+  LayerRequest layer;
+  std::vector<int64_t> tokens = {1, 8, 64, 512};
+  std::vector<std::string> weights;
+  std::vector<std::string> skews = {"uniform"};
+  double seconds = 2.0;
+  int threads = 0;
+};
+
+struct InputSet {
+  Tokens tokens;
+  std::vector<float> logits;
+};
+
+struct Point {
+  int64_t tokens = 0;
+  Skew skew = Skew::kUniform;
+  std::vector<double> seconds;
+  std::vector<double> gbps;
+  double read_before = 0.0;
+  double read_after = 0.0;
+};
+
+// One layer at several addresses, so that consecutive calls find none of it in a cache.
+class RotatingWeights {
+ public:
+  RotatingWeights(const LoadedLayer& layer, int64_t cache_bytes) {
+    weights_.push_back(layer.weights);
+    if (layer.owned == nullptr) {
+      return;  // a checkpoint's own weights stay where its file is mapped
+    }
+    const int64_t bytes = std::max<int64_t>(layer.owned->bytes(), 1);
+    const int64_t wanted = std::min<int64_t>(CeilDiv(2 * cache_bytes, bytes), kMaxCopies);
+    while (static_cast<int64_t>(weights_.size()) < wanted && AvailableMemory() / 2 > bytes) {
+      WeightsDesc copy = Describe(layer.owned->Copy());
+      copy.routed.gemm1.bias = layer.weights.routed.gemm1.bias;
+      copy.routed.gemm2.bias = layer.weights.routed.gemm2.bias;
+      weights_.push_back(std::move(copy));
+    }
+  }
+
+  [[nodiscard]] const std::vector<WeightsDesc>& all() const { return weights_; }
+
+ private:
+  std::vector<WeightsDesc> weights_;
+};
+
+std::vector<InputSet> MakeInputSets(int64_t tokens, Skew skew, const LoadedLayer& layer,
+                                    uint64_t seed) {
+  const int64_t count =
+      std::clamp<int64_t>(kInputSetTokens / std::max<int64_t>(tokens, 1), 2, kMaxInputSets);
+  std::vector<InputSet> sets;
+  for (int64_t i = 0; i < count; ++i) {
+    InputSet set;
+    set.tokens =
+        RandomTokens(tokens, layer.spec.hidden_size, seed + static_cast<uint64_t>(i) * 7919);
+    set.logits = skew == Skew::kRouter ? RouterLogits(set.tokens, layer)
+                                       : SkewedLogits(skew, tokens, layer.spec, seed, i * tokens);
+    sets.push_back(std::move(set));
+  }
+  return sets;
+}
+
+// Bytes of weights that one input set makes a call read.
+int64_t TouchedBytes(Session& session, const MoeInputs& inputs) {
+  const int64_t tokens = inputs.hidden_states.shape[0];
+  session.Forward(inputs, session.AllOutputs(tokens));
+  return TouchedExperts(session.routing_ids(tokens)) * session.weights().bytes_per_expert();
+}
+
+void TimePoint(const BenchOptions& options, Session& session, const RotatingWeights& rotating,
+               Point* point) {
+  const std::vector<InputSet> sets =
+      MakeInputSets(point->tokens, point->skew, session.layer(), options.layer.seed);
+  const auto inputs_of = [&](const InputSet& set) {
+    return MakeInputs(session.layer(), set.tokens, set.logits, {});
+  };
+  session.Calibrate(inputs_of(sets.front()));
+  std::vector<int64_t> bytes;
+  for (const InputSet& set : sets) {
+    bytes.push_back(TouchedBytes(session, inputs_of(set)));
+  }
+  // Every copy has its own handle: switching costs nothing inside the timed call.
+  std::vector<Weights> weights;
+  for (const WeightsDesc& desc : rotating.all()) {
+    weights.push_back(session.MakeWeights(desc));
+  }
+  MoeOutputs outputs;
+  outputs.output = session.output(point->tokens);
+  double total = 0.0;
+  for (int call = 0; call < kMaxCalls && (call < kMinCalls || total < options.seconds); ++call) {
+    const size_t set = static_cast<size_t>(call) % sets.size();
+    // A set meets each copy in turn, also when both counts share a factor.
+    const size_t copy =
+        (static_cast<size_t>(call) + static_cast<size_t>(call) / sets.size()) % weights.size();
+    const MoeInputs inputs = inputs_of(sets[set]);
+    const double seconds = TimeSeconds([&] { session.Forward(weights[copy], inputs, outputs); });
+    total += seconds;
+    point->seconds.push_back(seconds);
+    point->gbps.push_back(static_cast<double>(bytes[set]) / seconds * 1e-9);
+  }
+}
+
+struct Ceilings {
+  Machine machine;
+  ReadBandwidth read;
+  double peak_gflops;
+};
+
+void PrintPoint(const Point& point, const Session& session, const Ceilings& ceilings,
+                const std::string& name) {
+  const double median = Quantile(point.seconds, 0.5);
+  const double gflops = LayerFlops(session.spec(), point.tokens) / median * 1e-9;
+  const double gbps = Quantile(point.gbps, 0.5);
+  const double read = 0.5 * (point.read_before + point.read_after);
+  PrintJson({{"git", HOPYARD_GIT},
+             {"cpu", ceilings.machine.cpu_model},
+             {"isa", ToString(BestIsa())},
+             {"model", name},
+             {"weights", ToString(session.spec().weights)},
+             {"activations", ToString(session.spec().activations)},
+             {"tokens", point.tokens},
+             {"routing", ToString(point.skew)},
+             {"calls", point.seconds.size()},
+             {"median_us", median * 1e6},
+             {"p10_us", Quantile(point.seconds, 0.1) * 1e6},
+             {"p90_us", Quantile(point.seconds, 0.9) * 1e6},
+             {"gflops", gflops},
+             {"gbps", gbps},
+             {"read_gbps", read},
+             {"read_gbps_before", point.read_before},
+             {"read_gbps_after", point.read_after},
+             {"peak_gflops", ceilings.peak_gflops},
+             {"of_read", gbps / read},
+             {"of_peak", gflops / ceilings.peak_gflops},
+             {"threads", session.threads()}});
+}
+
+void BenchFormat(const BenchOptions& options, const LayerRequest& request,
+                 const std::vector<Skew>& skews, Ceilings& ceilings) {
+  const LayerPlan plan = ResolveLayer(request);
+  for (const std::string& note : plan.notes) {
+    PrintNote(note);
+  }
+  PlanOptions plan_options;
+  plan_options.max_tokens = *std::max_element(options.tokens.begin(), options.tokens.end());
+  (void)MakePlan(plan.spec, Device{}, plan_options);
+  Session session(LoadLayer(plan, request.seed), plan_options.max_tokens, options.threads);
+  const RotatingWeights rotating(session.layer(), ceilings.machine.last_level_cache_bytes);
+  for (const Skew skew : skews) {
+    for (const int64_t tokens : options.tokens) {
+      Point point;
+      point.tokens = tokens;
+      point.skew = skew;
+      point.read_before = ceilings.read.Measure();
+      TimePoint(options, session, rotating, &point);
+      point.read_after = ceilings.read.Measure();
+      PrintPoint(point, session, ceilings, plan.name);
+    }
+  }
+}
+
+void Run(const BenchOptions& options) {
+  for (const int64_t tokens : options.tokens) {
+    HOPYARD_CHECK(tokens >= 1, kInvalidArgument)
+        << "--tokens has " << tokens << "; wanted at least 1";
+  }
+  HOPYARD_CHECK(options.seconds > 0.0, kInvalidArgument)
+      << "--seconds is " << options.seconds << "; wanted more than 0";
+  HOPYARD_CHECK(options.threads >= 0, kInvalidArgument)
+      << "--threads is " << options.threads << "; wanted at least 0";
+  std::vector<Skew> skews;
+  for (const std::string& skew : options.skews) {
+    skews.push_back(ParseSkew(skew));
+  }
+  LimitThreads(options.threads);
+  // All formats are resolved before the first is measured: a typing error shows at once.
+  std::vector<LayerRequest> requests;
+  const std::vector<std::string> published = {options.layer.weights};
+  for (const std::string& weights : options.weights.empty() ? published : options.weights) {
+    requests.push_back(options.layer);
+    requests.back().weights = weights;
+    (void)ResolveLayer(requests.back());
+  }
+  const int threads = MaxThreads();
+  Ceilings ceilings{DescribeMachine(), ReadBandwidth(threads),
+                    MeasurePeakGflops(BestIsa(), threads)};
+  for (const LayerRequest& request : requests) {
+    BenchFormat(options, request, skews, ceilings);
+  }
+}
+
+}  // namespace
+
+void AddBenchCommand(CLI::App& app, CommandContext* context) {
+  CLI::App* command = app.add_subcommand(
+      "bench", "Sweep tokens, formats and routing skew; one JSON line per point on stdout");
+  auto options = std::make_shared<BenchOptions>();
+  AddLayerOptions(*command, &options->layer, false);
+  command->add_option("--tokens", options->tokens, "Batch sizes")
+      ->delimiter(',')
+      ->capture_default_str();
+  command->add_option("--weights", options->weights, "Weight formats (default: as published)")
+      ->delimiter(',');
+  command->add_option("--skew", options->skews, "Routing: balanced, uniform, zipf, hot or router")
+      ->delimiter(',')
+      ->capture_default_str();
+  command->add_option("--seconds", options->seconds, "Time spent on each point")
+      ->capture_default_str();
+  command->add_option("--threads", options->threads, "0: all")->capture_default_str();
+  AddCommonOptions(*command, context);
+  command->final_callback([options] { Run(*options); });
+}
+
+}  // namespace hopyard::cli

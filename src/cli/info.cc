@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// hopyard info: the machine, the version and the backends.
+#include <memory>
+
+#include <CLI/CLI.hpp>
+#include <fmt/core.h>
+
+#include "hopyard/hopyard.h"
+
+#include "bench/shapes.h"
+#include "cli/commands.h"
+#include "cli/machine.h"
+
+namespace hopyard::cli {
+namespace {
+
+struct InfoOptions {
+  bool measure = false;
+};
+
+void Run(const InfoOptions& options, bool json) {
+  const Machine machine = DescribeMachine();
+  const Isa isa = BestIsa();
+  Json result = {{"version", HOPYARD_VERSION},
+                 {"backends", Json::array({"cpu"})},
+                 {"cpu",
+                  {{"model", machine.cpu_model},
+                   {"logical_cpus", machine.logical_cpus},
+                   {"threads", machine.threads},
+                   {"isa", ToString(isa)},
+                   {"last_level_cache_bytes", machine.last_level_cache_bytes}}},
+                 {"memory_bytes", machine.memory_bytes},
+                 {"memory_available_bytes", machine.memory_available_bytes}};
+  for (const bench::ModelShape& shape : bench::ModelShapes()) {
+    result["presets"].push_back(shape.name);
+  }
+  if (options.measure) {
+    result["read_gbps"] = ReadBandwidth(machine.threads).Measure();
+    result["peak_gflops"] = MeasurePeakGflops(isa, machine.threads);
+  }
+  if (json) {
+    PrintJson(result);
+    return;
+  }
+  fmt::print("hopyard   {}\nbackends  cpu\n", HOPYARD_VERSION);
+  fmt::print("cpu       {}, {} logical CPUs, {} threads\n", machine.cpu_model, machine.logical_cpus,
+             machine.threads);
+  fmt::print("isa       {}\n", ToString(isa));
+  fmt::print("memory    {} of {} available\n", HumanBytes(machine.memory_available_bytes),
+             HumanBytes(machine.memory_bytes));
+  fmt::print("cache     {} last level\n", HumanBytes(machine.last_level_cache_bytes));
+  if (options.measure) {
+    fmt::print("read      {:.1f} GB/s\nfp32      {:.0f} GFLOP/s\n",
+               result["read_gbps"].get<double>(), result["peak_gflops"].get<double>());
+  }
+  fmt::print("presets   {}\n", bench::ShapeNames());
+}
+
+}  // namespace
+
+void AddInfoCommand(CLI::App& app, CommandContext* context) {
+  CLI::App* command = app.add_subcommand("info", "The machine, the version and the backends");
+  auto options = std::make_shared<InfoOptions>();
+  command->add_flag("--measure", options->measure,
+                    "Measure memory read bandwidth and FP32 peak (a second)");
+  AddCommonOptions(*command, context);
+  command->final_callback([options, context] { Run(*options, context->common.json); });
+}
+
+}  // namespace hopyard::cli

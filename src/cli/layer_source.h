@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// A layer to work on: a preset's shape with random weights, or a checkpoint's.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "hopyard/checkpoint.h"
+#include "hopyard/spec.h"
+#include "hopyard/weights.h"
+
+#include "bench/shapes.h"
+#include "cli/owned_layer.h"
+
+namespace CLI {
+class App;
+}
+
+namespace hopyard::cli {
+
+// What the user asked for.
+struct LayerRequest {
+  std::string target;       // preset name or checkpoint directory
+  std::string weights;      // empty: as published
+  std::string activations;  // empty: the default for the weights
+  int layer = -1;           // checkpoint layer; -1: the first with experts
+  int experts = 0;          // presets: fewer experts than published; 0: all
+  uint64_t seed = 1;
+};
+
+// Adds the target argument and the options above to a command.
+void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights);
+
+// The layer without its weights in memory.
+struct LayerPlan {
+  std::string name;
+  MoeSpec spec;
+  const bench::ModelShape* preset = nullptr;  // or
+  std::optional<CheckpointLayer> checkpoint;
+  bool requantise = false;  // the checkpoint's weights change format
+  std::vector<std::string> notes;
+};
+
+// Throws Error for unknown names, files and formats.
+[[nodiscard]] LayerPlan ResolveLayer(const LayerRequest& request);
+
+// Everything a layer needs at run time except tokens.
+struct LoadedLayer {
+  MoeSpec spec;
+  WeightsDesc weights;
+  std::shared_ptr<const OwnedLayer> owned;  // null for a checkpoint's own weights
+  std::vector<float> router_weight;         // [E, H]
+  std::vector<float> router_bias;           // [E] or empty
+  std::vector<float> routing_bias;          // [E] or empty
+};
+
+// Bytes that LoadLayer will allocate.
+[[nodiscard]] int64_t LoadBytes(const LayerPlan& plan);
+
+// Checks memory, then makes or reads the weights.
+[[nodiscard]] LoadedLayer LoadLayer(const LayerPlan& plan, uint64_t seed);
+
+// f32, bf16 or f16 elements, contiguous, as floats.
+[[nodiscard]] std::vector<float> ToFloats(const TensorView& tensor);
+
+}  // namespace hopyard::cli

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <new>
+
+#include <CLI/CLI.hpp>
+
+#include "hopyard/hopyard.h"
+
+#include "cli/commands.h"
+
+namespace hopyard::cli {
+
+void AddCommonOptions(CLI::App& command, CommandContext* context) {
+  command.add_flag("--json", context->common.json, "Results as JSON on stdout");
+  command
+      .add_option("--progress", context->common.progress,
+                  "Progress on stderr: auto, bar, lines or off")
+      ->capture_default_str();
+  command.parse_complete_callback(
+      [context] { SetProgressMode(ParseProgressMode(context->common.progress)); });
+}
+
+namespace {
+
+int Main(int argc, char** argv) {
+  CommandContext context;
+  CLI::App app("Hopyard: fused Mixture-of-Experts layers for LLM inference", "hopyard");
+  app.set_version_flag("--version", HOPYARD_VERSION);
+  app.require_subcommand(1);
+  AddInfoCommand(app, &context);
+  AddExplainCommand(app, &context);
+  AddRunCommand(app, &context);
+  AddBenchCommand(app, &context);
+  AddQuantizeCommand(app, &context);
+  // Errors of the parser itself come before --json is known to it.
+  const bool json = std::any_of(argv, argv + argc,
+                                [](const char* text) { return std::strcmp(text, "--json") == 0; });
+  try {
+    app.parse(argc, argv);
+    return context.exit_code;
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) {
+      return app.exit(error);  // --help and --version
+    }
+    PrintError("InvalidArgument", std::string(error.what()) + " (see hopyard --help)", json);
+  } catch (const Error& error) {
+    PrintError(ToString(error.kind()), error.message(), json);
+  } catch (const std::bad_alloc&) {
+    PrintError(ToString(ErrorKind::kOutOfMemory),
+               "out of memory; use fewer --experts or --tokens, or a smaller weight format", json);
+  } catch (const std::exception& error) {
+    PrintError(ToString(ErrorKind::kInternal), error.what(), json);
+  }
+  return kExitBadInput;
+}
+
+}  // namespace
+}  // namespace hopyard::cli
+
+int main(int argc, char** argv) {
+  return hopyard::cli::Main(argc, argv);
+}

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/session.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <set>
+#include <utility>
+
+#include "cli/machine.h"
+#include "core/error.h"
+#include "core/parallel.h"
+
+namespace hopyard::cli {
+namespace {
+
+constexpr float kE4m3Max = 448.0F;
+constexpr float kE2m1Max = 6.0F;
+// Tokens that the intermediate's range is taken from, and the head-room for the others.
+constexpr int64_t kCalibrationTokens = 64;
+constexpr float kCalibrationMargin = 1.25F;
+
+float Amax(const TensorView& values) {
+  float amax = 0.0F;
+  for (const float value : ToFloats(values)) {
+    amax = std::isfinite(value) ? std::max(amax, std::abs(value)) : amax;
+  }
+  return amax;
+}
+
+float StaticScale(ActivationFormat format, float amax) {
+  const float range = format == ActivationFormat::kNvFp4 ? kE4m3Max * kE2m1Max : kE4m3Max;
+  return amax > 0.0F ? amax / range : 1.0F;
+}
+
+TensorView FirstRows(TensorView view, int64_t rows) {
+  if (view.defined()) {
+    view.shape[0] = std::min(view.shape[0], rows);
+  }
+  return view;
+}
+
+}  // namespace
+
+void LimitThreads(int threads) {
+#if defined(_OPENMP)
+  if (threads > 0) {
+    omp_set_num_threads(threads);
+  }
+#else
+  (void)threads;
+#endif
+}
+
+bool NeedsStaticScales(ActivationFormat format) {
+  return format == ActivationFormat::kFp8PerTensor || format == ActivationFormat::kNvFp4;
+}
+
+Session::Session(LoadedLayer layer, int64_t max_tokens, int threads) : layer_(std::move(layer)) {
+  PlanOptions options;
+  options.max_tokens = max_tokens;
+  options.num_threads = threads;
+  plan_ = MakePlan(layer_.spec, Device{}, options);
+  if (NeedsStaticScales(layer_.spec.activations)) {
+    scales_ = std::make_shared<StaticScales>();
+  }
+  weights_ = MakeWeights(layer_.weights);
+  const MoeSpec& spec = layer_.spec;
+  const int64_t slots = max_tokens * spec.slots_per_token();
+  const int64_t output_bytes = max_tokens * spec.hidden_size * SizeOf(DType::kBf16);
+  CheckMemory("workspace and output", plan_.workspace_bytes() + output_bytes, "use fewer --tokens");
+  workspace_ = Buffer(plan_.workspace_bytes());
+  output_ = Buffer(output_bytes);
+  replay_ = Buffer(max_tokens * spec.top_k * SizeOf(DType::kInt16));
+  routing_ids_ = Buffer(slots * SizeOf(DType::kInt32));
+  routing_weights_ = Buffer(slots * SizeOf(DType::kFloat32));
+  expert_load_.assign(static_cast<size_t>(spec.num_experts), 0);
+}
+
+int Session::threads() const {
+  const int threads = plan_.options().num_threads;
+  return threads > 0 ? threads : MaxThreads();
+}
+
+WeightsDesc Session::WithScales(WeightsDesc desc) const {
+  if (scales_ == nullptr) {
+    return desc;
+  }
+  const auto fill = [](TensorView& view, const float* value) {
+    if (!view.defined()) {
+      view = TensorView::Contiguous(value, DType::kFloat32, {1});
+    }
+  };
+  fill(desc.routed.gemm1_input_scale, &scales_->gemm1);
+  fill(desc.routed.gemm2_input_scale, &scales_->gemm2);
+  if (layer_.spec.shared.count > 0) {
+    fill(desc.shared.gemm1_input_scale, &scales_->gemm1);
+    fill(desc.shared.gemm2_input_scale, &scales_->gemm2);
+  }
+  return desc;
+}
+
+float Session::IntermediateAmax(MoeInputs inputs) {
+  const int64_t tokens = std::min(inputs.hidden_states.shape[0], kCalibrationTokens);
+  for (TensorView* view : {&inputs.hidden_states, &inputs.logits, &inputs.expert_ids}) {
+    *view = FirstRows(*view, tokens);
+  }
+  const int64_t rows = tokens * spec().slots_per_token();
+  Buffer activation(rows * spec().intermediate_size * SizeOf(DType::kBf16));
+  // Rows that no local slot fills stay zero.
+  std::memset(activation.data(), 0, static_cast<size_t>(activation.bytes()));
+  MoeOutputs outputs;
+  outputs.output = output(tokens);
+  outputs.gemm1_activation =
+      TensorView::Contiguous(activation.data(), DType::kBf16, {rows, spec().intermediate_size});
+  Forward(inputs, outputs);
+  return Amax(outputs.gemm1_activation) * kCalibrationMargin;
+}
+
+void Session::Calibrate(const MoeInputs& inputs) {
+  if (scales_ == nullptr || inputs.hidden_states.shape[0] == 0) {
+    return;
+  }
+  const ActivationFormat format = spec().activations;
+  scales_->gemm1 = StaticScale(format, Amax(inputs.hidden_states));
+  weights_ = MakeWeights(layer_.weights);
+  // The activation output precedes its quantisation: the still unset GEMM2 scale has no part in it.
+  scales_->gemm2 = StaticScale(format, IntermediateAmax(inputs));
+  weights_ = MakeWeights(layer_.weights);
+}
+
+void Session::Poison() {
+  for (const Buffer* buffer : {&workspace_, &output_, &replay_, &routing_ids_, &routing_weights_}) {
+    std::memset(buffer->data(), 0xFF, static_cast<size_t>(buffer->bytes()));
+  }
+}
+
+Weights Session::MakeWeights(const WeightsDesc& desc) const {
+  return {layer_.spec, WithScales(desc)};
+}
+
+void Session::Forward(const MoeInputs& inputs, const MoeOutputs& outputs) {
+  Forward(weights_, inputs, outputs);
+}
+
+void Session::Forward(const Weights& weights, const MoeInputs& inputs, const MoeOutputs& outputs) {
+  hopyard::Forward(plan_, weights, inputs, outputs,
+                   Workspace{workspace_.data(), static_cast<size_t>(workspace_.bytes())});
+}
+
+TensorView Session::output(int64_t tokens) const {
+  return TensorView::Contiguous(output_.data(), DType::kBf16, {tokens, layer_.spec.hidden_size});
+}
+
+TensorView Session::replay(int64_t tokens) const {
+  return TensorView::Contiguous(replay_.data(), DType::kInt16, {tokens, layer_.spec.top_k});
+}
+
+TensorView Session::routing_ids(int64_t tokens) const {
+  return TensorView::Contiguous(routing_ids_.data(), DType::kInt32,
+                                {tokens, layer_.spec.slots_per_token()});
+}
+
+TensorView Session::routing_weights(int64_t tokens) const {
+  return TensorView::Contiguous(routing_weights_.data(), DType::kFloat32,
+                                {tokens, layer_.spec.slots_per_token()});
+}
+
+TensorView Session::expert_load() const {
+  return TensorView::Contiguous(expert_load_.data(), DType::kInt64,
+                                {static_cast<int64_t>(expert_load_.size())});
+}
+
+MoeOutputs Session::AllOutputs(int64_t tokens) {
+  std::fill(expert_load_.begin(), expert_load_.end(), 0);
+  MoeOutputs outputs;
+  outputs.output = output(tokens);
+  outputs.replay = replay(tokens);
+  outputs.routing_ids = routing_ids(tokens);
+  outputs.routing_weights = routing_weights(tokens);
+  outputs.expert_load = expert_load();
+  return outputs;
+}
+
+MoeInputs MakeInputs(const LoadedLayer& layer, const Tokens& tokens,
+                     const std::vector<float>& logits, const std::vector<int32_t>& replay) {
+  MoeInputs inputs;
+  inputs.hidden_states = tokens.View();
+  inputs.logits = TensorView::Contiguous(logits.data(), DType::kFloat32,
+                                         {tokens.count, layer.spec.num_experts});
+  if (!layer.routing_bias.empty()) {
+    inputs.routing_bias = TensorView::Contiguous(layer.routing_bias.data(), DType::kFloat32,
+                                                 {layer.spec.num_experts});
+  }
+  if (!replay.empty()) {
+    inputs.routing = RoutingInput::kReplay;
+    inputs.expert_ids =
+        TensorView::Contiguous(replay.data(), DType::kInt32, {tokens.count, layer.spec.top_k});
+  }
+  return inputs;
+}
+
+double LayerFlops(const MoeSpec& spec, int64_t tokens) {
+  const auto slots = static_cast<double>(tokens) * spec.slots_per_token();
+  const auto hidden = static_cast<double>(spec.hidden_size);
+  const auto gemm1 = static_cast<double>(spec.gemm1_rows()) * hidden;
+  const auto gemm2 = static_cast<double>(spec.intermediate_size) * hidden;
+  return 2.0 * slots * (gemm1 + gemm2);
+}
+
+int64_t TouchedExperts(const TensorView& routing_ids) {
+  const auto* ids = routing_ids.as<const int32_t>();
+  std::set<int32_t> distinct(ids, ids + routing_ids.numel());
+  distinct.erase(-1);
+  return static_cast<int64_t>(distinct.size());
+}
+
+}  // namespace hopyard::cli
