@@ -98,13 +98,7 @@ struct ConfigCase {
   std::vector<std::string> message;
 };
 
-std::vector<ConfigCase> ConfigCases() {
-  const Json fp8 = {{"quant_method", "fp8"}, {"weight_block_size", {128, 128}}};
-  const auto quantized = [&](const Json& change) {
-    Json config = fp8;
-    config.update(change);
-    return Json{{"quantization_config", config}};
-  };
+std::vector<ConfigCase> IntegerCases() {
   return {
       {"TextForInteger",
        Qwen3,
@@ -131,6 +125,11 @@ std::vector<ConfigCase> ConfigCases() {
        kInvalid,
        {"'num_experts' is 2", "num_local_experts is 8"}},
       {"TooManyLayers", Qwen3, {{"num_hidden_layers", 10001}}, kInvalid, {"10001", "10000"}},
+  };
+}
+
+std::vector<ConfigCase> OtherFieldCases() {
+  return {
       {"LayerListText",
        Qwen3,
        {{"mlp_only_layers", "x"}},
@@ -170,6 +169,11 @@ std::vector<ConfigCase> ConfigCases() {
        {{"text_config", {{"num_hidden_layers", "2"}}}},
        kInvalid,
        {"'text_config.num_hidden_layers' is \"2\""}},
+  };
+}
+
+std::vector<ConfigCase> RoutingCases() {
+  return {
       {"GroupsDoNotDivide",
        DeepSeek,
        {{"n_routed_experts", 5}, {"n_group", 2}},
@@ -210,6 +214,17 @@ std::vector<ConfigCase> ConfigCases() {
        {{"hidden_act", "gelu"}},
        kUnsupported,
        {"'hidden_act'", "'gelu'"}},
+  };
+}
+
+std::vector<ConfigCase> QuantizationCases() {
+  const Json fp8 = {{"quant_method", "fp8"}, {"weight_block_size", {128, 128}}};
+  const auto quantized = [&](const Json& change) {
+    Json config = fp8;
+    config.update(change);
+    return Json{{"quantization_config", config}};
+  };
+  return {
       {"QuantMethod",
        Qwen3,
        {{"quantization_config", {{"quant_method", "awq"}}}},
@@ -247,8 +262,14 @@ TEST_P(BadConfig, IsRefusedByField) {
   ExpectOpenError(builder, c.kind, c.message);
 }
 
-INSTANTIATE_TEST_SUITE_P(CheckpointErrors, BadConfig, ::testing::ValuesIn(ConfigCases()),
-                         [](const auto& param) { return param.param.name; });
+std::string CaseName(const ::testing::TestParamInfo<ConfigCase>& param) {
+  return param.param.name;
+}
+INSTANTIATE_TEST_SUITE_P(Integers, BadConfig, ::testing::ValuesIn(IntegerCases()), CaseName);
+INSTANTIATE_TEST_SUITE_P(OtherFields, BadConfig, ::testing::ValuesIn(OtherFieldCases()), CaseName);
+INSTANTIATE_TEST_SUITE_P(Routing, BadConfig, ::testing::ValuesIn(RoutingCases()), CaseName);
+INSTANTIATE_TEST_SUITE_P(Quantization, BadConfig, ::testing::ValuesIn(QuantizationCases()),
+                         CaseName);
 
 TEST(CheckpointErrors, Llama4Layers) {
   CheckpointBuilder builder = GptOss();
