@@ -141,8 +141,8 @@ void RouteCpuWith(Isa isa, const RoutingRule& rule, int top_k, const RouteInputs
   }
   const RouteRowFn route_row = RowFunction(isa);
   const int64_t num_tokens = LiveTokens(inputs);
-  // About 10 us of work at a time, so that handing it out costs little.
-  const int64_t grain = std::max<int64_t>(1, 8192 / problem.num_experts);
+  // Some 50 us of work at a time: less is not worth waking a thread for.
+  const int64_t grain = std::max<int64_t>(1, 32768 / problem.num_experts);
   ParallelFor(0, num_tokens, grain, num_threads, [&](int64_t token, int /*thread*/) {
     Slots slots;
     route_row(problem, token, slots);
