@@ -1,6 +1,6 @@
 # The extension of the Python package, over the headers and the library of the apache-tvm-ffi wheel
 # of the Python in use (its own CMake package wants a newer CMake than Debian 12 has).
-find_package(Python3 3.10 REQUIRED COMPONENTS Interpreter)
+find_package(Python3 3.11 REQUIRED COMPONENTS Interpreter)
 function(hopyard_tvm_ffi_config flag result)
   execute_process(
     COMMAND ${Python3_EXECUTABLE} -m tvm_ffi.config ${flag}

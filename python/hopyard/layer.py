@@ -271,8 +271,7 @@ class MoeLayer:
         return as_tensor(_new_workspace(self.workspace_bytes), "workspace")
 
     def _inputs(self, hidden: Array, call: dict[str, Any]) -> dict[str, Any]:
-        if self._spec.activations == "bf16" or "hidden_scales" not in call:
-            require_not_float32(hidden, "hidden")
+        require_not_float32(hidden, "hidden")
         inputs = {
             "routing": _routing_mode(call),
             "hidden_states": as_tensor(hidden, "hidden"),
