@@ -250,11 +250,11 @@ TEST_P(QuantizeFormatTest, Fp8PerRowByHand) {
 
 TEST_P(QuantizeFormatTest, Fp8Block128ByHand) {
   // 130 x 140: four blocks with amax 448, 224, 112 and 56.
-  std::vector<float> x(130 * 140, 1.0F);
-  x[127 * 140 + 127] = -448.0F;
-  x[127 * 140 + 128] = 224.0F;
-  x[128 * 140 + 127] = 112.0F;
-  x[129 * 140 + 139] = -56.0F;
+  std::vector<float> x(size_t{130} * 140, 1.0F);
+  x[size_t{127} * 140 + 127] = -448.0F;
+  x[size_t{127} * 140 + 128] = 224.0F;
+  x[size_t{128} * 140 + 127] = 112.0F;
+  x[size_t{129} * 140 + 139] = -56.0F;
   const Packed packed = Run(Format::kFp8Block128, 130, x);
   EXPECT_EQ(packed.shape.scale_rows, 2);
   EXPECT_EQ(packed.shape.scale_cols, 2);
@@ -262,10 +262,10 @@ TEST_P(QuantizeFormatTest, Fp8Block128ByHand) {
   EXPECT_EQ(packed.Scale<float>(1), 0.5F);
   EXPECT_EQ(packed.Scale<float>(2), 0.25F);
   EXPECT_EQ(packed.Scale<float>(3), 0.125F);
-  EXPECT_EQ(packed.codes[0], 0x38);          // 1
-  EXPECT_EQ(packed.codes[139], 0x40);        // 2
-  EXPECT_EQ(packed.codes[128 * 140], 0x48);  // 4
-  EXPECT_EQ(packed.codes[129 * 140 + 139], 0xFE);
+  EXPECT_EQ(packed.codes[0], 0x38);                  // 1
+  EXPECT_EQ(packed.codes[139], 0x40);                // 2
+  EXPECT_EQ(packed.codes[size_t{128} * 140], 0x48);  // 4
+  EXPECT_EQ(packed.codes[size_t{129} * 140 + 139], 0xFE);
   EXPECT_EQ(Decode(packed), x);
 }
 
@@ -304,7 +304,7 @@ constexpr std::array<Format, 8> kScaledFormats = {
 
 TEST_P(QuantizeFormatTest, ZerosStayZeros) {
   for (const Format format : kScaledFormats) {
-    const Packed packed = Run(format, 3, std::vector<float>(3 * 64, 0.0F));
+    const Packed packed = Run(format, 3, std::vector<float>(size_t{3} * 64, 0.0F));
     EXPECT_THAT(packed.codes, Each(0)) << ToString(format);
     EXPECT_THAT(Decode(packed), Each(0.0F)) << ToString(format);
     if (format == Format::kMxFp4 || format == Format::kMxFp8 || format == Format::kNvFp4) {
@@ -350,7 +350,7 @@ TEST_P(QuantizeFormatTest, NonFiniteBlocksDecodeToNan) {
   for (const Format format : kScaledFormats) {
     for (const float bad : {kNan, -kNan, kInfinity, -kInfinity}) {
       // 130 rows x 256 columns, one bad element in row 1, column 200.
-      std::vector<float> x(130 * 256, 1.5F);
+      std::vector<float> x(size_t{130} * 256, 1.5F);
       x[256 + 200] = bad;
       const Packed packed = Run(format, 130, x);
       const std::vector<float> out = Decode(packed);
@@ -372,7 +372,7 @@ TEST_P(QuantizeFormatTest, NonFiniteBlocksDecodeToNan) {
         first_col = 192;
         cols = 32;
       }
-      for (int64_t i = 0; i < 130 * 256; ++i) {
+      for (int64_t i = 0; i < int64_t{130} * 256; ++i) {
         const int64_t row = i / 256;
         const int64_t col = i % 256;
         const bool inside =

@@ -75,13 +75,13 @@ TEST(ShapeOf, EveryFormat) {
       {Format::kBf16, DType::kBf16, 160, DType::kFloat32, 0, 0, 0},
       {Format::kFp16, DType::kFp16, 160, DType::kFloat32, 0, 0, 0},
       {Format::kFp8PerTensor, DType::kE4m3, 160, DType::kFloat32, 0, 0, 0},
-      {Format::kFp8PerRow, DType::kE4m3, 160, DType::kFloat32, 130, 1, 256 * 4},
-      {Format::kFp8Block1x128, DType::kE4m3, 160, DType::kFloat32, 130, 2, 256 * 4},
-      {Format::kFp8Block128, DType::kE4m3, 160, DType::kFloat32, 2, 2, 128 * 4},
-      {Format::kMxFp8, DType::kE4m3, 160, DType::kE8m0, 130, 5, 256 * 8},
-      {Format::kMxFp4, DType::kUint8, 80, DType::kE8m0, 130, 5, 256 * 8},
-      {Format::kNvFp4, DType::kUint8, 80, DType::kE4m3, 130, 10, 256 * 12},
-      {Format::kMxInt4, DType::kUint8, 80, DType::kBf16, 130, 5, 256 * 8}};
+      {Format::kFp8PerRow, DType::kE4m3, 160, DType::kFloat32, 130, 1, int64_t{256} * 4},
+      {Format::kFp8Block1x128, DType::kE4m3, 160, DType::kFloat32, 130, 2, int64_t{256} * 4},
+      {Format::kFp8Block128, DType::kE4m3, 160, DType::kFloat32, 2, 2, int64_t{128} * 4},
+      {Format::kMxFp8, DType::kE4m3, 160, DType::kE8m0, 130, 5, int64_t{256} * 8},
+      {Format::kMxFp4, DType::kUint8, 80, DType::kE8m0, 130, 5, int64_t{256} * 8},
+      {Format::kNvFp4, DType::kUint8, 80, DType::kE4m3, 130, 10, int64_t{256} * 12},
+      {Format::kMxInt4, DType::kUint8, 80, DType::kBf16, 130, 5, int64_t{256} * 8}};
   for (const Case& c : cases) {
     const FormatShape shape = ShapeOf(c.format, 130, 160);
     EXPECT_EQ(shape.code_dtype, c.code) << ToString(c.format);
@@ -102,22 +102,21 @@ TEST(Swizzle, EqualsTheWalkThroughMemory) {
        {std::pair<int64_t, int64_t>{1, 1}, {128, 4}, {129, 5}, {300, 13}}) {
     const int64_t tile_rows = (rows + 127) / 128;
     const int64_t tile_cols = (cols + 3) / 4;
-    int64_t offset = 0;
-    std::set<int64_t> seen;
-    for (int64_t tile = 0; tile < tile_rows * tile_cols; ++tile) {
-      for (int64_t group = 0; group < 32; ++group) {
-        for (int64_t entry = 0; entry < 16; ++entry, ++offset) {
-          const int64_t m = tile / tile_cols * 128 + entry / 4 * 32 + group;
-          const int64_t k = tile % tile_cols * 4 + entry % 4;
-          if (m < rows && k < cols) {
-            ASSERT_EQ(SwizzledOffset(m, k, cols), offset) << m << ' ' << k;
-            seen.insert(offset);
-          }
-        }
+    const int64_t size = tile_rows * tile_cols * 512;
+    int64_t seen = 0;
+    for (int64_t offset = 0; offset < size; ++offset) {
+      const int64_t tile = offset / 512;
+      const int64_t group = offset % 512 / 16;
+      const int64_t entry = offset % 16;
+      const int64_t m = tile / tile_cols * 128 + entry / 4 * 32 + group;
+      const int64_t k = tile % tile_cols * 4 + entry % 4;
+      if (m < rows && k < cols) {
+        ASSERT_EQ(SwizzledOffset(m, k, cols), offset) << m << ' ' << k;
+        ++seen;
       }
     }
-    EXPECT_EQ(SwizzledSize(rows, cols), offset);
-    EXPECT_EQ(static_cast<int64_t>(seen.size()), rows * cols);
+    EXPECT_EQ(SwizzledSize(rows, cols), size);
+    EXPECT_EQ(seen, rows * cols);
   }
 }
 
@@ -281,7 +280,7 @@ TEST(Quantize, OddColumnsOfByteFormats) {
 }
 
 TEST(Quantize, ByteTensorsMayTravelAsU8) {
-  const auto x = RandomMatrix(2 * 64, 29);
+  const auto x = RandomMatrix(int64_t{2} * 64, 29);
   for (const Format format : {Format::kFp8PerRow, Format::kMxFp8, Format::kMxFp4, Format::kNvFp4}) {
     Stored typed(format, 2, 64);
     Stored bytes(format, 2, 64);
@@ -328,7 +327,7 @@ TEST(QuantizeErrors, Shapes) {
 void ExpectQuantizeError(const std::function<void(TensorView*, QuantizedView*)>& spoil,
                          ErrorKind kind, const std::vector<std::string>& parts,
                          Format format = Format::kMxFp4) {
-  const auto x = RandomMatrix(4 * 64, 31);
+  const auto x = RandomMatrix(int64_t{4} * 64, 31);
   Stored stored(format, 4, 64);
   TensorView source = Floats(x, 4, 64);
   spoil(&source, &stored.view);
@@ -398,7 +397,7 @@ TEST(QuantizeErrors, GlobalScale) {
 }
 
 TEST(DequantizeErrors, EveryRule) {
-  const auto x = RandomMatrix(4 * 64, 37);
+  const auto x = RandomMatrix(int64_t{4} * 64, 37);
   Stored stored(Format::kNvFp4, 4, 64);
   stored.From(Floats(x, 4, 64));
   std::vector<float> out(x.size(), 5.0F);
