@@ -4,9 +4,9 @@
 
 #include "core/parallel.h"
 #include "formats/codes.h"
+#include "formats/format_rules.h"
 #include "formats/rows.h"
 #include "plan/forward_pass.h"
-#include "spec/format_rules.h"
 #include "stages/1_route/route.h"
 
 namespace hopyard {
@@ -148,7 +148,7 @@ void LoadHiddenStates(const ForwardPass& pass) {
   const MoeInputs& in = *pass.inputs;
   const int64_t hidden = spec.hidden_size;
   const int64_t pitch = pass.plan->layout.x_pitch;
-  const Format format = spec::InputFormat(spec.activations);
+  const Format format = formats::InputFormat(spec.activations);
   const bool dynamic = spec.activations == ActivationFormat::kNvFp4PerToken;
   const float* input_scale = pass.weights->gemm1_input_scale;
   const float scale = input_scale != nullptr && !dynamic ? *input_scale : 0.0F;

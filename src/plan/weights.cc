@@ -7,8 +7,8 @@
 #include "core/error.h"
 #include "core/shape.h"
 #include "formats/codes.h"
+#include "formats/format_rules.h"
 #include "plan/weights_impl.h"
-#include "spec/format_rules.h"
 #include "spec/validate.h"
 
 namespace hopyard {
@@ -43,7 +43,7 @@ struct Part {
 };
 
 MatrixRef Resolve(const MatrixSet& set, WeightFormat format, int64_t expert, const Part& part) {
-  const spec::WeightFormatRule rule = spec::RuleOf(format);
+  const formats::WeightFormatRule rule = formats::RuleOf(format);
   MatrixRef ref;
   ref.format = format;
   ref.major = set.major;
@@ -144,7 +144,7 @@ MatrixRef TargetOf(const Weights::Impl& impl, const WeightSlice& slice) {
 }
 
 void WriteValues(const MatrixRef& target, const WeightSlice& slice) {
-  const spec::WeightFormatRule rule = spec::RuleOf(target.format);
+  const formats::WeightFormatRule rule = formats::RuleOf(target.format);
   const TensorView& values = slice.values;
   const int64_t per_byte = rule.codes_per_byte;
   const int64_t size = SizeOf(rule.code_dtype);
@@ -171,7 +171,7 @@ void WriteValues(const MatrixRef& target, const WeightSlice& slice) {
 
 // Scales of the blocks that the slice covers; row_begin and col_begin lie on block boundaries.
 void WriteScales(const MatrixRef& target, const WeightSlice& slice) {
-  const spec::WeightFormatRule rule = spec::RuleOf(target.format);
+  const formats::WeightFormatRule rule = formats::RuleOf(target.format);
   const TensorView& scales = slice.scales;
   HOPYARD_CHECK(rule.scale_block > 0 || rule.per_row_scale, kInvalidArgument)
       << "slice.scales is given, but " << ToString(target.format) << " has no such scales";
@@ -227,7 +227,7 @@ void WriteBias(const MatrixRef& target, const WeightSlice& slice) {
 }
 
 int64_t MatrixBytes(const MatrixRef& ref) {
-  const spec::WeightFormatRule rule = spec::RuleOf(ref.format);
+  const formats::WeightFormatRule rule = formats::RuleOf(ref.format);
   int64_t bytes = ref.rows * ref.cols * SizeOf(rule.code_dtype) / rule.codes_per_byte;
   if (rule.scale_block > 0) {
     bytes += CeilDiv(ref.rows, rule.scale_block_rows) * CeilDiv(ref.cols, rule.scale_block) *

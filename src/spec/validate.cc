@@ -9,7 +9,7 @@
 
 #include "core/error.h"
 #include "core/shape.h"
-#include "spec/format_rules.h"
+#include "formats/format_rules.h"
 #include "spec/validate_route.h"
 
 namespace hopyard::spec {
@@ -57,6 +57,16 @@ std::string ListString(const std::array<int64_t, TensorView::kMaxDims>& list, in
     text += (d > 0 ? ", " : "") + std::to_string(list.at(static_cast<size_t>(d)));
   }
   return text + "]";
+}
+
+std::array<int64_t, TensorView::kMaxDims> RowMajorStrides(const TensorView& tensor) {
+  std::array<int64_t, TensorView::kMaxDims> strides{};
+  int64_t stride = 1;
+  for (int d = tensor.ndim - 1; d >= 0; --d) {
+    strides.at(static_cast<size_t>(d)) = stride;
+    stride *= tensor.shape.at(static_cast<size_t>(d));
+  }
+  return strides;
 }
 
 std::string ShapeString(const TensorRule& rule) {
@@ -184,8 +194,8 @@ void CheckMemory(const TensorView& tensor, const char* name) {
       << " has a null pointer; wanted allocated memory";
   const auto size = static_cast<uintptr_t>(SizeOf(tensor.dtype));
   HOPYARD_CHECK(reinterpret_cast<uintptr_t>(tensor.data) % size == 0, kInvalidArgument)
-      << name << " at " << tensor.data << " is not aligned to the " << size << " bytes of "
-      << ToString(tensor.dtype) << "; copy it to aligned memory";
+      << name << " at " << tensor.data << " is not aligned; wanted a multiple of the " << size
+      << " bytes of " << ToString(tensor.dtype) << ": copy it to aligned memory";
 }
 
 void CheckTensor(const TensorView& tensor, const TensorRule& rule) {
@@ -200,7 +210,8 @@ void CheckTensor(const TensorView& tensor, const TensorRule& rule) {
   CheckMemory(tensor, rule.name);
   HOPYARD_CHECK(tensor.numel() == 0 || tensor.is_contiguous(), kInvalidArgument)
       << rule.name << " of shape " << ShapeString(tensor) << " is not contiguous: its strides are "
-      << ListString(tensor.strides, tensor.ndim) << "; copy it to row-major memory without gaps";
+      << ListString(tensor.strides, tensor.ndim) << ", wanted "
+      << ListString(RowMajorStrides(tensor), tensor.ndim) << "; copy it to row-major memory";
 }
 
 void ValidateSpec(const MoeSpec& spec) {
@@ -221,7 +232,7 @@ void ValidateSpec(const MoeSpec& spec) {
 std::string UnsupportedReason(const MoeSpec& spec) {
   std::ostringstream reason;
   const auto pair = [&](WeightFormat weights) {
-    if (!IsSupportedPair(weights, spec.activations)) {
+    if (!formats::IsSupportedPair(weights, spec.activations)) {
       reason << ToString(weights) << " weights with " << ToString(spec.activations)
              << " activations are not a supported pair; use bf16 activations, or see the table of "
                 "docs/formats.md";
@@ -233,7 +244,7 @@ std::string UnsupportedReason(const MoeSpec& spec) {
     return reason.str();
   }
   const auto packed = [&](WeightFormat weights) {
-    const int per_byte = RuleOf(weights).codes_per_byte;
+    const int per_byte = formats::RuleOf(weights).codes_per_byte;
     if (spec.hidden_size % per_byte != 0 || spec.intermediate_size % per_byte != 0) {
       reason << ToString(weights) << " packs 2 codes a byte, so hidden_size (" << spec.hidden_size
              << ") and intermediate_size (" << spec.intermediate_size

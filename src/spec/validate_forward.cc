@@ -4,7 +4,7 @@
 
 #include "core/error.h"
 #include "core/shape.h"
-#include "spec/format_rules.h"
+#include "formats/format_rules.h"
 #include "spec/validate.h"
 
 namespace hopyard::spec {

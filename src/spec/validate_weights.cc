@@ -3,7 +3,7 @@
 
 #include "core/error.h"
 #include "core/shape.h"
-#include "spec/format_rules.h"
+#include "formats/format_rules.h"
 #include "spec/validate.h"
 
 namespace hopyard::spec {
@@ -70,7 +70,7 @@ void CheckStrides(const TensorView& view, const std::string& name) {
 }
 
 void CheckValues(const TensorView& view, const MatrixSet& set, const MatrixRule& rule) {
-  const WeightFormatRule format = RuleOf(rule.format);
+  const formats::WeightFormatRule format = formats::RuleOf(rule.format);
   const std::string name = rule.name + ".values";
   HOPYARD_CHECK(view.dtype == format.code_dtype, kInvalidArgument)
       << name << " is " << ToString(view.dtype) << "; " << ToString(rule.format) << " wants "
@@ -105,7 +105,7 @@ void CheckValues(const TensorView& view, const MatrixSet& set, const MatrixRule&
 }
 
 void CheckScales(const MatrixSet& set, const MatrixRule& rule) {
-  const WeightFormatRule format = RuleOf(rule.format);
+  const formats::WeightFormatRule format = formats::RuleOf(rule.format);
   const std::string name = rule.name + ".scales";
   if (format.scale_block == 0 && !format.per_row_scale) {
     HOPYARD_CHECK(!set.scales.defined() && set.scales_per_expert.empty(), kInvalidArgument)
@@ -163,7 +163,7 @@ void CheckLayout(const MatrixSet& set, const MatrixRule& rule) {
       << rule.name << " has " << rule.rows
       << " rows; its shuffled row map works on whole blocks of " << block
       << ": zero-pad the rows or store them natural";
-  const WeightFormatRule format = RuleOf(rule.format);
+  const formats::WeightFormatRule format = formats::RuleOf(rule.format);
   const int64_t row_block = format.scale_block_rows;
   const int64_t col_block = format.scale_block > 0 ? format.scale_block : 1;
   HOPYARD_CHECK(set.row_origin >= 0 && set.row_origin < row_block, kInvalidArgument)
@@ -190,7 +190,7 @@ void CheckMatrix(const MatrixSet& set, const MatrixRule& rule) {
   }
   const std::string global_name = rule.name + ".global_scales";
   if (set.global_scales.defined()) {
-    HOPYARD_CHECK(RuleOf(rule.format).global_scale, kInvalidArgument)
+    HOPYARD_CHECK(formats::RuleOf(rule.format).global_scale, kInvalidArgument)
         << global_name << " is given, but " << ToString(rule.format)
         << " has none; leave it absent";
     CheckTensor(set.global_scales, {global_name.c_str(), {DType::kFloat32}, {rule.experts}});

@@ -3,8 +3,8 @@
 // translation unit instantiates them for its own V, so no code leaks between the sets.
 #pragma once
 
+#include "gemm/activation.h"
 #include "gemm/cpu/dot.h"
-#include "stages/activation.h"
 
 namespace hopyard::gemm::cpu {
 

@@ -7,8 +7,8 @@
 
 #include "core/shape.h"
 #include "formats/codes.h"
+#include "formats/format_rules.h"
 #include "formats/rows.h"
-#include "spec/format_rules.h"
 
 namespace hopyard::gemm::cpu {
 namespace {
@@ -30,7 +30,7 @@ Code CodeOf(WeightFormat format) {
 }
 
 // Bytes of the first `cols` codes of a row.
-int64_t CodeBytes(const spec::WeightFormatRule& rule, int64_t cols) {
+int64_t CodeBytes(const formats::WeightFormatRule& rule, int64_t cols) {
   return cols * SizeOf(rule.code_dtype) / rule.codes_per_byte;
 }
 
@@ -80,7 +80,7 @@ void SpreadScales(const MatrixRef& matrix, int64_t block, float* steps, Decode&&
 }
 
 // One scale per step of 16; the origin lies on a step.
-void FillStepScales(const MatrixRef& matrix, const spec::WeightFormatRule& rule, int64_t row,
+void FillStepScales(const MatrixRef& matrix, const formats::WeightFormatRule& rule, int64_t row,
                     float* steps) {
   if (matrix.scale_layout != ScaleLayout::kLinear) {
     SpreadScales(matrix, rule.scale_block, steps, [&](int64_t c) {
@@ -110,7 +110,7 @@ void FillStepScales(const MatrixRef& matrix, const spec::WeightFormatRule& rule,
 }
 
 // Any format and layout, element by element, into FP32: for scale blocks that cut a step of 16.
-void DecodeSlowly(const MatrixRef& matrix, const spec::WeightFormatRule& rule, int64_t row,
+void DecodeSlowly(const MatrixRef& matrix, const formats::WeightFormatRule& rule, int64_t row,
                   float* out) {
   for (int64_t col = 0; col < matrix.cols; ++col) {
     const int64_t even = col - col % rule.codes_per_byte;
@@ -162,7 +162,7 @@ void CopyBlockMajor(const MatrixRef& matrix, int64_t row, int64_t bytes, uint8_t
 // Fills rows[0 .. num_rows) of args and returns how their codes are stored.
 Code FetchRows(const BlockArgs& args, RowRef* rows) {
   const MatrixRef& matrix = *args.matrix;
-  const spec::WeightFormatRule rule = spec::RuleOf(matrix.format);
+  const formats::WeightFormatRule rule = formats::RuleOf(matrix.format);
   const int64_t padded = RoundUp(matrix.cols, kLanes);
   const float global = matrix.global_scale != nullptr ? *matrix.global_scale : 1.0F;
   const bool blocks = rule.scale_block > 0;
@@ -224,7 +224,7 @@ int64_t StoredRow(const MatrixRef& matrix, int64_t row) {
 }
 
 uint8_t* ValueAddress(const MatrixRef& matrix, int64_t row, int64_t col) {
-  const spec::WeightFormatRule rule = spec::RuleOf(matrix.format);
+  const formats::WeightFormatRule rule = formats::RuleOf(matrix.format);
   const int64_t stored = StoredRow(matrix, row);
   const int64_t byte = CodeBytes(rule, col);
   switch (matrix.major) {
@@ -240,7 +240,7 @@ uint8_t* ValueAddress(const MatrixRef& matrix, int64_t row, int64_t col) {
 }
 
 uint8_t* ScaleAddress(const MatrixRef& matrix, int64_t row, int64_t col) {
-  const spec::WeightFormatRule rule = spec::RuleOf(matrix.format);
+  const formats::WeightFormatRule rule = formats::RuleOf(matrix.format);
   if (matrix.scales == nullptr) {
     return nullptr;
   }

@@ -4,9 +4,9 @@
 #include "core/parallel.h"
 #include "core/shape.h"
 #include "formats/codes.h"
+#include "formats/format_rules.h"
 #include "formats/rows.h"
 #include "gemm/cpu/token_chunk.h"
-#include "spec/format_rules.h"
 #include "stages/3_gemm1/gemm1.h"
 
 namespace hopyard {
@@ -133,7 +133,7 @@ void FinishRow(const Args& args, int64_t row, int64_t segment) {
   }
   const float* scale = args.groups.experts[segment].gemm2_input_scale;
   const bool dynamic = args.spec->activations == ActivationFormat::kNvFp4PerToken;
-  formats::RoundRow(spec::IntermediateFormat(args.spec->activations), h, h, inter,
+  formats::RoundRow(formats::IntermediateFormat(args.spec->activations), h, h, inter,
                     dynamic || scale == nullptr ? 0.0F : *scale);
   std::fill(h + inter, h + args.h_pitch, 0.0F);
 }
