@@ -341,7 +341,9 @@ LayerInputs& LayerInputs::QuantizeHidden() {
     if (scales.defined()) {
       view.scales = row_of(scales);
     }
-    view.global_scale = per_token ? 0.0F : StaticHiddenScale(spec_.activations);
+    if (format == Format::kFp8PerTensor || format == Format::kNvFp4) {
+      view.global_scale = per_token ? 0.0F : StaticHiddenScale(spec_.activations);
+    }
     const float used = Quantize(row_of(source), view);
     if (per_token) {
       inputs_.token_scales.as<float>()[t] = used;

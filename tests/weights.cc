@@ -173,6 +173,7 @@ CanonicalExpert LayerWeights::MakeExpert(int64_t logical, WeightFormat format) c
   if (!IsGated(spec.activation.kind)) {
     expert.up = Crop(QuantizeMatrix(format, up, whole, hidden), rows);
     expert.gemm1 = expert.up;
+    expert.gemm1_bias = expert.up_bias;
     return expert;
   }
   const std::vector<float> gate = RandomMatrix(rule, kGateStream, whole, hidden);
@@ -181,6 +182,7 @@ CanonicalExpert LayerWeights::MakeExpert(int64_t logical, WeightFormat format) c
   expert.up = Crop(QuantizeMatrix(format, up, whole, hidden, global), rows);
   expert.gate_bias = Slice(RandomBias(rule, kGateBias, whole), source_.shard_begin, part);
   const auto order = FusedOrder(source_.layout.order, part);
+  expert.gemm1_bias = GatherRows(expert.gate_bias, expert.up_bias, order, 1);
   if (format == WeightFormat::kFp8Block128) {
     const auto first = source_.shard_begin * hidden;
     expert.gemm1 = QuantizeMatrix(format,
@@ -215,7 +217,6 @@ LayerWeights::LayerWeights(const WeightSource& source) : source_(source) {
 void LayerWeights::FillGroup(int64_t first, int64_t count, ExpertMatrices* group) {
   const bool gated = IsGated(source_.spec.activation.kind);
   const bool apart = gated && source_.layout.separate;
-  const auto order = FusedOrder(source_.layout.order, source_.spec.intermediate_size);
   std::vector<const CanonicalMatrix*> gemm1;
   std::vector<const CanonicalMatrix*> gate;
   std::vector<const CanonicalMatrix*> up;
@@ -230,8 +231,7 @@ void LayerWeights::FillGroup(int64_t first, int64_t count, ExpertMatrices* group
     gate.push_back(&expert.gate);
     up.push_back(&expert.up);
     gemm2.push_back(&expert.gemm2);
-    gemm1_bias.push_back(gated ? GatherRows(expert.gate_bias, expert.up_bias, order, 1)
-                               : expert.up_bias);
+    gemm1_bias.push_back(expert.gemm1_bias);
     gate_bias.push_back(expert.gate_bias);
     up_bias.push_back(expert.up_bias);
     gemm2_bias.push_back(expert.gemm2_bias);

@@ -46,6 +46,7 @@ struct CanonicalExpert {
   CanonicalMatrix gate;
   CanonicalMatrix up;
   CanonicalMatrix gemm2;
+  std::vector<float> gemm1_bias;
   std::vector<float> gate_bias;
   std::vector<float> up_bias;
   std::vector<float> gemm2_bias;
