@@ -116,7 +116,7 @@ void AddMemory(const Argument& argument, std::vector<Spoilt>* out) {
       continue;
     }
     for (const int64_t change : {int64_t{1}, int64_t{-1}}) {
-      Spoilt spoilt{"stride " + std::to_string(dim), good, {"not contiguous", "strides are ["}};
+      Spoilt spoilt{"stride " + std::to_string(dim), good, {"not contiguous", "has strides ["}};
       spoilt.view.strides.at(static_cast<size_t>(dim)) += change;
       out->push_back(spoilt);
     }

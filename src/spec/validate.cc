@@ -190,8 +190,8 @@ void CheckMemory(const TensorView& tensor, const char* name) {
       << name << " is a CUDA tensor (cuda:" << tensor.device.index
       << "); wanted host memory, the plan's device is the CPU: copy it to the host";
   HOPYARD_CHECK(tensor.data != nullptr || tensor.numel() == 0, kInvalidArgument)
-      << name << " of shape " << ShapeString(tensor)
-      << " has a null pointer; wanted allocated memory";
+      << name << " has a null pointer, but shape " << ShapeString(tensor)
+      << "; wanted allocated memory";
   const auto size = static_cast<uintptr_t>(SizeOf(tensor.dtype));
   HOPYARD_CHECK(reinterpret_cast<uintptr_t>(tensor.data) % size == 0, kInvalidArgument)
       << name << " at " << tensor.data << " is not aligned; wanted a multiple of the " << size
@@ -209,7 +209,7 @@ void CheckTensor(const TensorView& tensor, const TensorRule& rule) {
       << rule.name << " has shape " << ShapeString(tensor) << "; wanted " << ShapeString(rule);
   CheckMemory(tensor, rule.name);
   HOPYARD_CHECK(tensor.numel() == 0 || tensor.is_contiguous(), kInvalidArgument)
-      << rule.name << " of shape " << ShapeString(tensor) << " is not contiguous: its strides are "
+      << rule.name << " is not contiguous: shape " << ShapeString(tensor) << " has strides "
       << ListString(tensor.strides, tensor.ndim) << ", wanted "
       << ListString(RowMajorStrides(tensor), tensor.ndim) << "; copy it to row-major memory";
 }
