@@ -296,7 +296,7 @@ TEST(SafetensorsFile, OnlyRegularFilesAreOpened) {
 TEST(WriteSafetensors, RefusesWhatItCouldNotReadBackAndLeavesNothing) {
   const TemporaryDirectory directory;
   const float value = 1.0F;
-  const auto write = [&](std::vector<NamedTensor> tensors) {
+  const auto write = [&](const std::vector<NamedTensor>& tensors) {
     return [&directory, tensors] { WriteSafetensors(directory / "t.safetensors", tensors); };
   };
   const ErrorKind kind = ErrorKind::kInvalidArgument;

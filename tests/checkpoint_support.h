@@ -65,13 +65,14 @@ inline std::string RawFile(const std::string& header, const std::string& data) {
 }
 
 inline int64_t ElementBytes(const std::string& dtype) {
-  static const std::map<std::string, int64_t> kSizes = {
-      {"BF16", 2}, {"F16", 2},     {"F32", 4},     {"F64", 8}, {"U8", 1},
-      {"I64", 8},  {"F8_E4M3", 1}, {"F8_E8M0", 1}, {"BOOL", 1}};
-  return kSizes.at(dtype);
+  static const std::map<std::string, int64_t> sizes = {{"BF16", 2},    {"F16", 2},     {"F32", 4},
+                                                       {"F64", 8},     {"U8", 1},      {"I64", 8},
+                                                       {"F8_E4M3", 1}, {"F8_E8M0", 1}, {"BOOL", 1}};
+  return sizes.at(dtype);
 }
 
 // Tensors with bytes that differ everywhere, and a config.json.
+// NOLINTNEXTLINE(bugprone-exception-escape): the implicit move of ordered_json only looks throwing.
 class CheckpointBuilder {
  public:
   Json config;

@@ -251,6 +251,23 @@ TEST(ForwardWorkspace, SizeIsMonotoneAndKnownForHugeBatches) {
   EXPECT_GT(previous, int64_t{1} << 36) << "64-bit sizes";
 }
 
+// More rows than the largest tile of permutation metadata.
+TEST(ForwardWorkspace, OnePassTakesMoreThan65536Rows) {
+  constexpr int64_t kTokens = 40000;
+  WeightSource source;
+  source.spec = SmallSpec(WeightFormat::kMxFp4, ActivationFormat::kBf16);
+  source.spec.hidden_size = 32;
+  source.spec.intermediate_size = 32;
+  const LayerWeights storage(source);
+  const Weights weights = storage.Make();
+  LayerInputs inputs(source.spec, kTokens);
+  inputs.Logits();
+  const RunResult result = RunLayer(source.spec, weights, inputs.get());
+  EXPECT_GT(static_cast<int64_t>(result.slot_to_row.size()), 65536);
+  EXPECT_TRUE(MatchesOracle(source.spec, weights, inputs.get(), result,
+                            {0, 1, kTokens / 2, kTokens - 2, kTokens - 1}));
+}
+
 TEST(ForwardWorkspace, ConcurrentCallsOnOnePlanAgree) {
   WeightSource source;
   source.spec = SmallSpec(WeightFormat::kMxFp4, ActivationFormat::kBf16);

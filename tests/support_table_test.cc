@@ -37,7 +37,9 @@ bool CpuRuns(WeightFormat weights, ActivationFormat activations) {
   spec.top_k = 2;
   spec.weights = weights;
   spec.activations = activations;
-  return Explain(spec, Device{}, {.max_tokens = 1}).supported;
+  PlanOptions options;
+  options.max_tokens = 1;
+  return Explain(spec, Device{}, options).supported;
 }
 
 std::string RenderTable() {

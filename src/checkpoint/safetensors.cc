@@ -290,6 +290,7 @@ const StoredDtype* FindStoredDtype(std::string_view name) {
 
 std::string StoredDtypeNames() {
   std::vector<std::string_view> names;
+  names.reserve(kStoredDtypes.size());
   for (const StoredDtype& dtype : kStoredDtypes) {
     names.push_back(dtype.name);
   }
@@ -389,6 +390,7 @@ SafetensorsFile SafetensorsFile::Open(const std::string& path) {
 
 std::vector<std::string> SafetensorsFile::names() const {
   std::vector<std::string> names;
+  names.reserve(impl_->header.tensors.size());
   for (const checkpoint::StoredTensor& tensor : impl_->header.tensors) {
     names.push_back(tensor.name);
   }

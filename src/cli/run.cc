@@ -30,6 +30,7 @@ struct RunOptions {
   std::string input;
   std::string output;
   std::string replay;
+  std::string check;
   std::string skew = "router";
   int64_t verify = 16;
   int repeat = 5;
@@ -53,6 +54,8 @@ void CheckOptions(const RunOptions& options) {
   at_least("--verify", options.verify, 0);
   at_least("--repeat", options.repeat, 1);
   at_least("--threads", options.threads, 0);
+  HOPYARD_CHECK(options.check.empty() || options.verify > 0, kInvalidArgument)
+      << "--check verifies the output of a file, but --verify is 0; give --verify a count";
 }
 
 Tokens LoadTokens(const RunOptions& options, const MoeSpec& spec) {
@@ -82,9 +85,13 @@ RunResult Execute(const RunOptions& options, Session& session, const MoeInputs& 
   result.load.assign(load.as<int64_t>(), load.as<int64_t>() + load.numel());
   result.touched_experts = TouchedExperts(session.routing_ids(tokens));
   if (options.verify > 0) {
-    result.verification = Verify({session.spec(), session.weights(), inputs, session.output(tokens),
-                                  session.routing_ids(tokens)},
-                                 options.verify);
+    const Tokens checked = options.check.empty()
+                               ? Tokens{}
+                               : ReadOutput(options.check, tokens, session.spec().hidden_size);
+    const TensorView output = options.check.empty() ? session.output(tokens) : checked.View();
+    result.verification =
+        Verify({session.spec(), session.weights(), inputs, output, session.routing_ids(tokens)},
+               options.verify);
   }
   if (!options.output.empty()) {
     WriteOutput(options.output, session, tokens);
@@ -216,6 +223,8 @@ void AddRunCommand(CLI::App& app, CommandContext* context) {
                       "Write output, expert_ids, routing_weights and replay (.safetensors)");
   command->add_option("--replay", options->replay,
                       "Force the expert ids [T, top_k] of a .safetensors or .npy file");
+  command->add_option("--check", options->check,
+                      "Verify the output in this file instead of this run's own");
   command->add_option("--skew", options->skew, "Routing: router, balanced, uniform, zipf or hot")
       ->capture_default_str();
   command->add_option("--verify", options->verify, "Tokens to verify; 0: none")

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <numeric>
 #include <optional>
+#include <utility>
 
 #include "hopyard/checkpoint.h"
 #include "hopyard/quantize.h"
@@ -30,11 +31,31 @@ bool EndsWith(std::string_view text, std::string_view ending) {
   return text.size() >= ending.size() && text.substr(text.size() - ending.size()) == ending;
 }
 
+void CheckShape(const std::string& path, const TensorView& view, int64_t rows, int64_t cols) {
+  const bool ok = view.ndim == 2 && (rows < 0 || view.shape[0] == rows) && view.shape[1] == cols;
+  if (ok) {
+    return;
+  }
+  std::string got;
+  for (int d = 0; d < view.ndim; ++d) {
+    got += (d > 0 ? ", " : "") + std::to_string(view.shape.at(static_cast<size_t>(d)));
+  }
+  HOPYARD_CHECK(false, kInvalidArgument)
+      << path << ": the tensor is [" << got << "]; wanted ["
+      << (rows < 0 ? std::string("tokens") : std::to_string(rows)) << ", " << cols << "]";
+}
+
 // A tensor of a .npy or .safetensors file, with what keeps it in memory.
 struct FileTensor {
   std::optional<NpyArray> npy;
   std::optional<SafetensorsFile> file;
   TensorView view;
+
+  // Throws unless the tensor is [rows, cols]; rows < 0: any.
+  FileTensor Checked(const std::string& path, int64_t rows, int64_t cols) && {
+    CheckShape(path, view, rows, cols);
+    return std::move(*this);
+  }
 };
 
 template <size_t N>
@@ -62,18 +83,18 @@ FileTensor ReadTensor(const std::string& path, const std::array<std::string_view
   return result;
 }
 
-void CheckShape(const std::string& path, const TensorView& view, int64_t rows, int64_t cols) {
-  const bool ok = view.ndim == 2 && (rows < 0 || view.shape[0] == rows) && view.shape[1] == cols;
-  if (ok) {
-    return;
-  }
-  std::string got;
-  for (int d = 0; d < view.ndim; ++d) {
-    got += (d > 0 ? ", " : "") + std::to_string(view.shape.at(static_cast<size_t>(d)));
-  }
-  HOPYARD_CHECK(false, kInvalidArgument)
-      << path << ": the tensor is [" << got << "]; wanted ["
-      << (rows < 0 ? std::string("tokens") : std::to_string(rows)) << ", " << cols << "]";
+Tokens ToTokens(const std::string& path, const FileTensor& file) {
+  const DType dtype = file.view.dtype;
+  HOPYARD_CHECK(dtype == DType::kFloat32 || dtype == DType::kBf16 || dtype == DType::kFp16,
+                kInvalidArgument)
+      << path << ": the tensor is " << ToString(dtype) << "; wanted f32, f16 or bf16";
+  const int64_t count = file.view.shape[0];
+  const int64_t width = file.view.shape[1];
+  Tokens tokens{count, width, Buffer(count * width * SizeOf(DType::kBf16))};
+  QuantizedView destination;
+  destination.codes = tokens.View();
+  Quantize(file.view, destination);
+  return tokens;
 }
 
 float Dot(const float* a, const float* b, int64_t count) {
@@ -135,24 +156,17 @@ Tokens RandomTokens(int64_t count, int64_t hidden_size, uint64_t seed) {
 
 Tokens ReadTokens(const std::string& path, int64_t hidden_size) {
   constexpr std::array<std::string_view, 3> kNames = {"hidden_states", "tokens", "input"};
-  const FileTensor file = ReadTensor(path, kNames);
-  CheckShape(path, file.view, -1, hidden_size);
-  const DType dtype = file.view.dtype;
-  HOPYARD_CHECK(dtype == DType::kFloat32 || dtype == DType::kBf16 || dtype == DType::kFp16,
-                kInvalidArgument)
-      << path << ": the tokens are " << ToString(dtype) << "; wanted f32, f16 or bf16";
-  const int64_t count = file.view.shape[0];
-  Tokens tokens{count, hidden_size, Buffer(count * hidden_size * SizeOf(DType::kBf16))};
-  QuantizedView destination;
-  destination.codes = tokens.View();
-  Quantize(file.view, destination);
-  return tokens;
+  return ToTokens(path, ReadTensor(path, kNames).Checked(path, -1, hidden_size));
+}
+
+Tokens ReadOutput(const std::string& path, int64_t tokens, int64_t hidden_size) {
+  constexpr std::array<std::string_view, 1> kNames = {"output"};
+  return ToTokens(path, ReadTensor(path, kNames).Checked(path, tokens, hidden_size));
 }
 
 std::vector<int32_t> ReadReplay(const std::string& path, int64_t tokens, const MoeSpec& spec) {
   constexpr std::array<std::string_view, 2> kNames = {"replay", "expert_ids"};
-  const FileTensor file = ReadTensor(path, kNames);
-  CheckShape(path, file.view, tokens, spec.top_k);
+  const FileTensor file = ReadTensor(path, kNames).Checked(path, tokens, spec.top_k);
   const DType dtype = file.view.dtype;
   HOPYARD_CHECK(dtype == DType::kInt16 || dtype == DType::kInt32, kInvalidArgument)
       << path << ": the expert ids are " << ToString(dtype) << "; wanted i16 or i32";

@@ -29,6 +29,9 @@ struct Tokens {
 // hidden_states, tokens or input). Must be [T, hidden_size].
 [[nodiscard]] Tokens ReadTokens(const std::string& path, int64_t hidden_size);
 
+// The tensor "output" of a file that `run --output` or another implementation wrote, [T, H].
+[[nodiscard]] Tokens ReadOutput(const std::string& path, int64_t tokens, int64_t hidden_size);
+
 // Expert ids [T, K] from a .npy file (i2, i4) or the tensor "replay" or "expert_ids" of a
 // .safetensors file. Ids at or above num_experts or below -1 are refused.
 [[nodiscard]] std::vector<int32_t> ReadReplay(const std::string& path, int64_t tokens,

@@ -121,10 +121,13 @@ class Accumulator {
     }
     squares_ += row_norm;
     elements_ += static_cast<double>(want.exact.size());
-    // A zero row must be matched exactly.
-    const double relative = row_norm > 0.0    ? std::sqrt(row_error / row_norm)
-                            : row_error > 0.0 ? HUGE_VAL
-                                              : 0.0;
+    // A zero row must be matched exactly; a NaN or infinity on either side is no match.
+    double relative = row_error > 0.0 ? HUGE_VAL : 0.0;
+    if (!std::isfinite(row_error)) {
+      relative = HUGE_VAL;
+    } else if (row_norm > 0.0) {
+      relative = std::sqrt(row_error / row_norm);
+    }
     if (relative >= result_->worst_row_error) {
       result_->worst_row_error = relative;
       result_->worst_row = token;

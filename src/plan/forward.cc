@@ -17,9 +17,6 @@ void PermuteSlots(const ForwardPass& pass) {
   const WorkspaceLayout& layout = pass.plan->layout;
   const int64_t per_token = pass.spec().slots_per_token();
   const int64_t slots = pass.tokens * per_token;
-  PermuteOptions options;
-  options.num_local_experts = static_cast<int>(layout.segments);
-  options.tile = std::max<int64_t>(layout.slots, 1);
   const auto i32 = [&](int64_t offset, int64_t count) {
     return TensorView::Contiguous(pass.At<int32_t>(offset), DType::kInt32, {count});
   };
@@ -35,8 +32,8 @@ void PermuteSlots(const ForwardPass& pass) {
   out.num_tiles = i32(layout.tiles + 12 * layout.max_tiles, 1);
   out.num_rows = i32(layout.tiles + 12 * layout.max_tiles + 4, 1);
   permute::PermuteCpu(
-      TensorView::Contiguous(pass.local_slots(), DType::kInt32, {pass.tokens, per_token}), options,
-      out);
+      TensorView::Contiguous(pass.local_slots(), DType::kInt32, {pass.tokens, per_token}),
+      layout.permute, out);
 }
 
 RowGroups GroupRows(const ForwardPass& pass) {

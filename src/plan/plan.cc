@@ -5,8 +5,6 @@
 #include <limits>
 #include <sstream>
 
-#include "hopyard/permute.h"
-
 #include "core/error.h"
 #include "core/parallel.h"
 #include "core/shape.h"
@@ -18,6 +16,8 @@ namespace hopyard {
 namespace {
 
 constexpr int64_t kAlignment = 256;
+// The CPU's GEMMs walk segments, not tiles: the largest tile makes the shortest list.
+constexpr int64_t kPermuteTile = 65536;
 constexpr Isa kAllIsas[] = {Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
 
 std::string KernelName(Isa isa, WeightFormat weights) {
@@ -120,10 +120,9 @@ WorkspaceLayout MakeWorkspaceLayout(const MoeSpec& spec, int64_t tokens, int num
   layout.x_pitch = RoundUp(spec.hidden_size, gemm::cpu::kLanes);
   layout.h_pitch = RoundUp(spec.intermediate_size, gemm::cpu::kLanes);
   layout.scratch_floats = RoundUp(GemmScratchFloats(spec), kAlignment / 4);
-  PermuteOptions permute;
-  permute.num_local_experts = static_cast<int>(layout.segments);
-  permute.tile = std::max<int64_t>(layout.slots, 1);
-  layout.max_tiles = MaxTiles(layout.slots, permute);
+  layout.permute.num_local_experts = static_cast<int>(layout.segments);
+  layout.permute.tile = kPermuteTile;
+  layout.max_tiles = MaxTiles(layout.slots, layout.permute);
   const auto take = [&layout](int64_t bytes) {
     const int64_t offset = layout.bytes;
     layout.bytes += RoundUp(bytes, kAlignment);
@@ -150,23 +149,26 @@ WorkspaceLayout MakeWorkspaceLayout(const MoeSpec& spec, int64_t tokens, int num
 Plan::Plan() = default;
 
 const MoeSpec& Plan::spec() const {
-  HOPYARD_CHECK(impl_ != nullptr, kInvalidArgument) << "plan is empty; make one with MakePlan";
-  return impl_->spec;
+  return impl().spec;
 }
 const PlanOptions& Plan::options() const {
-  return impl_->options;
+  return impl().options;
 }
 Device Plan::device() const {
-  return impl_->device;
+  return impl().device;
 }
 int64_t Plan::workspace_bytes() const {
-  return impl_->layout.bytes;
+  return impl().layout.bytes;
 }
 int64_t Plan::tokens_per_chunk() const {
-  return impl_->layout.tokens;
+  return impl().layout.tokens;
 }
 const Explanation& Plan::Explain() const {
-  return impl_->explanation;
+  return impl().explanation;
+}
+const Plan::Impl& Plan::impl() const {
+  HOPYARD_CHECK(impl_ != nullptr, kInvalidArgument) << "plan is empty; make one with MakePlan";
+  return *impl_;
 }
 
 Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {

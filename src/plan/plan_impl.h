@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "hopyard/permute.h"
 #include "hopyard/plan.h"
 
 #include "core/cpu_features.h"
@@ -15,6 +16,7 @@ struct WorkspaceLayout {
   int64_t tokens = 0;
   int64_t slots = 0;     // tokens * slots_per_token
   int64_t segments = 0;  // local experts + shared experts
+  PermuteOptions permute;
   int64_t max_tiles = 0;
   int64_t x_pitch = 0;  // floats
   int64_t h_pitch = 0;

@@ -114,8 +114,26 @@ ExpertRef ResolveExpert(const MoeSpec& spec, const ExpertMatrices& group, Weight
   return ref;
 }
 
+// What ValidateSlice needs to know of a target.
+spec::SliceTarget RulesOf(const MatrixRef& target) {
+  spec::SliceTarget rules;
+  rules.rows = target.rows;
+  rules.cols = target.cols;
+  rules.format = target.format;
+  rules.row_origin = target.row_origin + target.position_begin;
+  rules.col_origin = target.col_origin;
+  rules.interleaved = target.position_step > 1;
+  rules.has_bias = target.bias != nullptr;
+  rules.bias_dtype = target.bias_dtype;
+  rules.has_global_scale = target.global_scale != nullptr;
+  return rules;
+}
+
 // The rows that a slice addresses, as one matrix whose natural rows are positions of the part.
 MatrixRef TargetOf(const Weights::Impl& impl, const WeightSlice& slice) {
+  HOPYARD_CHECK(slice.part <= WeightPart::kGemm2, kInvalidArgument)
+      << "slice.part=" << static_cast<int>(slice.part) << " is not a WeightPart; wanted 0 .. "
+      << static_cast<int>(WeightPart::kGemm2);
   const ExpertRef& expert = impl.experts[static_cast<size_t>(slice.expert)];
   const bool gated = IsGated(impl.spec.activation.kind);
   const auto local = static_cast<int64_t>(impl.spec.num_local_experts());
@@ -148,17 +166,6 @@ void WriteValues(const MatrixRef& target, const WeightSlice& slice) {
   const TensorView& values = slice.values;
   const int64_t per_byte = rule.codes_per_byte;
   const int64_t size = SizeOf(rule.code_dtype);
-  HOPYARD_CHECK(values.dtype == rule.code_dtype && values.ndim == 2, kInvalidArgument)
-      << "slice.values is " << ToString(values.dtype) << ' ' << spec::ShapeString(values)
-      << "; wanted a matrix of " << ToString(rule.code_dtype);
-  const int64_t cols = values.shape[1] * per_byte;
-  HOPYARD_CHECK(slice.row_begin >= 0 && slice.row_begin + values.shape[0] <= target.rows &&
-                    slice.col_begin >= 0 && slice.col_begin % per_byte == 0 &&
-                    slice.col_begin + cols <= target.cols,
-                kInvalidArgument)
-      << "slice rows [" << slice.row_begin << ", " << slice.row_begin + values.shape[0]
-      << ") x columns [" << slice.col_begin << ", " << slice.col_begin + cols
-      << ") are not within [" << target.rows << ", " << target.cols << "]";
   const auto* source = values.as<const uint8_t>();
   for (int64_t r = 0; r < values.shape[0]; ++r) {
     for (int64_t c = 0; c < values.shape[1]; ++c) {
@@ -173,34 +180,18 @@ void WriteValues(const MatrixRef& target, const WeightSlice& slice) {
 void WriteScales(const MatrixRef& target, const WeightSlice& slice) {
   const formats::WeightFormatRule rule = formats::RuleOf(target.format);
   const TensorView& scales = slice.scales;
-  HOPYARD_CHECK(rule.scale_block > 0 || rule.per_row_scale, kInvalidArgument)
-      << "slice.scales is given, but " << ToString(target.format) << " has no such scales";
-  HOPYARD_CHECK(scales.dtype == rule.scale_dtype && scales.ndim == (rule.per_row_scale ? 1 : 2),
-                kInvalidArgument)
-      << "slice.scales is " << ToString(scales.dtype) << ' ' << spec::ShapeString(scales)
-      << "; wanted " << ToString(rule.scale_dtype) << (rule.per_row_scale ? " [rows]" : " matrix");
   const int64_t row_block = rule.scale_block_rows;
   const int64_t col_block = rule.per_row_scale ? 1 : rule.scale_block;
   const int64_t row_phase =
       row_block > 1 ? (target.row_origin + target.position_begin + slice.row_begin) % row_block : 0;
-  const bool whole_rows = row_phase == 0 || slice.row_begin == 0;
-  const bool whole_cols =
-      (target.col_origin + slice.col_begin) % col_block == 0 || slice.col_begin == 0;
-  HOPYARD_CHECK(whole_rows && whole_cols, kInvalidArgument)
-      << "slice begins at row " << slice.row_begin << ", column " << slice.col_begin
-      << ", inside a scale block of " << row_block << " x " << col_block
-      << "; begin on a block boundary";
+  const int64_t col_phase = (target.col_origin + slice.col_begin) % col_block;
   const int64_t size = SizeOf(rule.scale_dtype);
   const int64_t num_cols = rule.per_row_scale ? 1 : scales.shape[1];
   for (int64_t r = 0; r < scales.shape[0]; ++r) {
     for (int64_t c = 0; c < num_cols; ++c) {
       // The first element of block (r, c): blocks after the first start where the phase ends.
       const int64_t row = slice.row_begin + (r == 0 ? 0 : r * row_block - row_phase);
-      const int64_t col_phase = (target.col_origin + slice.col_begin) % col_block;
       const int64_t col = slice.col_begin + (c == 0 ? 0 : c * col_block - col_phase);
-      HOPYARD_CHECK(row < target.rows && col < target.cols, kInvalidArgument)
-          << "slice.scales " << spec::ShapeString(scales) << " reaches beyond the matrix ["
-          << target.rows << ", " << target.cols << "]";
       const int64_t offset =
           r * scales.strides[0] + (rule.per_row_scale ? 0 : c * scales.strides[1]);
       std::memcpy(ScaleAddress(target, row, col), scales.as<const uint8_t>() + offset * size,
@@ -210,14 +201,6 @@ void WriteScales(const MatrixRef& target, const WeightSlice& slice) {
 }
 
 void WriteBias(const MatrixRef& target, const WeightSlice& slice) {
-  HOPYARD_CHECK(target.bias != nullptr, kInvalidArgument)
-      << "slice.bias is given, but these weights have no bias";
-  HOPYARD_CHECK(slice.bias.dtype == target.bias_dtype && slice.bias.ndim == 1 &&
-                    slice.row_begin >= 0 && slice.row_begin + slice.bias.shape[0] <= target.rows,
-                kInvalidArgument)
-      << "slice.bias is " << ToString(slice.bias.dtype) << ' ' << spec::ShapeString(slice.bias)
-      << " at row " << slice.row_begin << "; wanted " << ToString(target.bias_dtype) << " within ["
-      << target.rows << "]";
   const int64_t size = SizeOf(target.bias_dtype);
   for (int64_t r = 0; r < slice.bias.shape[0]; ++r) {
     std::memcpy(static_cast<uint8_t*>(target.bias) + StoredRow(target, slice.row_begin + r) * size,
@@ -268,9 +251,9 @@ const WeightsDesc& Weights::desc() const {
 }
 
 int64_t Weights::bytes_per_expert() const {
+  const bool gated = IsGated(spec().activation.kind);
   const ExpertRef& expert = impl_->experts.front();
-  return MatrixBytes(expert.gate) + MatrixBytes(expert.down) +
-         (IsGated(spec().activation.kind) ? MatrixBytes(expert.up) : 0);
+  return MatrixBytes(expert.gate) + MatrixBytes(expert.down) + (gated ? MatrixBytes(expert.up) : 0);
 }
 
 void Weights::Update(const WeightSlice& slice) {
@@ -283,6 +266,7 @@ void Weights::Update(const WeightSlice& slice) {
       << "slice.expert=" << slice.expert << "; wanted 0 .. " << impl_->experts.size() - 1
       << " (local slots, then shared experts)";
   const MatrixRef target = TargetOf(*impl_, slice);
+  spec::ValidateSlice(slice, RulesOf(target));
   if (slice.values.defined()) {
     WriteValues(target, slice);
   }
@@ -293,9 +277,6 @@ void Weights::Update(const WeightSlice& slice) {
     WriteBias(target, slice);
   }
   if (slice.global_scale.defined()) {
-    HOPYARD_CHECK(target.global_scale != nullptr, kInvalidArgument)
-        << "slice.global_scale is given, but these weights have no global scales";
-    spec::CheckTensor(slice.global_scale, {"slice.global_scale", {DType::kFloat32}, {1}});
     *target.global_scale = *slice.global_scale.as<float>();
   }
 }

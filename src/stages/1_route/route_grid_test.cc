@@ -193,19 +193,28 @@ void CheckTieFree(Case c, int hot, const std::vector<Shard>& shards) {
   }
 }
 
-TEST(TieFree, PlainMethods) {
+// One method over shapes, batch sizes and dtypes.
+std::vector<Case> PlainCases(const RoutingRule& rule) {
   constexpr std::array<std::array<int, 2>, 3> kShapes = {{{16, 1}, {16, 4}, {256, 8}}};
+  std::vector<Case> cases;
+  for (const auto& shape : kShapes) {
+    for (const int64_t tokens : {1, 8, 150}) {
+      for (const DType dtype : {DType::kFloat32, DType::kBf16}) {
+        cases.emplace_back(rule, shape[0], shape[1], tokens);
+        cases.back().logits_dtype = dtype;
+      }
+    }
+  }
+  return cases;
+}
+
+TEST(TieFree, PlainMethods) {
   for (const testing::Method& method : testing::Methods()) {
-    for (const auto& shape : kShapes) {
-      for (const int64_t tokens : {1, 8, 150}) {
-        for (const DType dtype : {DType::kFloat32, DType::kBf16}) {
-          for (const int hot : {-1, 3}) {
-            Case c(method.rule, shape[0], shape[1], tokens);
-            c.logits_dtype = dtype;
-            CheckTieFree(c, hot, {{0, shape[0]}});
-            ASSERT_FALSE(HasFatalFailure()) << method.name << " E=" << shape[0] << " T=" << tokens;
-          }
-        }
+    for (const Case& c : PlainCases(method.rule)) {
+      for (const int hot : {-1, 3}) {
+        CheckTieFree(c, hot, {{0, c.num_experts}});
+        ASSERT_FALSE(HasFatalFailure())
+            << method.name << " E=" << c.num_experts << " T=" << c.num_tokens;
       }
     }
   }
@@ -311,28 +320,39 @@ void CheckFused(const RoutingRule& rule, Case& c) {
   ExpectDefinition(c, wanted);
 }
 
+std::vector<RoutingRule> GroupRules() {
+  std::vector<RoutingRule> rules;
+  for (const int groups : {1, 2, 4, 8}) {
+    for (int top_groups = 1; top_groups <= groups; top_groups *= 2) {
+      rules.push_back(RoutingRule::DeepSeekV3(groups, top_groups, 1.5F));
+    }
+  }
+  return rules;
+}
+
+void FillNormal(Random& random, Case& c) {
+  for (float& z : c.logits) {
+    z = random.Normal();
+  }
+  c.bias.resize(static_cast<size_t>(c.num_experts));
+  for (float& b : c.bias) {
+    b = random.Normal();
+  }
+}
+
 TEST(FusedTopkDeepseek, Grid) {
+  constexpr std::array<DType, 3> kTypes = {DType::kFloat32, DType::kFp16, DType::kBf16};
   Random random(21);
-  for (const int64_t tokens : {1, 8, 16, 64}) {
-    for (const int num_experts : {256, 384}) {
-      for (const int top_k : {1, 2, 4, 8}) {
-        for (const int groups : {1, 2, 4, 8}) {
-          for (int top_groups = 1; top_groups <= groups; top_groups *= 2) {
-            Case c(RoutingRule::DeepSeekV3(groups, top_groups, 1.5F), num_experts, top_k, tokens);
-            constexpr std::array<DType, 3> kTypes = {DType::kFloat32, DType::kFp16, DType::kBf16};
-            c.logits_dtype = kTypes[static_cast<size_t>(random.Below(3))];
-            c.bias_dtype = kTypes[static_cast<size_t>(random.Below(3))];
-            for (float& z : c.logits) {
-              z = random.Normal();
-            }
-            c.bias.resize(static_cast<size_t>(num_experts));
-            for (float& b : c.bias) {
-              b = random.Normal();
-            }
-            CheckFused(c.rule, c);
-            ASSERT_FALSE(HasFatalFailure()) << ToString(c.rule);
-          }
-        }
+  for (const RoutingRule& rule : GroupRules()) {
+    for (const int64_t tokens : {1, 8, 16, 64}) {
+      for (const auto& [num_experts, top_k] : std::vector<std::pair<int, int>>{
+               {256, 1}, {256, 2}, {256, 4}, {256, 8}, {384, 1}, {384, 2}, {384, 4}, {384, 8}}) {
+        Case c(rule, num_experts, top_k, tokens);
+        c.logits_dtype = kTypes[static_cast<size_t>(random.Below(3))];
+        c.bias_dtype = kTypes[static_cast<size_t>(random.Below(3))];
+        FillNormal(random, c);
+        CheckFused(rule, c);
+        ASSERT_FALSE(HasFatalFailure()) << ToString(rule);
       }
     }
   }
@@ -345,13 +365,7 @@ TEST(FusedTopkDeepseek, EveryPairOfDtypes) {
       Case c(RoutingRule::DeepSeekV3(8, 4, 2.5F), 256, 8, 16);
       c.logits_dtype = scores;
       c.bias_dtype = bias;
-      for (float& z : c.logits) {
-        z = random.Normal();
-      }
-      c.bias.assign(256, 0.0F);
-      for (float& b : c.bias) {
-        b = random.Normal();
-      }
+      FillNormal(random, c);
       CheckFused(c.rule, c);
     }
   }

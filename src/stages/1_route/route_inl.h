@@ -165,6 +165,7 @@ int32_t GroupKey(const int32_t* keys, int size) {
   int32_t best = kSmallestKey;
   int32_t second = kSmallestKey;
   for (int i = 0; i < size; ++i) {
+    // NOLINTNEXTLINE(clang-analyzer-core.CallAndMessage): ComputeKeys wrote all of row.keys.
     const int32_t smaller = ScalarOps::MinInt(best, keys[i]);
     second = ScalarOps::MaxInt(second, smaller);
     best = ScalarOps::MaxInt(best, keys[i]);
@@ -239,6 +240,7 @@ void SelectTop(const RowProblem& problem, const Row& row, Slots& slots) {
   int e = 0;
   for (; list.count < top_k; ++e) {
     if (!grouped || row.kept[e / group_size]) {
+      // NOLINTNEXTLINE(clang-analyzer-core.CallAndMessage): ComputeKeys wrote all of row.keys.
       Insert(list, top_k, row.keys[e], e);
     }
   }

@@ -142,6 +142,7 @@ std::vector<int> SelectIds(const RoutingRule& rule, int top_k, const RouteInputs
 
 std::vector<int> GivenIds(int top_k, int num_experts, const RouteInputs& inputs, int64_t token) {
   std::vector<int> ids;
+  ids.reserve(static_cast<size_t>(top_k));
   for (int j = 0; j < top_k; ++j) {
     int64_t id = -1;
     if (inputs.forced_ids.defined()) {
@@ -160,6 +161,7 @@ std::vector<int> GivenIds(int top_k, int num_experts, const RouteInputs& inputs,
 std::vector<double> WeightsOf(const RoutingRule& rule, const std::vector<double>& z,
                               const std::vector<int>& ids) {
   std::vector<double> selected;
+  selected.reserve(ids.size());
   for (const int id : ids) {
     selected.push_back(id < 0 ? kNan : z[static_cast<size_t>(id)]);
   }

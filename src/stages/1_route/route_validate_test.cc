@@ -98,8 +98,8 @@ std::vector<BadCall> LogitsAndSizes() {
       {"LogitsRank", [](Call& c) { c.in.logits.ndim = 1; }, {"logits has shape [3]"}},
       {"LogitsStrided",
        [](Call& c) { c.in.logits = Transposed(c.in.logits); },
-       {"logits is not contiguous"}},
-      {"LogitsNull", [](Call& c) { c.in.logits.data = nullptr; }, {"logits has a null pointer"}},
+       {"logits ", "is not contiguous"}},
+      {"LogitsNull", [](Call& c) { c.in.logits.data = nullptr; }, {"logits ", "null pointer"}},
       {"LogitsOnGpu",
        [](Call& c) {
          c.in.logits.device = {DeviceKind::kCuda, 0};
@@ -200,7 +200,7 @@ std::vector<BadCall> GivenIds() {
        [](Call& c) {
          c.in.forced_ids = Transposed(c.Integers(DType::kInt32, {kTokens, kTopK}));
        },
-       {"forced_ids is not contiguous"}},
+       {"forced_ids ", "is not contiguous"}},
       {"TwoSourcesOfIds",
        [](Call& c) {
          c.in.forced_ids = c.Integers(DType::kInt32, {kTokens, kTopK});
@@ -288,7 +288,7 @@ std::vector<BadCall> Outputs() {
        {"replay has 2 rows", "one per token (3)"}},
       {"ReplayStrided",
        [](Call& c) { c.out.replay = Transposed(c.out.replay); },
-       {"replay is not contiguous"}},
+       {"replay ", "is not contiguous"}},
       {"ReplayOnGpu",
        [](Call& c) {
          c.out.replay.device = {DeviceKind::kCuda, 0};

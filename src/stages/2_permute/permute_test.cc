@@ -169,27 +169,36 @@ std::vector<int32_t> RandomSlots(uint64_t seed, int64_t count, int experts) {
   return slots;
 }
 
+// Experts x tiles x clusters, dense and padded.
+std::vector<PermuteOptions> AllOptions(const std::vector<int>& experts,
+                                       const std::vector<int64_t>& tiles) {
+  std::vector<PermuteOptions> all;
+  for (const int count : experts) {
+    for (const int64_t tile : tiles) {
+      for (const int64_t cluster : {1, 2, 3}) {
+        all.push_back({count, tile, cluster, 1});
+        all.push_back({count, tile, cluster, tile * cluster});
+      }
+    }
+  }
+  return all;
+}
+
 TEST(Permute, MatchesTheOracleAndTheChecker) {
   uint64_t seed = 1;
-  for (const int experts : {1, 2, 7, 64, 257}) {
+  for (const PermuteOptions& options : AllOptions({1, 2, 7, 64, 257}, {1, 8, 12, 192})) {
     for (const int64_t tokens : {0, 1, 2, 31, 200}) {
       for (const int64_t per_token : {1, 3, 8}) {
-        for (const int64_t tile : {1, 8, 12, 192}) {
-          for (const int64_t cluster : {1, 2, 3}) {
-            for (const int64_t alignment : {int64_t{1}, tile * cluster}) {
-              const PermuteOptions options{experts, tile, cluster, alignment};
-              const auto slots = RandomSlots(++seed, tokens * per_token, experts);
-              Call got(slots, per_token, options);
-              Call wanted(slots, per_token, options);
-              Permute(got.local_slots, options, got.out);
-              PermuteRef(wanted.local_slots, options, wanted.out);
-              ASSERT_EQ(got.buffers(), wanted.buffers())
-                  << experts << ' ' << tokens << ' ' << tile << ' ' << cluster << ' ' << alignment;
-              ASSERT_EQ(got.Check(), "");
-              ASSERT_TRUE(got.CanariesIntact());
-            }
-          }
-        }
+        const auto slots = RandomSlots(++seed, tokens * per_token, options.num_local_experts);
+        Call got(slots, per_token, options);
+        Call wanted(slots, per_token, options);
+        Permute(got.local_slots, options, got.out);
+        PermuteRef(wanted.local_slots, options, wanted.out);
+        ASSERT_EQ(got.buffers(), wanted.buffers())
+            << options.num_local_experts << ' ' << tokens << ' ' << options.tile << ' '
+            << options.cluster << ' ' << options.row_alignment;
+        ASSERT_EQ(got.Check(), "");
+        ASSERT_TRUE(got.CanariesIntact());
       }
     }
   }
@@ -197,21 +206,16 @@ TEST(Permute, MatchesTheOracleAndTheChecker) {
 
 // The bound is reached by one slot on every expert and the rest on whole clusters of one.
 TEST(Permute, BoundsAreExact) {
-  for (const int experts : {1, 3, 16}) {
-    for (const int64_t tile : {1, 4, 8}) {
-      for (const int64_t cluster : {1, 2}) {
-        for (const int64_t num_slots : {1, 2, 16, 17, 100, 129}) {
-          const PermuteOptions options{experts, tile, cluster, tile * cluster};
-          std::vector<int32_t> slots;
-          for (int64_t i = 0; i < num_slots; ++i) {
-            slots.push_back(static_cast<int32_t>(i < experts ? i : 0));
-          }
-          Call c(slots, 1, options);
-          Permute(c.local_slots, options, c.out);
-          EXPECT_EQ(c.num_tiles(), MaxTiles(num_slots, options));
-          EXPECT_EQ(c.num_rows(), MaxRows(num_slots, options));
-        }
+  for (const PermuteOptions& options : AllOptions({1, 3, 16}, {1, 4, 8})) {
+    for (const int64_t num_slots : {1, 2, 16, 17, 100, 129}) {
+      std::vector<int32_t> slots;
+      for (int64_t i = 0; i < num_slots; ++i) {
+        slots.push_back(static_cast<int32_t>(i < options.num_local_experts ? i : 0));
       }
+      Call c(slots, 1, options);
+      Permute(c.local_slots, options, c.out);
+      EXPECT_EQ(c.num_tiles(), MaxTiles(num_slots, options));
+      EXPECT_EQ(c.num_rows(), MaxRows(num_slots, options));
     }
   }
 }
@@ -370,7 +374,7 @@ TEST(BadPermute, Tensors) {
   refused([](Call& c) { c.out.expert_counts = {}; }, {"expert_counts is missing"});
   refused([](Call& c) { c.out.slot_to_row.shape[0] = 5; }, {"slot_to_row has shape [5]"});
   refused([](Call& c) { c.out.row_to_slot.dtype = DType::kInt64; }, {"row_to_slot is i64"});
-  refused([](Call& c) { c.out.row_to_token.data = nullptr; }, {"row_to_token has a null pointer"});
+  refused([](Call& c) { c.out.row_to_token.data = nullptr; }, {"row_to_token ", "null pointer"});
   refused([](Call& c) { c.out.tile_expert.shape[0] = 1; }, {"tile_expert has shape [1]"});
   refused([](Call& c) { c.out.tile_row_begin.device.kind = DeviceKind::kCuda; },
           {"tile_row_begin is a CUDA tensor"});
