@@ -52,7 +52,7 @@ class Plan {
   [[nodiscard]] const Explanation& Explain() const;
 
   struct Impl;
-  [[nodiscard]] const Impl& impl() const { return *impl_; }
+  [[nodiscard]] const Impl& impl() const;
 
  private:
   friend Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options);

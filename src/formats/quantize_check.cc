@@ -47,7 +47,14 @@ DType CodeDType(Format format) {
   }
 }
 
+bool HasRank(const TensorView& view) {
+  return view.ndim >= 0 && view.ndim <= TensorView::kMaxDims;
+}
+
 std::string ShapeText(const TensorView& view) {
+  if (!HasRank(view)) {
+    return "of " + std::to_string(view.ndim) + " dimensions";
+  }
   std::string text = "[";
   for (int d = 0; d < view.ndim; ++d) {
     text += (d == 0 ? "" : ", ") + std::to_string(view.shape.at(static_cast<size_t>(d)));
@@ -114,9 +121,25 @@ void CheckMatrix(const Argument& argument, bool written) {
       << view.shape[1] << " columns: it is written, and its rows would overlap";
 }
 
+// The number of elements; -1 where extents are negative or their product is beyond kMaxElements.
+int64_t CountOf(const TensorView& view) {
+  int64_t count = 1;
+  for (int d = 0; d < view.ndim; ++d) {
+    const int64_t extent = view.shape.at(static_cast<size_t>(d));
+    if (extent < 0 || (extent > 0 && count > kMaxElements / extent)) {
+      return -1;
+    }
+    count *= extent;
+  }
+  return count;
+}
+
 void CheckScales(const Argument& argument, const FormatShape& shape, Format format) {
   const TensorView& view = argument.view;
-  const int64_t count = view.defined() ? view.numel() : 0;
+  HOPYARD_CHECK(HasRank(view) && CountOf(view) >= 0, kInvalidArgument)
+      << argument.name << " has shape " << ShapeText(view) << "; wanted at most "
+      << TensorView::kMaxDims << " dimensions, none negative, and at most 2^60 elements";
+  const int64_t count = view.defined() ? CountOf(view) : 0;
   HOPYARD_CHECK(count == shape.scale_numel, kInvalidArgument)
       << argument.name << " has " << count << " elements; wanted " << shape.scale_numel << " for "
       << ToString(format) << (shape.scale_numel == 0 ? " (leave it absent)" : "")
@@ -180,6 +203,12 @@ std::string_view ToString(Format format) {
 }
 
 FormatShape ShapeOf(Format format, int64_t rows, int64_t cols, ScaleLayout layout) {
+  HOPYARD_CHECK(format <= Format::kMxInt4, kInvalidArgument)
+      << "ShapeOf: format=" << static_cast<int>(format) << " is not a Format; wanted 0 .. "
+      << static_cast<int>(Format::kMxInt4);
+  HOPYARD_CHECK(layout <= ScaleLayout::kSwizzled128x4, kInvalidArgument)
+      << "ShapeOf: layout=" << static_cast<int>(layout) << " is not a ScaleLayout; wanted 0 .. "
+      << static_cast<int>(ScaleLayout::kSwizzled128x4);
   HOPYARD_CHECK(rows >= 0 && cols >= 0, kInvalidArgument)
       << "ShapeOf: rows, cols = " << rows << ", " << cols << "; wanted at least 0";
   HOPYARD_CHECK(rows <= kMaxExtent && cols <= kMaxExtent, kInvalidArgument)

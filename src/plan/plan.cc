@@ -5,6 +5,8 @@
 #include <limits>
 #include <sstream>
 
+#include "hopyard/permute.h"
+
 #include "core/error.h"
 #include "core/parallel.h"
 #include "core/shape.h"

@@ -148,7 +148,10 @@ void FusedTopkDeepseek(const TensorView& scores, const TensorView& bias, const R
       << "; fused_topk_deepseek wants RoutingRule::DeepSeekV3 or MiniMax2: use Route for others";
   HOPYARD_CHECK(topk_indices.ndim == 2, kInvalidArgument)
       << "topk_indices has shape " << spec::ShapeString(topk_indices) << "; wanted [T, top_k] i32";
-  const auto top_k = static_cast<int>(std::clamp<int64_t>(topk_indices.shape[1], 0, kMaxTopK + 1));
+  HOPYARD_CHECK(topk_indices.shape[1] >= 1 && topk_indices.shape[1] <= kMaxTopK, kInvalidArgument)
+      << "topk_indices has " << topk_indices.shape[1] << " columns, the top_k; wanted 1 .. "
+      << kMaxTopK;
+  const auto top_k = static_cast<int>(topk_indices.shape[1]);
   RouteInputs inputs;
   inputs.logits = scores;
   inputs.bias = bias;
@@ -158,7 +161,7 @@ void FusedTopkDeepseek(const TensorView& scores, const TensorView& bias, const R
   // Route itself has no f16 weights; here the values follow the scores.
   outputs.weights = topk_values;
   outputs.weights.dtype = topk_values.dtype == DType::kFp16 ? DType::kBf16 : topk_values.dtype;
-  spec::ValidateRoute(rule, top_k, inputs, outputs);
+  spec::ValidateRoute(rule, top_k, inputs, outputs, {"scores", "topk_indices", "topk_values"});
   HOPYARD_CHECK(topk_values.dtype == scores.dtype, kInvalidArgument)
       << "topk_values is " << ToString(topk_values.dtype) << "; wanted the dtype of scores, "
       << ToString(scores.dtype);

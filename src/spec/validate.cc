@@ -193,6 +193,9 @@ void CheckMemory(const TensorView& tensor, const char* name) {
       << name << " has a null pointer, but shape " << ShapeString(tensor)
       << "; wanted allocated memory";
   const auto size = static_cast<uintptr_t>(SizeOf(tensor.dtype));
+  HOPYARD_CHECK(size > 0, kInvalidArgument)
+      << name << " has dtype " << static_cast<int>(tensor.dtype)
+      << ", which is not a DType; wanted 0 .. " << static_cast<int>(DType::kFloat64);
   HOPYARD_CHECK(reinterpret_cast<uintptr_t>(tensor.data) % size == 0, kInvalidArgument)
       << name << " at " << tensor.data << " is not aligned; wanted a multiple of the " << size
       << " bytes of " << ToString(tensor.dtype) << ": copy it to aligned memory";

@@ -19,6 +19,21 @@ void ValidateSpec(const MoeSpec& spec);
 // Shapes, dtypes, layouts and per-expert counts against the spec.
 void ValidateWeights(const MoeSpec& spec, const WeightsDesc& desc);
 
+// One matrix as a slice of Weights::Update sees it: natural rows, K-major.
+struct SliceTarget {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  WeightFormat format = WeightFormat::kBf16;
+  int64_t row_origin = 0;  // of natural row 0, counted from the start of a scale block
+  int64_t col_origin = 0;
+  bool interleaved = false;  // the rows lie between those of another part
+  bool has_bias = false;
+  DType bias_dtype = DType::kFloat32;
+  bool has_global_scale = false;
+};
+// Everything that the slice writes, before anything is written.
+void ValidateSlice(const WeightSlice& slice, const SliceTarget& target);
+
 // One call: shapes against the spec and capacity, optional outputs, reserved modes.
 void ValidateForward(const MoeSpec& spec, int64_t max_tokens, const MoeInputs& inputs,
                      const MoeOutputs& outputs);

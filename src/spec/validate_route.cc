@@ -105,18 +105,21 @@ void ValidateRule(const RoutingRule& rule, int num_experts, int top_k) {
 }
 
 void ValidateRoute(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
-                   const RouteOutputs& outputs) {
-  CheckTensor(inputs.logits, {"logits", {DType::kFloat32, DType::kBf16, DType::kFp16}, {-1, -1}});
+                   const RouteOutputs& outputs, const RouteNames& names) {
+  CheckTensor(inputs.logits,
+              {names.logits, {DType::kFloat32, DType::kBf16, DType::kFp16}, {-1, -1}});
   const int64_t num_tokens = inputs.logits.shape[0];
   HOPYARD_CHECK(inputs.logits.shape[1] <= kMaxExperts, kInvalidArgument)
-      << "logits have " << inputs.logits.shape[1] << " experts; wanted 1 .. " << kMaxExperts;
+      << names.logits << " have " << inputs.logits.shape[1] << " experts; wanted 1 .. "
+      << kMaxExperts;
   const auto num_experts = static_cast<int>(inputs.logits.shape[1]);
   ValidateRule(rule, num_experts, top_k);
   CheckBias(rule, inputs.bias, num_experts);
   CheckIds(top_k, num_tokens, inputs);
   CheckNumTokens(inputs.num_tokens, num_tokens);
-  CheckTensor(outputs.expert_ids, {"expert_ids", {DType::kInt32}, {num_tokens, top_k}});
-  CheckTensor(outputs.weights, {"weights", {DType::kFloat32, DType::kBf16}, {num_tokens, top_k}});
+  CheckTensor(outputs.expert_ids, {names.expert_ids, {DType::kInt32}, {num_tokens, top_k}});
+  CheckTensor(outputs.weights,
+              {names.weights, {DType::kFloat32, DType::kBf16}, {num_tokens, top_k}});
   CheckReplay(outputs.replay, top_k, num_tokens);
   if (outputs.expert_load.defined()) {
     CheckTensor(outputs.expert_load,

@@ -10,9 +10,16 @@ namespace hopyard::spec {
 // A rule that can be applied to `num_experts` logits to choose `top_k`.
 void ValidateRule(const RoutingRule& rule, int num_experts, int top_k);
 
+// What errors call the arguments that another entry point has under another name.
+struct RouteNames {
+  const char* logits = "logits";
+  const char* expert_ids = "expert_ids";
+  const char* weights = "weights";
+};
+
 // One call of Route.
 void ValidateRoute(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
-                   const RouteOutputs& outputs);
+                   const RouteOutputs& outputs, const RouteNames& names = {});
 
 // Options alone: what MaxTiles and MaxRows need.
 void ValidatePermuteOptions(int64_t num_slots, const PermuteOptions& options);
