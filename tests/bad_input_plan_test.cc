@@ -241,7 +241,7 @@ TEST(BadSpec, Row19And51And54And55PairsOfFormats) {
       }
       const std::vector<std::string> parts = {std::string(ToString(pair.weights)) + " weights with",
                                               std::string(ToString(pair.activations)),
-                                              "use bf16 activations", "docs/formats.md"};
+                                              "use bf16 activations", "README.md"};
       ExpectNoKernel(spec, OptionsFor(4), Device{}, parts);
       ExpectUnsupported([&] { const Weights weights(spec, WeightsDesc{}); }, parts);
       ++refused;

@@ -237,8 +237,8 @@ std::string UnsupportedReason(const MoeSpec& spec) {
   const auto pair = [&](WeightFormat weights) {
     if (!formats::IsSupportedPair(weights, spec.activations)) {
       reason << ToString(weights) << " weights with " << ToString(spec.activations)
-             << " activations are not a supported pair; use bf16 activations, or see the table of "
-                "docs/formats.md";
+             << " activations are not a supported pair; use bf16 activations, or see the "
+                "support table of README.md";
       return false;
     }
     return true;

@@ -11,7 +11,8 @@ namespace hopyard::spec {
 namespace {
 
 void CheckAbsent(const TensorView& tensor, const char* name, const char* why) {
-  HOPYARD_CHECK(!tensor.defined(), kInvalidArgument) << name << " is given, but " << why;
+  HOPYARD_CHECK(!tensor.defined(), kInvalidArgument)
+      << name << " is given, but " << why << "; leave it absent";
 }
 
 void CheckHidden(const MoeSpec& spec, const MoeInputs& inputs) {
