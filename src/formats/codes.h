@@ -54,11 +54,9 @@ uint8_t EncodeE2m1(float value);
 
 // e8m0: 2^(code - 127); 255 is NaN, 0 is 2^-127.
 inline float DecodeE8m0(uint8_t code) {
-  if (code == kE8m0Nan) {
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  return code == 0 ? std::bit_cast<float>(0x00400000U)
-                   : std::bit_cast<float>(static_cast<uint32_t>(code) << 23);
+  // 2^-127 is subnormal, 255 is NaN: both are the exponent field with the top mantissa bit set.
+  const uint32_t quirk = code == 0 || code == kE8m0Nan ? 0x00400000U : 0U;
+  return std::bit_cast<float>((static_cast<uint32_t>(code) << 23) | quirk);
 }
 // Smallest code whose value is >= value, for value >= 0; 0 gives 0, NaN and infinity give 255.
 uint8_t EncodeE8m0RoundUp(float value);

@@ -4,8 +4,8 @@
 //
 // Definition, the same bits on every instruction set, batch size and thread count: 16 lanes; lane l
 // holds acc = fma(w[k], x[k], acc) over k = l, l + 16, ... ascending, with w[k] = decode(code) *
-// step_scale[k / 16] rounded once to FP32; lanes are added as a tree (8, 4, 2, 1); the sum is
-// multiplied by the row's scale.
+// block scale rounded once to FP32; lanes are added as a tree (8, 4, 2, 1); the sum is multiplied
+// by the row's scale.
 #pragma once
 
 #include <cstdint>
@@ -25,11 +25,22 @@ inline constexpr int kFeatureBlock = kLanes;
 // How the codes of a row are stored, K-contiguous.
 enum class Code { kF32, kBf16, kE4m3, kE2m1, kInt4 };
 inline constexpr int kNumCodes = 5;
+// Codes that are multiplied by a block scale; where a format has none, one block of scale 1.
+constexpr bool HasBlockScales(Code code) {
+  return code != Code::kF32 && code != Code::kBf16;
+}
 
 struct RowRef {
-  const void* codes = nullptr;         // any alignment; nothing beyond ceil(k) elements is read
-  const float* step_scales = nullptr;  // [ceil(k / 16)], or null: all 1
+  const void* codes = nullptr;    // any alignment; nothing beyond ceil(k) elements is read
+  const float* scales = nullptr;  // one per block, see ScaleBlocks; unused without block scales
   float scale = 1.0F;
+};
+
+// Step s of 16 weights has scales[(s + first_step) >> shift].
+struct ScaleBlocks {
+  int shift = 62;  // log2 of the steps per block; 62: the whole row is one block
+  int64_t first_step = 0;
+  [[nodiscard]] int64_t At(int64_t step) const { return (step + first_step) >> shift; }
 };
 
 struct DotArgs {
@@ -38,7 +49,9 @@ struct DotArgs {
   const float* const* x = nullptr;  // num_tokens rows of RoundUp(k, 16) floats, zero beyond k
   int num_tokens = 0;
   int64_t k = 0;
-  float* out = nullptr;  // out[t * out_stride + r]
+  ScaleBlocks blocks;
+  int64_t prefetch_bytes = 0;  // how far ahead of the running step codes are prefetched
+  float* out = nullptr;        // out[t * out_stride + r]
   int64_t out_stride = 0;
   float* panel = nullptr;  // scratch: kRowGroup * RoundUp(k, 16) floats, 64-byte aligned
 };

@@ -53,13 +53,13 @@ int64_t CodeBytes(Code code, int64_t k) {
 }
 
 // The definition at the top of dot.h, written out once more.
-float Definition(Code code, const std::vector<uint8_t>& row, const float* scales, float scale,
-                 const std::vector<float>& x, int64_t k) {
+float Definition(Code code, const std::vector<uint8_t>& row, const float* scales, int64_t block,
+                 int64_t origin, float scale, const std::vector<float>& x, int64_t k) {
   float lane[kLanes] = {};
   for (int64_t i = 0; i < k; ++i) {
     float w = Decode(code, row, i);
-    if (scales != nullptr && code != Code::kF32) {
-      w *= scales[i / kLanes];
+    if (code != Code::kF32 && code != Code::kBf16) {
+      w *= scales[(i + origin) / block];
     }
     lane[i % kLanes] = std::fma(w, x[static_cast<size_t>(i)], lane[i % kLanes]);
   }
@@ -76,6 +76,8 @@ struct Case {
   int64_t k;
   int rows;
   int tokens;
+  int block;   // weights per scale
+  int origin;  // of the row within its first block
 };
 
 class DotTest : public testing::TestWithParam<Case> {};
@@ -108,16 +110,15 @@ TEST_P(DotTest, EveryIsaEqualsTheDefinitionBitForBit) {
       }
     }
     codes.push_back(row);
-    std::vector<float> steps;
-    for (int64_t s = 0; s < padded / kLanes; ++s) {
-      steps.push_back(std::exp2(normal(rng)));
+    std::vector<float> blocks;
+    for (int64_t b = 0; b < CeilDiv(c.origin + c.k, c.block); ++b) {
+      blocks.push_back(std::exp2(normal(rng)));
     }
-    scales.push_back(steps);
+    scales.push_back(blocks);
   }
   for (int r = 0; r < c.rows; ++r) {
     const auto at = static_cast<size_t>(r);
-    rows.push_back({codes[at].data(), r % 2 == 0 ? scales[at].data() : nullptr,
-                    1.0F + 0.25F * static_cast<float>(r)});
+    rows.push_back({codes[at].data(), scales[at].data(), 1.0F + 0.25F * static_cast<float>(r)});
   }
   std::vector<std::vector<float>> x;
   std::vector<const float*> pointers;
@@ -134,13 +135,23 @@ TEST_P(DotTest, EveryIsaEqualsTheDefinitionBitForBit) {
   for (const Isa isa : Isas()) {
     std::vector<float> panel(static_cast<size_t>(kRowGroup * padded), NAN);
     std::vector<float> out(static_cast<size_t>(c.tokens * 5), NAN);
-    DotArgs args{rows.data(), c.rows, pointers.data(), c.tokens, c.k, out.data(), 5, panel.data()};
+    DotArgs args;
+    args.rows = rows.data();
+    args.num_rows = c.rows;
+    args.x = pointers.data();
+    args.num_tokens = c.tokens;
+    args.k = c.k;
+    args.blocks.shift = std::countr_zero(static_cast<unsigned>(c.block / kLanes));
+    args.blocks.first_step = c.origin / kLanes;
+    args.out = out.data();
+    args.out_stride = 5;
+    args.panel = panel.data();
     Kernels(isa).dot[static_cast<int>(c.code)](args);
     for (int t = 0; t < c.tokens; ++t) {
       for (int r = 0; r < c.rows; ++r) {
         const auto at = static_cast<size_t>(r);
-        const float want = Definition(c.code, codes[at], rows[at].step_scales, rows[at].scale,
-                                      x[static_cast<size_t>(t)], c.k);
+        const float want = Definition(c.code, codes[at], rows[at].scales, c.block, c.origin,
+                                      rows[at].scale, x[static_cast<size_t>(t)], c.k);
         EXPECT_EQ(std::bit_cast<uint32_t>(out[static_cast<size_t>(t * 5 + r)]),
                   std::bit_cast<uint32_t>(want))
             << ToString(isa) << " token " << t << " row " << r;
@@ -155,7 +166,10 @@ std::vector<Case> Cases() {
   for (const Code code : {Code::kF32, Code::kBf16, Code::kE4m3, Code::kE2m1, Code::kInt4}) {
     for (const int64_t k : {2, 16, 40, 64, 96, 192, 704, 1858}) {
       for (const int tokens : {1, 2, 5, 6, 7, 13, 40}) {
-        cases.push_back({code, k, 1 + static_cast<int>(k + tokens) % kRowGroup, tokens});
+        const int block = kLanes << (tokens % 4);  // 16, 32, 64 or 128 weights
+        const int origin = kLanes * (static_cast<int>(k / 2 + tokens) % (block / kLanes));
+        cases.push_back(
+            {code, k, 1 + static_cast<int>(k + tokens) % kRowGroup, tokens, block, origin});
       }
     }
   }
@@ -171,11 +185,18 @@ TEST(DotTest, EveryE4m3CodeIsDecodedExactly) {
       std::vector<float> x(16, 0.0F);
       x[3] = 1.0F;
       const float* pointer = x.data();
-      const RowRef ref{row.data(), nullptr, 1.0F};
+      const float one = 1.0F;
+      const RowRef ref{row.data(), &one, 1.0F};
       float out = 0.0F;
-      std::vector<float> panel(16 * kRowGroup);
-      Kernels(isa).dot[static_cast<int>(Code::kE4m3)](
-          {&ref, 1, &pointer, 1, 16, &out, 1, panel.data()});
+      DotArgs args;
+      args.rows = &ref;
+      args.num_rows = 1;
+      args.x = &pointer;
+      args.num_tokens = 1;
+      args.k = 16;
+      args.out = &out;
+      args.out_stride = 1;
+      Kernels(isa).dot[static_cast<int>(Code::kE4m3)](args);
       const float want = formats::DecodeE4m3(static_cast<uint8_t>(code));
       if (std::isnan(want)) {
         EXPECT_TRUE(std::isnan(out)) << code;

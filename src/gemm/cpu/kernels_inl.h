@@ -30,10 +30,6 @@ inline constexpr int kStepBytes = kCode == Code::kF32    ? 64
                                   : kCode == Code::kE4m3 ? 16
                                                          : 8;
 
-// How far ahead of the running step weights are prefetched: 2 KiB per row, measured best for one to
-// four streams of BF16 on Sapphire Rapids (docs/cpu.md).
-inline constexpr int kPrefetchBytes = 2048;
-
 // The last, partial step of a row: its codes copied behind zeros so that nothing outside is read.
 template <Code kCode>
 struct TailStep {
@@ -61,17 +57,15 @@ struct Tile {
     }
   }
 
-  // One step of 16: `codes[r]` points at the row's codes of the step.
-  inline void Step(const char* const* codes, const RowRef* rows, const float* const* x,
-                   int64_t step) {
+  // One step of 16: `codes[r]` points at the row's codes of the step, `block` names its scale.
+  inline void Step(const char* const* codes, const float* const* scales, int64_t block,
+                   const float* const* x, int64_t step) {
     V w[kR];
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
       w[r] = LoadStep<V, kCode>(codes[r]);
-      if constexpr (kCode != Code::kF32) {
-        if (rows[r].step_scales != nullptr) {
-          w[r] = w[r] * V::Set(rows[r].step_scales[step]);
-        }
+      if constexpr (HasBlockScales(kCode)) {
+        w[r] = w[r] * V::Set(scales[r][block]);
       }
     }
 #pragma GCC unroll 8
@@ -87,52 +81,57 @@ struct Tile {
 
 // Adds the partial step at the end of each row, one row at a time.
 template <class V, Code kCode, int kR, int kC>
-void AddTail(const RowRef* rows, const float* const* x, int64_t k, Tile<V, kCode, kR, kC>& tile) {
+void AddTail(const RowRef* rows, const float* const* x, const DotArgs& args,
+             Tile<V, kCode, kR, kC>& tile) {
+  const int64_t step = args.k / kLanes;
   for (int r = 0; r < kR; ++r) {
-    const TailStep<kCode> tail(static_cast<const char*>(rows[r].codes), k);
+    const TailStep<kCode> tail(static_cast<const char*>(rows[r].codes), args.k);
     const char* codes = tail.codes;
     Tile<V, kCode, 1, kC> one;
     for (int c = 0; c < kC; ++c) {
       one.acc[0][c] = tile.acc[r][c];
     }
-    one.Step(&codes, rows + r, x, k / kLanes);
+    one.Step(&codes, &rows[r].scales, args.blocks.At(step), x, step);
     for (int c = 0; c < kC; ++c) {
       tile.acc[r][c] = one.acc[0][c];
     }
   }
 }
 
+// Once per cache line of each row; FP32 panels are in the cache already.
 template <Code kCode, int kR>
-inline void Prefetch(const char* const* codes, int64_t step) {
-  // Once per cache line of each row; FP32 panels are in the cache already.
+inline void Prefetch(const char* const* codes, int64_t step, int64_t bytes_ahead) {
   if (kCode != Code::kF32 && (step & (64 / kStepBytes<kCode> - 1)) == 0) {
     for (int r = 0; r < kR; ++r) {
-      __builtin_prefetch(codes[r] + kPrefetchBytes);
+      __builtin_prefetch(codes[r] + bytes_ahead);
     }
   }
 }
 
 template <class V, Code kCode, int kR, int kC>
-void DotTile(const RowRef* rows, const float* const* x, int64_t k, float* out, int64_t out_stride) {
+void DotTile(const RowRef* rows, const float* const* x, const DotArgs& args, float* out) {
   Tile<V, kCode, kR, kC> tile;
   const char* codes[kR];
+  const float* scales[kR];
   for (int r = 0; r < kR; ++r) {
     codes[r] = static_cast<const char*>(rows[r].codes);
+    scales[r] = rows[r].scales;
   }
-  const int64_t full = k / kLanes;
+  const ScaleBlocks blocks = args.blocks;
+  const int64_t full = args.k / kLanes;
   for (int64_t step = 0; step < full; ++step) {
-    Prefetch<kCode, kR>(codes, step);
-    tile.Step(codes, rows, x, step);
+    Prefetch<kCode, kR>(codes, step, args.prefetch_bytes);
+    tile.Step(codes, scales, blocks.At(step), x, step);
     for (int r = 0; r < kR; ++r) {
       codes[r] += kStepBytes<kCode>;
     }
   }
-  if (k % kLanes != 0) {
-    AddTail(rows, x, k, tile);
+  if (args.k % kLanes != 0) {
+    AddTail(rows, x, args, tile);
   }
   for (int r = 0; r < kR; ++r) {
     for (int c = 0; c < kC; ++c) {
-      out[c * out_stride + r] = tile.acc[r][c].Sum() * rows[r].scale;
+      out[c * args.out_stride + r] = tile.acc[r][c].Sum() * rows[r].scale;
     }
   }
 }
@@ -143,7 +142,7 @@ void DotTokens(const RowRef* rows, const float* const* x, int num_tokens, const 
                float* out) {
   int t = 0;
   for (; t + kC <= num_tokens; t += kC) {
-    DotTile<V, kCode, kR, kC>(rows, x + t, args.k, out + t * args.out_stride, args.out_stride);
+    DotTile<V, kCode, kR, kC>(rows, x + t, args, out + t * args.out_stride);
   }
   if constexpr (kC > 1) {
     if (t < num_tokens) {
@@ -154,27 +153,27 @@ void DotTokens(const RowRef* rows, const float* const* x, int num_tokens, const 
 
 // Decodes a row group into FP32, zero beyond k: many tokens then share one decoding.
 template <class V, Code kCode>
-void DecodePanel(const RowRef* rows, int num_rows, int64_t k, float* panel, RowRef* decoded) {
-  const int64_t full = k / kLanes;
-  const int64_t padded = (k + kLanes - 1) / kLanes * kLanes;
-  for (int r = 0; r < num_rows; ++r) {
-    const auto* codes = static_cast<const char*>(rows[r].codes);
-    float* out = panel + r * padded;
+void DecodePanel(const DotArgs& args, int64_t padded, RowRef* decoded) {
+  const int64_t full = args.k / kLanes;
+  for (int r = 0; r < args.num_rows; ++r) {
+    const RowRef& row = args.rows[r];
+    const auto* codes = static_cast<const char*>(row.codes);
+    float* out = args.panel + r * padded;
     const auto store = [&](const char* step_codes, int64_t step) {
       V w = LoadStep<V, kCode>(step_codes);
-      if (rows[r].step_scales != nullptr) {
-        w = w * V::Set(rows[r].step_scales[step]);
+      if constexpr (HasBlockScales(kCode)) {
+        w = w * V::Set(row.scales[args.blocks.At(step)]);
       }
       w.Store(out + step * kLanes);
     };
     for (int64_t step = 0; step < full; ++step) {
       store(codes + step * kStepBytes<kCode>, step);
     }
-    if (k % kLanes != 0) {
-      const TailStep<kCode> tail(codes, k);
+    if (args.k % kLanes != 0) {
+      const TailStep<kCode> tail(codes, args.k);
       store(tail.codes, full);
     }
-    decoded[r] = RowRef{out, nullptr, rows[r].scale};
+    decoded[r] = RowRef{out, nullptr, row.scale};
   }
 }
 
@@ -200,9 +199,9 @@ void Dot(const DotArgs& args) {
     // Beyond one register tile of tokens, decoding once and reading FP32 is cheaper.
     if (args.num_tokens > V::kTokens) {
       RowRef decoded[kRowGroup];
-      DecodePanel<V, kCode>(args.rows, args.num_rows, args.k, args.panel, decoded);
       DotArgs padded = args;
       padded.k = (args.k + kLanes - 1) / kLanes * kLanes;
+      DecodePanel<V, kCode>(args, padded.k, decoded);
       DotAll<V, Code::kF32>(decoded, args.num_rows, padded);
       return;
     }

@@ -25,15 +25,16 @@ struct V {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
   }
   // e4m3 -> fp16 bits with the exponent 8 too small (subnormals included), -> f32, * 2^8: exact.
+  // The two NaN codes are masked out of the product.
   static V LoadE4m3(const void* codes) {
-    const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(codes)));
-    const __m256i magnitude = _mm256_and_si256(w, _mm256_set1_epi16(0x7F));
-    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x80)), 8);
-    const __m256i half = _mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign);
-    const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7F));
-    const __m512 value = _mm512_cvtph_ps(
-        _mm256_mask_blend_epi16(nan, half, _mm256_set1_epi16(static_cast<int16_t>(0x7E00))));
-    return {_mm512_mul_ps(value, _mm512_set1_ps(256.0F))};
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(codes));
+    const __mmask16 number =
+        _mm_cmpneq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+    // Sign-extended, so that the sign lands on bit 15 together with a copy on bit 14, cleared.
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7),
+                                          _mm256_set1_epi16(static_cast<int16_t>(0xBF80)));
+    const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000));
+    return {_mm512_mask_mul_ps(nan, number, _mm512_cvtph_ps(half), _mm512_set1_ps(256.0F))};
   }
   // Nibble i of the 8 bytes to lane i; the permutes look at the low 4 bits of an index only.
   static __m512i Nibbles(const void* codes) {

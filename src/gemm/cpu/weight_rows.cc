@@ -2,7 +2,7 @@
 #include "gemm/cpu/weight_rows.h"
 
 #include <algorithm>
-#include <array>
+#include <bit>
 #include <cstring>
 
 #include "core/shape.h"
@@ -53,59 +53,39 @@ float DecodeScale(DType dtype, const uint8_t* address) {
   }
 }
 
-// All e4m3 values; a table because NVFP4 has a scale every 16 weights.
-const std::array<float, 256>& E4m3Table() {
-  static const std::array<float, 256> table = [] {
-    std::array<float, 256> values{};
-    for (size_t code = 0; code < values.size(); ++code) {
-      values.at(code) = formats::DecodeE4m3(static_cast<uint8_t>(code));
-    }
-    return values;
-  }();
-  return table;
-}
-
-// Repeats decode(c), the row's c-th block scale, over the steps of block c.
-template <class Decode>
-void SpreadScales(const MatrixRef& matrix, int64_t block, float* steps, Decode&& decode) {
-  const int64_t num_steps = CeilDiv(matrix.cols, kLanes);
-  int64_t step = 0;
-  for (int64_t c = 0; step < num_steps; ++c) {
-    const float scale = decode(c);
-    const int64_t end = std::min(num_steps, ((c + 1) * block - matrix.col_origin) / kLanes);
-    for (; step < end; ++step) {
-      steps[step] = scale;
+// Scales of consecutive blocks, decoded.
+void DecodeScales(DType dtype, const uint8_t* scales, int64_t count, float* out) {
+  switch (dtype) {
+    case DType::kE8m0:
+      for (int64_t b = 0; b < count; ++b) {
+        out[b] = formats::DecodeE8m0(scales[b]);
+      }
+      return;
+    case DType::kE4m3:
+      // Codes without scales: the vectorised decoder.
+      formats::DecodeRow(Format::kFp8PerTensor, scales, nullptr, 1.0F, out, count);
+      return;
+    default: {
+      const int64_t size = SizeOf(dtype);
+      for (int64_t b = 0; b < count; ++b) {
+        out[b] = DecodeScale(dtype, scales + b * size);
+      }
     }
   }
 }
 
-// One scale per step of 16; the origin lies on a step.
-void FillStepScales(const MatrixRef& matrix, const formats::WeightFormatRule& rule, int64_t row,
-                    float* steps) {
-  if (matrix.scale_layout != ScaleLayout::kLinear) {
-    SpreadScales(matrix, rule.scale_block, steps, [&](int64_t c) {
-      const int64_t col = std::max<int64_t>(0, c * rule.scale_block - matrix.col_origin);
-      return DecodeScale(rule.scale_dtype, ScaleAddress(matrix, row, col));
-    });
+// The block scales of one row; the origin lies on a step of 16.
+void FillBlockScales(const MatrixRef& matrix, const formats::WeightFormatRule& rule, int64_t row,
+                     float* out) {
+  const int64_t block = rule.scale_block;
+  const int64_t count = CeilDiv(matrix.col_origin % block + matrix.cols, block);
+  if (matrix.scale_layout == ScaleLayout::kLinear) {
+    DecodeScales(rule.scale_dtype, ScaleAddress(matrix, row, 0), count, out);
     return;
   }
-  // Linear scales of a row are neighbours; the first column is in the first block.
-  const uint8_t* scales = ScaleAddress(matrix, row, 0);
-  switch (rule.scale_dtype) {
-    case DType::kE8m0:
-      SpreadScales(matrix, rule.scale_block, steps,
-                   [&](int64_t c) { return formats::DecodeE8m0(scales[c]); });
-      return;
-    case DType::kE4m3: {
-      const std::array<float, 256>& table = E4m3Table();
-      SpreadScales(matrix, rule.scale_block, steps, [&](int64_t c) { return table[scales[c]]; });
-      return;
-    }
-    default: {
-      const int64_t size = SizeOf(rule.scale_dtype);
-      SpreadScales(matrix, rule.scale_block, steps,
-                   [&](int64_t c) { return DecodeScale(rule.scale_dtype, scales + c * size); });
-    }
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t col = std::max<int64_t>(0, b * block - matrix.col_origin % block);
+    out[b] = DecodeScale(rule.scale_dtype, ScaleAddress(matrix, row, col));
   }
 }
 
@@ -159,6 +139,8 @@ void CopyBlockMajor(const MatrixRef& matrix, int64_t row, int64_t bytes, uint8_t
   }
 }
 
+constexpr float kOne = 1.0F;
+
 // Fills rows[0 .. num_rows) of args and returns how their codes are stored.
 Code FetchRows(const BlockArgs& args, RowRef* rows) {
   const MatrixRef& matrix = *args.matrix;
@@ -176,6 +158,7 @@ Code FetchRows(const BlockArgs& args, RowRef* rows) {
     RowRef& ref = rows[r];
     float* copy = args.scratch.copies + r * padded;
     ref = RowRef{};
+    ref.scales = &kOne;
     ref.scale = global;
     if (rule.per_row_scale) {
       ref.scale *= DecodeScale(DType::kFloat32, ScaleAddress(matrix, row, 0));
@@ -186,9 +169,10 @@ Code FetchRows(const BlockArgs& args, RowRef* rows) {
       continue;
     }
     if (blocks) {
-      float* steps = args.scratch.step_scales + r * CeilDiv(matrix.cols, kLanes);
-      FillStepScales(matrix, rule, row, steps);
-      ref.step_scales = steps;
+      // A block holds at least one step; one more block where the origin cuts the first.
+      float* scales = args.scratch.scales + r * (padded / kLanes + 1);
+      FillBlockScales(matrix, rule, row, scales);
+      ref.scales = scales;
     }
     if (matrix.major == MajorOrder::kKMajor) {
       ref.codes = ValueAddress(matrix, row, 0);
@@ -275,32 +259,58 @@ float BiasAt(const MatrixRef& matrix, int64_t row) {
 int64_t RowScratchFloats(int64_t max_cols) {
   const int64_t padded = RoundUp(max_cols, kLanes);
   // Every part is a whole number of 64-byte lines.
-  return RoundUp(kFeatureBlock * (padded / kLanes), 16) + (kFeatureBlock + kRowGroup) * padded;
+  return RoundUp(kFeatureBlock * (padded / kLanes + 1), 16) + (kFeatureBlock + kRowGroup) * padded;
 }
 
 RowScratch CarveRowScratch(float* base, int64_t max_cols) {
   const int64_t padded = RoundUp(max_cols, kLanes);
   RowScratch scratch;
-  scratch.step_scales = base;
-  scratch.copies = base + RoundUp(kFeatureBlock * (padded / kLanes), 16);
+  scratch.scales = base;
+  scratch.copies = base + RoundUp(kFeatureBlock * (padded / kLanes + 1), 16);
   scratch.panel = scratch.copies + kFeatureBlock * padded;
   return scratch;
+}
+
+// Scale blocks of the rows that FetchRows gave, in steps.
+ScaleBlocks BlocksOf(const MatrixRef& matrix) {
+  const int64_t block = formats::RuleOf(matrix.format).scale_block;
+  ScaleBlocks blocks;
+  if (block > 0) {
+    blocks.shift = std::countr_zero(static_cast<uint64_t>(block / kLanes));
+    blocks.first_step = matrix.col_origin % block / kLanes;
+  }
+  return blocks;
+}
+
+// Rows follow each other in memory where they are not copied: short ones are prefetched one row
+// group ahead, long ones within the row. Between 512 bytes and 8 KiB no distance was measurably
+// better for FP8 or MXFP4 (2-core Sapphire Rapids VM, T = 1, 2026-11).
+int64_t PrefetchBytes(const RowRef* rows, int num_rows) {
+  constexpr int64_t kAhead = 2048;
+  if (num_rows <= kRowGroup) {
+    return kAhead;
+  }
+  const int64_t group =
+      static_cast<const char*>(rows[kRowGroup].codes) - static_cast<const char*>(rows[0].codes);
+  return group > 0 && group <= kRowGroup * kAhead ? group : kAhead;
 }
 
 void DotBlock(const BlockArgs& args) {
   RowRef rows[kFeatureBlock];
   const Code code = FetchRows(args, rows);
   const DotFn dot = args.kernels->dot[static_cast<int>(code)];
+  DotArgs group;
+  group.x = args.x;
+  group.num_tokens = args.num_tokens;
+  group.k = args.matrix->cols;
+  group.blocks = BlocksOf(*args.matrix);
+  group.prefetch_bytes = PrefetchBytes(rows, args.num_rows);
+  group.out_stride = kFeatureBlock;
+  group.panel = args.scratch.panel;
   for (int r = 0; r < args.num_rows; r += kRowGroup) {
-    DotArgs group;
     group.rows = rows + r;
     group.num_rows = std::min(kRowGroup, args.num_rows - r);
-    group.x = args.x;
-    group.num_tokens = args.num_tokens;
-    group.k = args.matrix->cols;
     group.out = args.out + r;
-    group.out_stride = kFeatureBlock;
-    group.panel = args.scratch.panel;
     dot(group);
   }
 }

@@ -50,9 +50,9 @@ struct ExpertRef {
 
 // Scratch of one thread.
 struct RowScratch {
-  float* step_scales = nullptr;  // kFeatureBlock * steps
-  float* copies = nullptr;       // kFeatureBlock * RoundUp(K, 16)
-  float* panel = nullptr;        // kRowGroup * RoundUp(K, 16)
+  float* scales = nullptr;  // kFeatureBlock * (steps + 1)
+  float* copies = nullptr;  // kFeatureBlock * RoundUp(K, 16)
+  float* panel = nullptr;   // kRowGroup * RoundUp(K, 16)
 };
 [[nodiscard]] int64_t RowScratchFloats(int64_t max_cols);
 [[nodiscard]] RowScratch CarveRowScratch(float* base, int64_t max_cols);

@@ -24,6 +24,10 @@ struct RowGroups {
   int num_threads = 1;
 };
 
+// Feature blocks that a thread takes at a time out of `total`: enough that neighbouring rows stay
+// with one thread and the hand-out costs nothing, few enough that all threads end together.
+[[nodiscard]] int64_t BlocksPerGrab(int64_t total, int num_threads);
+
 // Scratch per thread that Gemm1Cpu and Gemm2Cpu need for this layer, a multiple of 64 floats.
 [[nodiscard]] int64_t GemmScratchFloats(const MoeSpec& spec);
 

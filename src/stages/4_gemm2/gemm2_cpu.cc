@@ -61,7 +61,9 @@ void Gemm2Cpu(const Args& args) {
   const RowGroups& groups = args.groups;
   const int64_t hidden = args.spec->hidden_size;
   const int64_t blocks = CeilDiv(hidden, kFeatureBlock);
-  ParallelFor(0, groups.num_active * blocks, 1, groups.num_threads, [&](int64_t i, int thread) {
+  const int64_t total = groups.num_active * blocks;
+  const int64_t grain = BlocksPerGrab(total, groups.num_threads);
+  ParallelFor(0, total, grain, groups.num_threads, [&](int64_t i, int thread) {
     Task task;
     task.segment = groups.active[i / blocks];
     task.feature_begin = i % blocks * kFeatureBlock;
