@@ -92,7 +92,22 @@ class Refit {
     }
   }
 
+  // The expert's global scale, set before its slices, which then repeat it.
+  void AddGlobal(int64_t expert, WeightPart part, float global) {
+    PendingUpdate update;
+    update.slice.expert = expert;
+    update.slice.part = part;
+    update.global = global;
+    globals_.push_back(std::move(update));
+  }
+
   void Apply(bool has_global, Weights* weights) {
+    for (PendingUpdate& update : globals_) {
+      if (has_global) {
+        update.slice.global_scale = TensorView::Contiguous(&update.global, DType::kFloat32, {1});
+        weights->Update(update.slice);
+      }
+    }
     for (size_t i = updates_.size(); i > 1; --i) {
       std::swap(updates_[i - 1], updates_[Hash(seed_, i, 3) % i]);
     }
@@ -110,6 +125,7 @@ class Refit {
 
  private:
   uint64_t seed_;
+  std::vector<PendingUpdate> globals_;
   std::vector<PendingUpdate> updates_;
 };
 
@@ -180,6 +196,13 @@ TEST_P(ForwardUpdate, RandomSlicesOfPartsEqualAFreshLoad) {
   Refit refit(4);
   for (int64_t e = 0; e < 3; ++e) {
     const CanonicalExpert& expert = fresh.expert(e);
+    if (source_.layout.separate) {
+      refit.AddGlobal(e, WeightPart::kGate, expert.gate.global);
+      refit.AddGlobal(e, WeightPart::kUp, expert.up.global);
+    } else {
+      refit.AddGlobal(e, WeightPart::kGemm1, expert.gemm1.global);
+    }
+    refit.AddGlobal(e, WeightPart::kGemm2, expert.gemm2.global);
     refit.Add(e, WeightPart::kGate, expert.gate, expert.gate_bias);
     refit.Add(e, WeightPart::kUp, expert.up, expert.up_bias);
     refit.Add(e, WeightPart::kGemm2, expert.gemm2, expert.gemm2_bias);
@@ -197,6 +220,8 @@ TEST_P(ForwardUpdate, RandomSlicesOfTheFusedMatrixEqualAFreshLoad) {
   Refit refit(5);
   for (int64_t e = 0; e < 3; ++e) {
     const CanonicalExpert& expert = fresh.expert(e);
+    refit.AddGlobal(e, WeightPart::kGemm1, expert.gemm1.global);
+    refit.AddGlobal(e, WeightPart::kGemm2, expert.gemm2.global);
     refit.Add(e, WeightPart::kGemm1, expert.gemm1, expert.gemm1_bias);
     refit.Add(e, WeightPart::kGemm2, expert.gemm2, expert.gemm2_bias);
   }

@@ -42,9 +42,9 @@ struct MatrixSet {
   TensorView
       scales;  // block scales of the format, or f32 per row (kFp8PerChannel: [experts, rows])
   std::vector<TensorView> scales_per_expert;
-  TensorView
-      global_scales;  // f32 [experts]: kFp8PerTensor scale, kNvFp4 multiplier 1/g; absent = 1
-  TensorView bias;    // f32 or bf16 [experts, rows] in natural units and row order; optional
+  TensorView global_scales;  // f32 [experts]: kFp8PerTensor scale, kNvFp4 multiplier 1/g; absent
+                             // = 1. Finite; 0 makes every value of the expert 0
+  TensorView bias;  // f32 or bf16 [experts, rows] in natural units and row order; optional
   std::vector<TensorView> bias_per_expert;
   MajorOrder major = MajorOrder::kKMajor;
   ScaleLayout scale_layout = ScaleLayout::kLinear;
@@ -62,8 +62,10 @@ struct ExpertMatrices {
   MatrixSet up;
   MatrixSet gemm2;  // [H, I]
   RowOrder row_order = RowOrder::kGateUp;
-  TensorView gemm1_input_scale;  // f32 [1]: static scale of quantised hidden states
-  TensorView gemm2_input_scale;  // f32 [1] or [experts], of the intermediate; value = code * scale
+  // Static scales, finite and > 0, of the kFp8PerTensor and kNvFp4 activation formats; absent for
+  // all others. Read by every Forward: value = code * scale.
+  TensorView gemm1_input_scale;  // f32 [1], of hidden states
+  TensorView gemm2_input_scale;  // f32 [1] or [experts], of the intermediate
 };
 
 struct WeightsDesc {
@@ -79,8 +81,11 @@ enum class WeightPart : uint8_t { kGate, kUp, kGemm1, kGemm2 };
 
 // A canonical slice: natural rows [row_begin, row_begin + rows) and columns [col_begin, ...) of one
 // matrix, K-major, linear scales. kGemm1 addresses rows in the `row_order`
-// of the matrices, before the row map. For block-scaled formats row_begin/col_begin lie on scale
-// blocks.
+// of the matrices, before the row map. A slice with scales begins and ends on scale blocks or at
+// the matrix's edges, and its scales are those of its values, no more and no fewer: a scale that
+// governed anything else would change it unseen. Where gate and up rows share a 128-row block or a
+// global scale, write kGemm1. A global scale other than the stored one comes with values of the
+// whole matrix, or without values and scales.
 struct WeightSlice {
   int64_t expert = 0;  // local slot; shared expert j is num_local_experts + j
   WeightPart part = WeightPart::kGemm1;
@@ -109,7 +114,7 @@ class Weights {
   void Update(const WeightSlice& slice);
 
   struct Impl;
-  [[nodiscard]] const Impl& impl() const { return *impl_; }
+  [[nodiscard]] const Impl& impl() const;
 
  private:
   std::shared_ptr<Impl> impl_;

@@ -114,8 +114,8 @@ ExpertRef ResolveExpert(const MoeSpec& spec, const ExpertMatrices& group, Weight
   return ref;
 }
 
-// What ValidateSlice needs to know of a target.
-spec::SliceTarget RulesOf(const MatrixRef& target) {
+// What ValidateSlice needs to know of a target that lies in a matrix of `stored_rows`.
+spec::SliceTarget RulesOf(const MatrixRef& target, int64_t stored_rows) {
   spec::SliceTarget rules;
   rules.rows = target.rows;
   rules.cols = target.cols;
@@ -125,7 +125,9 @@ spec::SliceTarget RulesOf(const MatrixRef& target) {
   rules.interleaved = target.position_step > 1;
   rules.has_bias = target.bias != nullptr;
   rules.bias_dtype = target.bias_dtype;
-  rules.has_global_scale = target.global_scale != nullptr;
+  rules.rows_before = target.position_begin;
+  rules.rows_after = stored_rows - target.rows - target.position_begin;
+  rules.global_scale = target.global_scale;
   return rules;
 }
 
@@ -159,6 +161,14 @@ MatrixRef TargetOf(const Weights::Impl& impl, const WeightSlice& slice) {
       return expert.down;
   }
   return expert.down;
+}
+
+// Rows of the stored matrix that holds the target: gate and up may be parts of a fused one.
+int64_t StoredRows(const Weights::Impl& impl, const WeightSlice& slice, const MatrixRef& target) {
+  const bool routed = slice.expert < static_cast<int64_t>(impl.spec.num_local_experts());
+  const ExpertMatrices& group = routed ? impl.desc.routed : impl.desc.shared;
+  const bool part = slice.part == WeightPart::kGate || slice.part == WeightPart::kUp;
+  return part && group.gemm1.defined() ? impl.spec.gemm1_rows() : target.rows;
 }
 
 void WriteValues(const MatrixRef& target, const WeightSlice& slice) {
@@ -241,13 +251,16 @@ Weights::Weights(const MoeSpec& spec, WeightsDesc desc) : impl_(std::make_shared
 }
 
 const MoeSpec& Weights::spec() const {
-  HOPYARD_CHECK(impl_ != nullptr, kInvalidArgument) << "weights are empty; construct them first";
-  return impl_->spec;
+  return impl().spec;
 }
 
 const WeightsDesc& Weights::desc() const {
+  return impl().desc;
+}
+
+const Weights::Impl& Weights::impl() const {
   HOPYARD_CHECK(impl_ != nullptr, kInvalidArgument) << "weights are empty; construct them first";
-  return impl_->desc;
+  return *impl_;
 }
 
 int64_t Weights::bytes_per_expert() const {
@@ -266,7 +279,7 @@ void Weights::Update(const WeightSlice& slice) {
       << "slice.expert=" << slice.expert << "; wanted 0 .. " << impl_->experts.size() - 1
       << " (local slots, then shared experts)";
   const MatrixRef target = TargetOf(*impl_, slice);
-  spec::ValidateSlice(slice, RulesOf(target));
+  spec::ValidateSlice(slice, RulesOf(target, StoredRows(*impl_, slice, target)));
   if (slice.values.defined()) {
     WriteValues(target, slice);
   }

@@ -27,9 +27,11 @@ struct SliceTarget {
   int64_t row_origin = 0;  // of natural row 0, counted from the start of a scale block
   int64_t col_origin = 0;
   bool interleaved = false;  // the rows lie between those of another part
+  int64_t rows_before = 0;   // of the other part, in the same stored matrix
+  int64_t rows_after = 0;
   bool has_bias = false;
   DType bias_dtype = DType::kFloat32;
-  bool has_global_scale = false;
+  const float* global_scale = nullptr;  // the stored one; null: none
 };
 // Everything that the slice writes, before anything is written.
 void ValidateSlice(const WeightSlice& slice, const SliceTarget& target);
