@@ -82,8 +82,9 @@ class ExpertWeights:
         gate: [experts, I, H], instead of gemm1 and together with `up`.
         up: [experts, I, H].
         row_order: of gemm1; ignored where the activation is not gated.
-        gemm1_input_scale: float32 [1] or [experts], static scale of quantised hidden states.
-        gemm2_input_scale: the same for the intermediate.
+        gemm1_input_scale: float32 [1], static scale of quantised hidden states, finite and
+            above 0; only for activations "fp8_per_tensor" and "nvfp4".
+        gemm2_input_scale: float32 [1] or [experts], the same for the intermediate.
     """
 
     gemm2: Matrix | Array | Sequence[Array]

@@ -30,7 +30,8 @@ float Amax(const TensorView& values) {
 
 float StaticScale(ActivationFormat format, float amax) {
   const float range = format == ActivationFormat::kNvFp4 ? kE4m3Max * kE2m1Max : kE4m3Max;
-  return amax > 0.0F ? amax / range : 1.0F;
+  const float scale = amax / range;
+  return scale > 0.0F ? scale : 1.0F;  // nothing but zeros, or so little that the step underflows
 }
 
 TensorView FirstRows(TensorView view, int64_t rows) {

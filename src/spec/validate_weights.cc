@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cmath>
 #include <string>
 
 #include "core/error.h"
@@ -194,7 +195,23 @@ void CheckMatrix(const MatrixSet& set, const MatrixRule& rule) {
         << global_name << " is given, but " << ToString(rule.format)
         << " has none; leave it absent";
     CheckTensor(set.global_scales, {global_name.c_str(), {DType::kFloat32}, {rule.experts}});
+    const auto* scales = set.global_scales.as<const float>();
+    for (int64_t e = 0; e < rule.experts; ++e) {
+      HOPYARD_CHECK(std::isfinite(scales[e]), kInvalidArgument)
+          << global_name << '[' << e << "] holds " << scales[e] << "; wanted a finite number";
+    }
   }
+}
+
+// Whether any tensor of the set is given, also one without values.
+bool HasTensors(const MatrixSet& set) {
+  return set.defined() || set.scales.defined() || !set.scales_per_expert.empty() ||
+         set.global_scales.defined() || set.bias.defined() || !set.bias_per_expert.empty();
+}
+
+void CheckUnread(const MatrixSet& set, const std::string& name, const char* why) {
+  HOPYARD_CHECK(!HasTensors(set), kInvalidArgument)
+      << name << " has scales or a bias, but no values: " << why << "; leave it absent";
 }
 
 struct GroupRule {
@@ -219,32 +236,46 @@ void CheckGroup(const MoeSpec& spec, const ExpertMatrices& group, const GroupRul
     HOPYARD_CHECK(IsGated(spec.activation.kind), kInvalidArgument)
         << name << " has gate and up, but activation " << ToString(spec.activation.kind)
         << " is not gated; give gemm1 [experts, intermediate_size, hidden_size]";
+    CheckUnread(group.gemm1, name + ".gemm1", "gate and up are given apart");
     CheckMatrix(group.gate, {name + ".gate", rule.experts, inter, hidden, rule.format});
     CheckMatrix(group.up, {name + ".up", rule.experts, inter, hidden, rule.format});
   } else {
+    CheckUnread(group.gate, name + ".gate", "gemm1 holds gate and up");
+    CheckUnread(group.up, name + ".up", "gemm1 holds gate and up");
     CheckMatrix(group.gemm1,
                 {name + ".gemm1", rule.experts, spec.gemm1_rows(), hidden, rule.format});
   }
   CheckMatrix(group.gemm2, {name + ".gemm2", rule.experts, hidden, inter, rule.format});
 }
 
-void CheckInputScales(const MoeSpec& spec, const ExpertMatrices& group, const GroupRule& rule) {
+void CheckInputScale(const MoeSpec& spec, const TensorView& scale, const std::string& name,
+                     int64_t experts) {
   const bool needed = spec.activations == ActivationFormat::kFp8PerTensor ||
                       spec.activations == ActivationFormat::kNvFp4;
-  const auto check = [&](const TensorView& scale, const char* field, int64_t experts) {
-    const std::string name = std::string("weights.") + rule.name + '.' + field;
-    HOPYARD_CHECK(scale.defined() || !needed, kInvalidArgument)
-        << name << " is missing; " << ToString(spec.activations)
-        << " activations have a static scale: give f32 [1]"
-        << (experts > 1 ? " or [" + std::to_string(experts) + "]" : std::string());
-    if (!scale.defined()) {
-      return;
-    }
-    const bool one = scale.ndim == 1 && scale.shape[0] == 1;
-    CheckTensor(scale, {name.c_str(), {DType::kFloat32}, {one ? 1 : experts}});
-  };
-  check(group.gemm1_input_scale, "gemm1_input_scale", 1);
-  check(group.gemm2_input_scale, "gemm2_input_scale", rule.experts);
+  HOPYARD_CHECK(scale.defined() || !needed, kInvalidArgument)
+      << name << " is missing; " << ToString(spec.activations)
+      << " activations have a static scale: give f32 [1]"
+      << (experts > 1 ? " or [" + std::to_string(experts) + "]" : std::string());
+  HOPYARD_CHECK(!scale.defined() || needed, kInvalidArgument)
+      << name << " is given, but " << ToString(spec.activations)
+      << " activations have no static scale; leave it absent";
+  if (!scale.defined()) {
+    return;
+  }
+  const bool one = scale.ndim == 1 && scale.shape[0] == 1;
+  CheckTensor(scale, {name.c_str(), {DType::kFloat32}, {one ? 1 : experts}});
+  for (int64_t i = 0; i < scale.numel(); ++i) {
+    const float value = scale.as<const float>()[i];
+    HOPYARD_CHECK(std::isfinite(value) && value > 0.0F, kInvalidArgument)
+        << name << '[' << i << "] holds " << value
+        << "; wanted a finite number above 0, the step that codes are multiplied by";
+  }
+}
+
+void CheckInputScales(const MoeSpec& spec, const ExpertMatrices& group, const GroupRule& rule) {
+  const std::string name = std::string("weights.") + rule.name;
+  CheckInputScale(spec, group.gemm1_input_scale, name + ".gemm1_input_scale", 1);
+  CheckInputScale(spec, group.gemm2_input_scale, name + ".gemm2_input_scale", rule.experts);
 }
 
 // All experts read the same quantised hidden states.
@@ -254,6 +285,18 @@ void CheckOneHiddenScale(const WeightsDesc& desc) {
   HOPYARD_CHECK(routed == nullptr || shared == nullptr || *routed == *shared, kInvalidArgument)
       << "weights.shared.gemm1_input_scale holds " << *shared << "; wanted " << *routed
       << ", the routed experts' scale: hidden states are quantised once";
+}
+
+void CheckNoShared(const ExpertMatrices& unused) {
+  const bool matrices = HasTensors(unused.gemm1) || HasTensors(unused.gate) ||
+                        HasTensors(unused.up) || HasTensors(unused.gemm2);
+  const char* field = matrices                             ? ""
+                      : unused.gemm1_input_scale.defined() ? ".gemm1_input_scale"
+                      : unused.gemm2_input_scale.defined() ? ".gemm2_input_scale"
+                                                           : nullptr;
+  HOPYARD_CHECK(field == nullptr, kInvalidArgument)
+      << "weights.shared" << field
+      << " is given, but spec.shared.count=0; leave it absent or set the count";
 }
 
 }  // namespace
@@ -266,11 +309,7 @@ void ValidateWeights(const MoeSpec& spec, const WeightsDesc& desc) {
   CheckGroup(spec, desc.routed, routed);
   CheckInputScales(spec, desc.routed, routed);
   if (spec.shared.count == 0) {
-    const ExpertMatrices& unused = desc.shared;
-    HOPYARD_CHECK(!unused.gemm1.defined() && !unused.gate.defined() && !unused.up.defined() &&
-                      !unused.gemm2.defined(),
-                  kInvalidArgument)
-        << "weights.shared is given, but spec.shared.count=0; leave it absent or set the count";
+    CheckNoShared(desc.shared);
     return;
   }
   const GroupRule shared = {"shared", spec.shared.count, spec.shared.weights};
