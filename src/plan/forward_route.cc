@@ -40,14 +40,9 @@ void TakePrecomputed(const ForwardPass& pass) {
     if (pass.outputs->replay.defined()) {
       pass.outputs->replay.as<int16_t>()[offset + i] = static_cast<int16_t>(valid ? id : -1);
     }
-    if (valid && pass.outputs->expert_load.defined()) {
-      const TensorView& load = pass.outputs->expert_load;
-      if (load.dtype == DType::kInt64) {
-        ++load.as<int64_t>()[id];
-      } else {
-        ++load.as<int32_t>()[id];
-      }
-    }
+  }
+  if (pass.outputs->expert_load.defined()) {
+    route::CountLoad(pass.ids(), count, pass.outputs->expert_load, pass.plan->num_threads);
   }
 }
 

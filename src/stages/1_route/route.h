@@ -19,4 +19,8 @@ void RouteRef(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
 void RouteCpu(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
               const RouteOutputs& outputs, int num_threads);
 
+// load[id] += 1 for every id of ids[0 .. num_slots) that is not negative; `load` is [num_experts]
+// i32 or i64, ids are below num_experts. Atomic: concurrent calls may share the counters.
+void CountLoad(const int32_t* ids, int64_t num_slots, const TensorView& load, int num_threads);
+
 }  // namespace hopyard::route

@@ -92,28 +92,6 @@ void AddCounts(const std::array<int32_t, kMaxExperts>& counts, int num_experts, 
   }
 }
 
-// Adds the slots of each expert, counted in blocks so that threads meet once per block and expert.
-// Integer sums: any order gives the same result.
-void CountLoad(const RouteOutputs& outputs, int64_t num_slots, int num_experts, int num_threads) {
-  constexpr int64_t kBlock = 16384;
-  const auto* ids = outputs.expert_ids.as<const int32_t>();
-  ParallelFor(0, CeilDiv(num_slots, kBlock), 1, num_threads, [&](int64_t block, int /*thread*/) {
-    std::array<int32_t, kMaxExperts> counts;
-    std::fill_n(counts.begin(), num_experts, 0);
-    const int64_t end = std::min(num_slots, (block + 1) * kBlock);
-    for (int64_t slot = block * kBlock; slot < end; ++slot) {
-      if (ids[slot] >= 0) {
-        ++counts[static_cast<size_t>(ids[slot])];
-      }
-    }
-    if (outputs.expert_load.dtype == DType::kInt64) {
-      AddCounts(counts, num_experts, outputs.expert_load.as<int64_t>());
-    } else {
-      AddCounts(counts, num_experts, outputs.expert_load.as<int32_t>());
-    }
-  });
-}
-
 int64_t LiveTokens(const RouteInputs& inputs) {
   const int64_t capacity = inputs.logits.shape[0];
   if (!inputs.num_tokens.defined()) {
@@ -123,6 +101,28 @@ int64_t LiveTokens(const RouteInputs& inputs) {
 }
 
 }  // namespace
+
+// Slots are counted in blocks, so that threads meet once per block and expert. Integer sums: any
+// order gives the same result.
+void CountLoad(const int32_t* ids, int64_t num_slots, const TensorView& load, int num_threads) {
+  constexpr int64_t kBlock = 16384;
+  const auto num_experts = static_cast<int>(load.shape[0]);
+  ParallelFor(0, CeilDiv(num_slots, kBlock), 1, num_threads, [&](int64_t block, int /*thread*/) {
+    std::array<int32_t, kMaxExperts> counts;
+    std::fill_n(counts.begin(), num_experts, 0);
+    const int64_t end = std::min(num_slots, (block + 1) * kBlock);
+    for (int64_t slot = block * kBlock; slot < end; ++slot) {
+      if (ids[slot] >= 0) {
+        ++counts[static_cast<size_t>(ids[slot])];
+      }
+    }
+    if (load.dtype == DType::kInt64) {
+      AddCounts(counts, num_experts, load.as<int64_t>());
+    } else {
+      AddCounts(counts, num_experts, load.as<int32_t>());
+    }
+  });
+}
 
 void RouteRowScalar(const RowProblem& problem, int64_t token, Slots& slots) {
   RouteRow<ScalarRowOps>(problem, token, slots);
@@ -149,7 +149,8 @@ void RouteCpuWith(Isa isa, const RoutingRule& rule, int top_k, const RouteInputs
     StoreSlots(slots, top_k, token, outputs);
   });
   if (outputs.expert_load.defined()) {
-    CountLoad(outputs, num_tokens * top_k, problem.num_experts, num_threads);
+    CountLoad(outputs.expert_ids.as<const int32_t>(), num_tokens * top_k, outputs.expert_load,
+              num_threads);
   }
 }
 
