@@ -314,6 +314,32 @@ TEST(PlanErrors, OptionsAndTactics) {
   EXPECT_NE(cuda.reason.find("CUDA"), std::string::npos);
 }
 
+TEST(PlanErrors, ExplainRefusesTheCapThatMakePlanRefuses) {
+  const MoeSpec spec = SmallSpec(WeightFormat::kMxFp4, ActivationFormat::kBf16);
+  PlanOptions options;
+  options.max_tokens = 1;
+  const int64_t least = MakePlan(spec, Device{}, options).workspace_bytes();
+  options.max_tokens = 64;
+  options.workspace_cap = least;
+  EXPECT_TRUE(Explain(spec, Device{}, options).supported);
+  EXPECT_EQ(MakePlan(spec, Device{}, options).tokens_per_chunk(), 1);
+  for (const int64_t cap : {int64_t{1}, least - 1}) {
+    options.workspace_cap = cap;
+    const Explanation answer = Explain(spec, Device{}, options);
+    EXPECT_FALSE(answer.supported);
+    EXPECT_EQ(answer.reason, "workspace_cap=" + std::to_string(cap) + " bytes; one token needs " +
+                                 std::to_string(least) +
+                                 ": raise the cap to at least that, or 0 (none)");
+    for (const Candidate& candidate : answer.candidates) {
+      EXPECT_FALSE(candidate.chosen) << candidate.kernel;
+      EXPECT_FALSE(candidate.reason.empty());
+    }
+    const Caught caught = CatchError([&] { static_cast<void>(MakePlan(spec, Device{}, options)); });
+    EXPECT_EQ(caught.kind, ErrorKind::kInvalidArgument);
+    EXPECT_EQ(caught.message, answer.reason);
+  }
+}
+
 TEST(PlanErrors, OddPackedSizesAreRefusedWithTheRemedy) {
   PlanOptions options;
   options.max_tokens = 1;

@@ -59,11 +59,12 @@ class Plan {
   std::shared_ptr<const Impl> impl_;
 };
 
-// Throws Error{kInvalidArgument} for a spec that means nothing and Error{kUnsupported} (with
-// Explain's reason) for one that no kernel runs.
+// Throws Error{kInvalidArgument} for a spec that means nothing or a workspace_cap below what one
+// token needs, and Error{kUnsupported} (with Explain's reason) for a spec that no kernel runs.
 Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options);
 
-// The same decision without throwing for unsupported specs; needs no device.
+// The same decision without throwing for unsupported specs and too small a workspace_cap; needs no
+// device.
 Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& options);
 
 }  // namespace hopyard

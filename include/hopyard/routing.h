@@ -39,7 +39,7 @@ struct RoutingRule {
   bool use_bias = false;        // selection ranks score + bias; an absent bias tensor means zeros
   int num_groups = 1;           // > 1: groups of equal size, ranked by their two best biased scores
   int top_groups = 1;           // groups kept; experts of the others cannot be selected
-  float scaling_factor = 1.0F;  // multiplies every weight
+  float scaling_factor = 1.0F;  // multiplies every weight; finite, > 0
 
   friend bool operator==(const RoutingRule&, const RoutingRule&) = default;
 

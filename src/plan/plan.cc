@@ -79,9 +79,8 @@ void ChooseCpuKernel(const MoeSpec& spec, const PlanOptions& options, Explanatio
   out.supported = chosen && tactic_known;
 }
 
-}  // namespace
-
-Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& options) {
+// The decision without the workspace cap.
+Explanation ChooseKernel(const MoeSpec& spec, Device device, const PlanOptions& options) {
   CheckOptions(options);
   spec::ValidateSpec(spec);
   Explanation out;
@@ -100,6 +99,60 @@ Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& optio
     return out;
   }
   ChooseCpuKernel(spec, options, out);
+  return out;
+}
+
+int ThreadsOf(const PlanOptions& options) {
+  return options.num_threads > 0 ? options.num_threads : MaxThreads();
+}
+
+int64_t BytesFor(const MoeSpec& spec, const PlanOptions& options, int64_t tokens) {
+  return MakeWorkspaceLayout(spec, tokens, ThreadsOf(options)).bytes;
+}
+
+// Empty, or why not even one token at a time fits under the cap.
+std::string CapReason(const MoeSpec& spec, const PlanOptions& options) {
+  if (options.workspace_cap == 0 || BytesFor(spec, options, 1) <= options.workspace_cap) {
+    return {};
+  }
+  return "workspace_cap=" + std::to_string(options.workspace_cap) + " bytes; one token needs " +
+         std::to_string(BytesFor(spec, options, 1)) +
+         ": raise the cap to at least that, or 0 (none)";
+}
+
+// The most tokens that one pass handles; one fits.
+int64_t TokensPerChunk(const MoeSpec& spec, const PlanOptions& options) {
+  const auto fits = [&](int64_t tokens) {
+    return BytesFor(spec, options, tokens) <= options.workspace_cap;
+  };
+  if (options.workspace_cap == 0 || fits(options.max_tokens)) {
+    return options.max_tokens;
+  }
+  int64_t low = 1;  // fits
+  int64_t high = options.max_tokens;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (fits(middle) ? low : high) = middle;
+  }
+  return low;
+}
+
+}  // namespace
+
+Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& options) {
+  Explanation out = ChooseKernel(spec, device, options);
+  const std::string reason = out.supported ? CapReason(spec, options) : std::string();
+  if (reason.empty()) {
+    return out;
+  }
+  out.supported = false;
+  out.reason = reason;
+  for (Candidate& candidate : out.candidates) {
+    if (candidate.chosen) {
+      candidate.chosen = false;
+      candidate.reason = reason;
+    }
+  }
   return out;
 }
 
@@ -175,12 +228,14 @@ const Plan::Impl& Plan::impl() const {
 
 Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {
   auto impl = std::make_shared<Plan::Impl>();
-  impl->explanation = Explain(spec, device, options);
+  impl->explanation = ChooseKernel(spec, device, options);
   HOPYARD_CHECK(impl->explanation.supported, kUnsupported) << impl->explanation.reason;
+  const std::string cap_reason = CapReason(spec, options);
+  HOPYARD_CHECK(cap_reason.empty(), kInvalidArgument) << cap_reason;
   impl->spec = spec;
   impl->options = options;
   impl->device = device;
-  impl->num_threads = options.num_threads > 0 ? options.num_threads : MaxThreads();
+  impl->num_threads = ThreadsOf(options);
   for (const Isa isa : kAllIsas) {
     for (const Candidate& candidate : impl->explanation.candidates) {
       if (candidate.chosen && candidate.kernel == KernelName(isa, spec.weights)) {
@@ -188,23 +243,7 @@ Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {
       }
     }
   }
-  const auto fits = [&](int64_t tokens) {
-    return MakeWorkspaceLayout(spec, tokens, impl->num_threads).bytes <= options.workspace_cap;
-  };
-  int64_t tokens = options.max_tokens;
-  if (options.workspace_cap > 0 && !fits(tokens)) {
-    HOPYARD_CHECK(fits(1), kInvalidArgument)
-        << "workspace_cap=" << options.workspace_cap << " bytes; one token needs "
-        << MakeWorkspaceLayout(spec, 1, impl->num_threads).bytes;
-    int64_t low = 1;  // fits
-    int64_t high = tokens;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      (fits(middle) ? low : high) = middle;
-    }
-    tokens = low;
-  }
-  impl->layout = MakeWorkspaceLayout(spec, tokens, impl->num_threads);
+  impl->layout = MakeWorkspaceLayout(spec, TokensPerChunk(spec, options), impl->num_threads);
   Plan plan;
   plan.impl_ = std::move(impl);
   return plan;

@@ -102,6 +102,9 @@ void ValidateRule(const RoutingRule& rule, int num_experts, int top_k) {
   CheckGroups(rule, num_experts, top_k);
   HOPYARD_CHECK(std::isfinite(rule.scaling_factor), kInvalidArgument)
       << "scaling_factor=" << rule.scaling_factor << "; wanted a finite number";
+  HOPYARD_CHECK(rule.scaling_factor > 0.0F, kInvalidArgument)
+      << "scaling_factor=" << rule.scaling_factor
+      << "; wanted more than 0, it multiplies every weight (1 changes none)";
 }
 
 void ValidateRoute(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
