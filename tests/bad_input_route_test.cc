@@ -91,23 +91,23 @@ class SpoiltRoute : public ::testing::TestWithParam<Setup> {
   NamedView Make(const std::string& name) {
     struct Kind {
       const char* name;
-      DType dtype;
       std::vector<int64_t> shape;
-      int free_dim;
+      DType dtype;
+      int free_dim = -1;
     };
-    const Kind kinds[] = {{"logits", DType::kFloat32, {kTokens, kExperts}, -1},
-                          {"scores", DType::kFloat32, {kTokens, kExperts}, -1},
-                          {"bias", DType::kFloat32, {kExperts}, -1},
-                          {"forced_ids", DType::kInt32, {kTokens, kTopK}, -1},
-                          {"token_ids", DType::kInt64, {kTokens}, -1},
-                          {"token_to_experts", DType::kInt32, {7, kTopK}, 0},
-                          {"num_tokens", DType::kInt32, {1}, -1},
-                          {"expert_ids", DType::kInt32, {kTokens, kTopK}, -1},
-                          {"topk_indices", DType::kInt32, {kTokens, kTopK}, -1},
-                          {"weights", DType::kFloat32, {kTokens, kTopK}, -1},
-                          {"topk_values", DType::kFloat32, {kTokens, kTopK}, -1},
-                          {"replay", DType::kInt16, {kTokens, kTopK}, 0},
-                          {"expert_load", DType::kInt64, {kExperts}, -1}};
+    const Kind kinds[] = {{"logits", {kTokens, kExperts}, DType::kFloat32},
+                          {"scores", {kTokens, kExperts}, DType::kFloat32},
+                          {"bias", {kExperts}, DType::kFloat32},
+                          {"forced_ids", {kTokens, kTopK}, DType::kInt32},
+                          {"token_ids", {kTokens}, DType::kInt64},
+                          {"token_to_experts", {7, kTopK}, DType::kInt32, 0},
+                          {"num_tokens", {1}, DType::kInt32},
+                          {"expert_ids", {kTokens, kTopK}, DType::kInt32},
+                          {"topk_indices", {kTokens, kTopK}, DType::kInt32},
+                          {"weights", {kTokens, kTopK}, DType::kFloat32},
+                          {"topk_values", {kTokens, kTopK}, DType::kFloat32},
+                          {"replay", {kTokens, kTopK}, DType::kInt16, 0},
+                          {"expert_load", {kExperts}, DType::kInt64}};
     for (const Kind& kind : kinds) {
       if (name == kind.name) {
         const GuardedBuffer& buffer = arena_.Bytes(1024);

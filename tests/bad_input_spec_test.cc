@@ -149,7 +149,7 @@ void WeightsSay(const MoeSpec& spec, const std::function<void(WeightsDesc*)>& sp
 
 TEST(ErrorMessage, WeightValues) {
   const MoeSpec bf16 = TinySpec();
-  const auto reshaped = [](std::vector<int64_t> shape) {
+  const auto reshaped = [](const std::vector<int64_t>& shape) {
     return
         [=](WeightsDesc* d) { d->routed.gemm1.values = Reshaped(d->routed.gemm1.values, shape); };
   };
@@ -180,7 +180,7 @@ TEST(ErrorMessage, WeightValues) {
 }
 
 TEST(ErrorMessage, WeightScales) {
-  const auto scales = [](std::vector<int64_t> shape) {
+  const auto scales = [](const std::vector<int64_t>& shape) {
     return
         [=](WeightsDesc* d) { d->routed.gemm1.scales = Reshaped(d->routed.gemm1.scales, shape); };
   };
@@ -225,7 +225,7 @@ class ErrorMessageOfCall : public ::testing::Test {
 TEST_F(ErrorMessageOfCall, Logits) {
   ValidCall call(TinySpec());
   call.inputs().Logits();
-  const auto reshaped = [](std::vector<int64_t> shape) {
+  const auto reshaped = [](const std::vector<int64_t>& shape) {
     return [=](ForwardArguments* a) { a->inputs.logits = Reshaped(a->inputs.logits, shape); };
   };
   Says(
@@ -255,7 +255,7 @@ TEST_F(ErrorMessageOfCall, Logits) {
 TEST_F(ErrorMessageOfCall, HiddenStates) {
   ValidCall call(TinySpec(W::kMxInt4, A::kBf16));
   call.inputs().Logits();
-  const auto reshaped = [](std::vector<int64_t> shape) {
+  const auto reshaped = [](const std::vector<int64_t>& shape) {
     return [=](ForwardArguments* a) {
       a->inputs.hidden_states = Reshaped(a->inputs.hidden_states, shape);
     };
@@ -394,7 +394,7 @@ TEST_F(ErrorMessageOfCall, OptionalInputs) {
 TEST_F(ErrorMessageOfCall, Outputs) {
   ValidCall call(TinySpec());
   call.inputs().Logits();
-  const auto output = [](std::vector<int64_t> shape) {
+  const auto output = [](const std::vector<int64_t>& shape) {
     return [=](ForwardArguments* a) { a->outputs.output = Reshaped(a->outputs.output, shape); };
   };
   Says(call, output({5, 65}), "output has 65 columns; wanted 1 .. 64");
@@ -412,7 +412,7 @@ TEST_F(ErrorMessageOfCall, Outputs) {
   Says(
       call, [](auto* a) { a->outputs.slot_to_row = {}; },
       "slot_to_row is missing; wanted i32 [5, 2], rows are of no use without it");
-  const auto replay = [](std::vector<int64_t> shape) {
+  const auto replay = [](const std::vector<int64_t>& shape) {
     return [=](ForwardArguments* a) { a->outputs.replay = Reshaped(a->outputs.replay, shape); };
   };
   Says(

@@ -144,10 +144,13 @@ TEST_F(RefusedUpdate, MemoryThatCannotBeRead) {
                   "CPU: copy it to the host");
     bad = slice_;
     (bad.*field).data = nullptr;
-    const std::string shape = name == "slice.values"   ? "[64, 32]"
-                              : name == "slice.scales" ? "[64, 1]"
-                                                       : "[64]";
-    Says(bad, name + " has a null pointer, but shape " + shape + "; wanted allocated memory");
+    const char* shape = name == "slice.values"   ? "[64, 32]"
+                        : name == "slice.scales" ? "[64, 1]"
+                                                 : "[64]";
+    std::string message = name + " has a null pointer, but shape ";
+    message += shape;
+    message += "; wanted allocated memory";
+    Says(bad, message);
   }
 }
 

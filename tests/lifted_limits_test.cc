@@ -157,9 +157,9 @@ TEST(LiftedLimits, ReplayOfEveryEntry) {
   const Layer layer(spec);
   const std::vector<int32_t> ids = MakeIds(IdPattern::kRandom, spec, 4);
   const std::vector<float> weights = MakeWeights(spec, 4);
-  std::vector<std::unique_ptr<LayerInputs>> entries;
-  for (int i = 0; i < 4; ++i) {
-    entries.push_back(std::make_unique<LayerInputs>(spec, 4));
+  std::vector<std::unique_ptr<LayerInputs>> entries(4);
+  for (auto& entry : entries) {
+    entry = std::make_unique<LayerInputs>(spec, 4);
   }
   entries[0]->Packed(ids, weights);
   entries[1]->Unpacked(ids, weights);
