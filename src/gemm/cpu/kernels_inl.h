@@ -31,7 +31,9 @@ inline constexpr int kStepBytes = kCode == Code::kF32    ? 64
                                                          : 8;
 
 // The last, partial step of a row: its codes copied behind zeros so that nothing outside is read.
-template <Code kCode>
+// Like everything here that may not be inlined it names V: no instruction set lends its code to
+// another.
+template <class V, Code kCode>
 struct TailStep {
   alignas(64) char codes[kStepBytes<kCode>];
 
@@ -85,7 +87,7 @@ void AddTail(const RowRef* rows, const float* const* x, const DotArgs& args,
              Tile<V, kCode, kR, kC>& tile) {
   const int64_t step = args.k / kLanes;
   for (int r = 0; r < kR; ++r) {
-    const TailStep<kCode> tail(static_cast<const char*>(rows[r].codes), args.k);
+    const TailStep<V, kCode> tail(static_cast<const char*>(rows[r].codes), args.k);
     const char* codes = tail.codes;
     Tile<V, kCode, 1, kC> one;
     for (int c = 0; c < kC; ++c) {
@@ -99,7 +101,7 @@ void AddTail(const RowRef* rows, const float* const* x, const DotArgs& args,
 }
 
 // Once per cache line of each row; FP32 panels are in the cache already.
-template <Code kCode, int kR>
+template <class V, Code kCode, int kR>
 inline void Prefetch(const char* const* codes, int64_t step, int64_t bytes_ahead) {
   if (kCode != Code::kF32 && (step & (64 / kStepBytes<kCode> - 1)) == 0) {
     for (int r = 0; r < kR; ++r) {
@@ -120,7 +122,7 @@ void DotTile(const RowRef* rows, const float* const* x, const DotArgs& args, flo
   const ScaleBlocks blocks = args.blocks;
   const int64_t full = args.k / kLanes;
   for (int64_t step = 0; step < full; ++step) {
-    Prefetch<kCode, kR>(codes, step, args.prefetch_bytes);
+    Prefetch<V, kCode, kR>(codes, step, args.prefetch_bytes);
     tile.Step(codes, scales, blocks.At(step), x, step);
     for (int r = 0; r < kR; ++r) {
       codes[r] += kStepBytes<kCode>;
@@ -170,7 +172,7 @@ void DecodePanel(const DotArgs& args, int64_t padded, RowRef* decoded) {
       store(codes + step * kStepBytes<kCode>, step);
     }
     if (args.k % kLanes != 0) {
-      const TailStep<kCode> tail(codes, args.k);
+      const TailStep<V, kCode> tail(codes, args.k);
       store(tail.codes, full);
     }
     decoded[r] = RowRef{out, nullptr, row.scale};
