@@ -234,6 +234,33 @@ def test_bad_arguments(change, message):
         hopyard.route(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": np.zeros((2, 16), np.int32)}, "scores is i32; wanted f32 or bf16 or f16"),
+        ({"bias": np.zeros(15, np.float32)}, r"bias has shape \[15\]; wanted \[16\]"),
+        ({"top_k": 33}, "topk_indices has 33 columns, the top_k; wanted 1 .. 32"),
+        ({"num_groups": 3}, "num_experts=16 is not divisible by num_groups=3"),
+        ({"top_groups": 5}, r"top_groups=5; wanted 1 .. num_groups=4"),
+        ({"topk_values": np.zeros((2, 4), np.float16)}, "topk_values is f16; wanted the dtype of"),
+        ({"topk_indices": np.zeros((2, 4), np.int64)}, "topk_indices is i64; wanted i32"),
+        ({"routing_replay_out": np.zeros((1, 4), np.int16)}, "replay has 1 rows; wanted at least"),
+    ],
+)
+def test_bad_arguments_of_fused_topk_deepseek(change, message):
+    arguments = {
+        "scores": np.zeros((2, 16), np.float32),
+        "bias": np.zeros(16, np.float32),
+        "num_groups": 4,
+        "top_groups": 2,
+        "top_k": 4,
+        "scaling_factor": 1.0,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        hopyard.fused_topk_deepseek(**arguments)
+
+
 def test_unknown_argument():
     with pytest.raises(TypeError, match="forced_idz"):
         hopyard.route(np.zeros((1, 2), np.float32), RULE.top_k(), 1, forced_idz=None)
