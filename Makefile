@@ -19,7 +19,7 @@ run: build
 test: build
 	@tools/setup.sh test-packages
 	OMP_WAIT_POLICY=passive ctest --preset release --parallel $$(nproc)
-	$(PYTHON) -m pytest -q
+	HOPYARD_REQUIRE_TRANSFORMERS=1 $(PYTHON) -m pytest -q
 
 lint:
 	@.ci/run format ruff checks
