@@ -69,8 +69,8 @@ constexpr Named<WeightPart> kParts[] = {
     {"gemm2", WeightPart::kGemm2},
 };
 
-template <class Enum, size_t N>
-Enum Parse(const Named<Enum> (&table)[N], std::string_view name, const char* what) {
+template <class Enum, size_t kCount>
+Enum Parse(const Named<Enum> (&table)[kCount], std::string_view name, const char* what) {
   std::string known;
   for (const Named<Enum>& row : table) {
     if (name == row.name) {
@@ -81,8 +81,8 @@ Enum Parse(const Named<Enum> (&table)[N], std::string_view name, const char* wha
   ThrowInvalid(std::string(what) + " is '" + std::string(name) + "', wanted one of " + known);
 }
 
-template <class Enum, size_t N>
-ffi::String NameOf(const Named<Enum> (&table)[N], Enum value) {
+template <class Enum, size_t kCount>
+ffi::String NameOf(const Named<Enum> (&table)[kCount], Enum value) {
   for (const Named<Enum>& row : table) {
     if (row.value == value) {
       return row.name;

@@ -351,23 +351,27 @@ class Evaluator {
     }
   }
 
-  // Sum over the slots in slot order.
+  // Column c of a token whose slots begin at `first_slot`, summed in slot order.
+  Real SlotSum(const SlotTable& table, int64_t first_slot, int64_t c) const {
+    Real sum{0};
+    for (int64_t row = first_slot; row < first_slot + spec_.slots_per_token(); ++row) {
+      if (table.experts[Index(row)] < 0) {
+        continue;
+      }
+      const auto weight =
+          spec_.router_weight_on_input ? Real{1} : static_cast<Real>(table.weights[Index(row)]);
+      sum += weight * rows_[Index(row * width_ + c)];
+    }
+    return sum;
+  }
+
   std::vector<double> Combine(const SlotTable& table) const {
     const int64_t per_token = spec_.slots_per_token();
     const auto tokens = static_cast<int64_t>(table.tokens.size());
     std::vector<double> output(Index(tokens * width_));
     for (int64_t n = 0; n < tokens; ++n) {
       for (int64_t c = 0; c < width_; ++c) {
-        Real sum{0};
-        for (int64_t slot = 0; slot < per_token; ++slot) {
-          const int64_t row = n * per_token + slot;
-          if (table.experts[Index(row)] < 0) {
-            continue;
-          }
-          const auto weight =
-              spec_.router_weight_on_input ? Real{1} : static_cast<Real>(table.weights[Index(row)]);
-          sum += weight * rows_[Index(row * width_ + c)];
-        }
+        Real sum = SlotSum(table, n * per_token, c);
         if constexpr (kPlain) {
           sum = formats::RoundToBf16(sum);
         }
