@@ -70,9 +70,23 @@ struct ActivateArgs {
 };
 using ActivateFn = void (*)(const ActivateArgs&);
 
+// Gathers 16 columns of a 2-byte matrix stored [k][columns] into 16 rows of k elements: the copy
+// that MN-major weights need.
+struct GatherArgs {
+  const uint8_t* source = nullptr;  // first column at k = 0, any alignment
+  int64_t stride = 0;               // bytes from k to k + 1
+  int step = 1;                     // columns from one gathered column to the next, 1 or 2
+  int offset = 0;                   // 0 .. step - 1: columns that `source` lies behind a step
+  int64_t k = 0;
+  uint16_t* out = nullptr;  // out[column * pitch + k]
+  int64_t pitch = 0;
+};
+using GatherFn = void (*)(const GatherArgs&);
+
 struct KernelTable {
   DotFn dot[kNumCodes];
   ActivateFn activate;
+  GatherFn gather;
 };
 
 // Kernels of one instruction set; the caller has checked that the machine runs it.

@@ -6,6 +6,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -52,25 +53,6 @@ int64_t CodeBytes(Code code, int64_t k) {
   return CeilDiv(k * half_bytes[static_cast<int>(code)], 2);
 }
 
-// The definition at the top of dot.h, written out once more.
-float Definition(Code code, const std::vector<uint8_t>& row, const float* scales, int64_t block,
-                 int64_t origin, float scale, const std::vector<float>& x, int64_t k) {
-  float lane[kLanes] = {};
-  for (int64_t i = 0; i < k; ++i) {
-    float w = Decode(code, row, i);
-    if (code != Code::kF32 && code != Code::kBf16) {
-      w *= scales[(i + origin) / block];
-    }
-    lane[i % kLanes] = std::fma(w, x[static_cast<size_t>(i)], lane[i % kLanes]);
-  }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      lane[i] += lane[i + half];
-    }
-  }
-  return lane[0] * scale;
-}
-
 struct Case {
   Code code;
   int64_t k;
@@ -79,6 +61,25 @@ struct Case {
   int block;   // weights per scale
   int origin;  // of the row within its first block
 };
+
+// The definition at the top of dot.h, written out once more.
+float Definition(const Case& c, const std::vector<uint8_t>& row, const RowRef& ref,
+                 const std::vector<float>& x) {
+  float lane[kLanes] = {};
+  for (int64_t i = 0; i < c.k; ++i) {
+    float w = Decode(c.code, row, i);
+    if (c.code != Code::kF32 && c.code != Code::kBf16) {
+      w *= ref.scales[(i + c.origin) / c.block];
+    }
+    lane[i % kLanes] = std::fma(w, x[static_cast<size_t>(i)], lane[i % kLanes]);
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      lane[i] += lane[i + half];
+    }
+  }
+  return lane[0] * ref.scale;
+}
 
 class DotTest : public testing::TestWithParam<Case> {};
 
@@ -150,8 +151,7 @@ TEST_P(DotTest, EveryIsaEqualsTheDefinitionBitForBit) {
     for (int t = 0; t < c.tokens; ++t) {
       for (int r = 0; r < c.rows; ++r) {
         const auto at = static_cast<size_t>(r);
-        const float want = Definition(c.code, codes[at], rows[at].scales, c.block, c.origin,
-                                      rows[at].scale, x[static_cast<size_t>(t)], c.k);
+        const float want = Definition(c, codes[at], rows[at], x[static_cast<size_t>(t)]);
         EXPECT_EQ(std::bit_cast<uint32_t>(out[static_cast<size_t>(t * 5 + r)]),
                   std::bit_cast<uint32_t>(want))
             << ToString(isa) << " token " << t << " row " << r;
@@ -202,6 +202,37 @@ TEST(DotTest, EveryE4m3CodeIsDecodedExactly) {
         EXPECT_TRUE(std::isnan(out)) << code;
       } else {
         EXPECT_EQ(out, want) << ToString(isa) << " code " << code;
+      }
+    }
+  }
+}
+
+TEST(GatherTest, SixteenColumnsBecomeRowsAndNothingElseIsTouched) {
+  for (const Isa isa : Isas()) {
+    for (const int64_t k : {1, 7, 8, 21, 64}) {
+      for (const auto& [step, offset] : {std::pair(1, 0), std::pair(2, 0), std::pair(2, 1)}) {
+        // Exactly the columns of one block: a read beyond the matrix is one beyond the vector.
+        const int64_t columns = int64_t{kFeatureBlock} * step;
+        std::vector<uint16_t> source(static_cast<size_t>(k * columns));
+        for (size_t i = 0; i < source.size(); ++i) {
+          source[i] = static_cast<uint16_t>(i + 1);
+        }
+        std::vector<uint16_t> out(static_cast<size_t>(kFeatureBlock * (k + 1)), 0xFFFF);
+        GatherArgs args;
+        args.source = static_cast<const uint8_t*>(static_cast<const void*>(source.data() + offset));
+        args.stride = columns * 2;
+        args.step = step;
+        args.offset = offset;
+        args.k = k;
+        args.out = out.data();
+        args.pitch = k + 1;
+        Kernels(isa).gather(args);
+        for (int64_t c = 0; c < kFeatureBlock; ++c) {
+          for (int64_t i = 0; i <= k; ++i) {
+            const int64_t want = i < k ? i * columns + c * step + offset + 1 : 0xFFFF;
+            ASSERT_EQ(out[static_cast<size_t>(c * (k + 1) + i)], want) << c << ' ' << i;
+          }
+        }
       }
     }
   }

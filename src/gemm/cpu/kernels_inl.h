@@ -222,11 +222,30 @@ void Activate(const ActivateArgs& args) {
   }
 }
 
+// Whole blocks of 8 k by the vector, the rest one by one.
+template <class V>
+void Gather(const GatherArgs& args) {
+  int64_t k = 0;
+  if constexpr (V::kGathers) {
+    for (; k + 8 <= args.k; k += 8) {
+      V::Gather8(args.source + k * args.stride, args, args.out + k);
+    }
+  }
+  for (; k < args.k; ++k) {
+    for (int c = 0; c < kFeatureBlock; ++c) {
+      __builtin_memcpy(args.out + c * args.pitch + k,
+                       args.source + k * args.stride + c * args.step * int64_t{sizeof(uint16_t)},
+                       sizeof(uint16_t));
+    }
+  }
+}
+
 template <class V>
 constexpr KernelTable MakeTable() {
   return {{&Dot<V, Code::kF32>, &Dot<V, Code::kBf16>, &Dot<V, Code::kE4m3>, &Dot<V, Code::kE2m1>,
            &Dot<V, Code::kInt4>},
-          &Activate<V>};
+          &Activate<V>,
+          &Gather<V>};
 }
 
 }  // namespace hopyard::gemm::cpu

@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 
+#include "gemm/cpu/gather_avx2.h"
+
 namespace hopyard::gemm::cpu::avx2 {
 
 // 16 lanes as two registers: lanes 0..7 and 8..15.
@@ -15,6 +17,10 @@ struct V {
   // 2 x 2 tiles of two registers each: 8 accumulators + 4 weights + 2 activations of 16.
   static constexpr int kRows = 2;
   static constexpr int kTokens = 2;
+  static constexpr bool kGathers = true;
+  static void Gather8(const uint8_t* source, const GatherArgs& args, uint16_t* out) {
+    GatherBlock<V>(source, args, out);
+  }
 
   static V Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static V Set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 
+#include "gemm/cpu/gather_avx2.h"
+
 namespace hopyard::gemm::cpu::avx512 {
 
 struct V {
@@ -13,6 +15,10 @@ struct V {
   // 24 accumulators + 4 weights + 1 activation + the decode constants fill the 32 registers.
   static constexpr int kRows = 4;
   static constexpr int kTokens = 6;
+  static constexpr bool kGathers = true;
+  static void Gather8(const uint8_t* source, const GatherArgs& args, uint16_t* out) {
+    GatherBlock<V>(source, args, out);
+  }
 
   static V Zero() { return {_mm512_setzero_ps()}; }
   static V Set(float x) { return {_mm512_set1_ps(x)}; }

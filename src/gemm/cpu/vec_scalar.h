@@ -17,6 +17,7 @@ struct V {
   // Register tile: rows x tokens.
   static constexpr int kRows = 4;
   static constexpr int kTokens = 1;
+  static constexpr bool kGathers = false;
 
   template <class Fn>
   static V Map(Fn&& fn) {

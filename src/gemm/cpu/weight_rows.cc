@@ -117,16 +117,26 @@ void DecodeSlowly(const MatrixRef& matrix, const formats::WeightFormatRule& rule
   std::fill(out + matrix.cols, out + RoundUp(matrix.cols, kLanes), 0.0F);
 }
 
-// MN-major rows are columns in memory: 16 of them share each cache line that is read.
-void CopyMnMajor(const MatrixRef& matrix, int64_t row_begin, int num_rows, uint16_t* copies,
-                 int64_t pitch) {
-  const uint8_t* sources[kFeatureBlock];
-  for (int r = 0; r < num_rows; ++r) {
-    sources[r] = ValueAddress(matrix, row_begin + r, 0);
+// MN-major rows are columns in memory: a whole block of them shares each cache line that is read.
+void CopyMnMajor(const BlockArgs& args, uint16_t* copies, int64_t pitch) {
+  const MatrixRef& matrix = *args.matrix;
+  const int64_t step = matrix.position_step;
+  if (args.num_rows == kFeatureBlock && matrix.row_map == RowMap::kNatural && step <= 2) {
+    GatherArgs gather;
+    gather.source = ValueAddress(matrix, args.row_begin, 0);
+    gather.stride = matrix.value_stride;
+    gather.step = static_cast<int>(step);
+    gather.offset = static_cast<int>(matrix.position_begin % step);
+    gather.k = matrix.cols;
+    gather.out = copies;
+    gather.pitch = pitch;
+    args.kernels->gather(gather);
+    return;
   }
-  for (int64_t k = 0; k < matrix.cols; ++k) {
-    for (int r = 0; r < num_rows; ++r) {
-      std::memcpy(copies + r * pitch + k, sources[r] + k * matrix.value_stride, sizeof(uint16_t));
+  for (int r = 0; r < args.num_rows; ++r) {
+    const uint8_t* source = ValueAddress(matrix, args.row_begin + r, 0);
+    for (int64_t k = 0; k < matrix.cols; ++k) {
+      std::memcpy(copies + r * pitch + k, source + k * matrix.value_stride, sizeof(uint16_t));
     }
   }
 }
@@ -150,8 +160,7 @@ Code FetchRows(const BlockArgs& args, RowRef* rows) {
   const bool blocks = rule.scale_block > 0;
   const bool cut_steps = blocks && matrix.col_origin % kLanes != 0;
   if (matrix.major == MajorOrder::kMnMajor) {
-    CopyMnMajor(matrix, args.row_begin, args.num_rows,
-                static_cast<uint16_t*>(static_cast<void*>(args.scratch.copies)), 2 * padded);
+    CopyMnMajor(args, static_cast<uint16_t*>(static_cast<void*>(args.scratch.copies)), 2 * padded);
   }
   for (int r = 0; r < args.num_rows; ++r) {
     const int64_t row = args.row_begin + r;
