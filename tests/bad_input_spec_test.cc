@@ -69,6 +69,8 @@ TEST(ErrorMessage, Routing) {
            "rule.score=10 is not a RoutingScore");
   SpecSays([](MoeSpec* s) { s->routing.scaling_factor = std::numeric_limits<float>::infinity(); },
            "scaling_factor=inf; wanted a finite number");
+  SpecSays([](MoeSpec* s) { s->routing.scaling_factor = 0.0F; },
+           "scaling_factor=0; wanted more than 0, it multiplies every weight (1 changes none)");
 }
 
 TEST(ErrorMessage, Activation) {
@@ -194,6 +196,19 @@ TEST(ErrorMessage, WeightScales) {
       TinySpec(W::kNvFp4, A::kNvFp4), [](WeightsDesc* d) { d->routed.gemm1_input_scale = {}; },
       "weights.routed.gemm1_input_scale is missing; nvfp4 activations have a static scale: give "
       "f32 [1]");
+  WeightsSay(
+      TinySpec(W::kNvFp4, A::kNvFp4),
+      [](WeightsDesc* d) { *d->routed.gemm1_input_scale.as<float>() = 0.0F; },
+      "weights.routed.gemm1_input_scale[0] holds 0; wanted a finite number above 0, the step that "
+      "codes are multiplied by");
+  WeightsSay(
+      TinySpec(W::kFp8PerTensor, A::kFp8PerTensor),
+      [](WeightsDesc* d) {
+        d->routed.gemm2_input_scale.as<float>()[3] = std::numeric_limits<float>::infinity();
+      },
+      "weights.routed.gemm2_input_scale[3] holds inf; wanted a finite number above 0, the step "
+      "that "
+      "codes are multiplied by");
   WeightsSay(
       TinySpec(), [](WeightsDesc* d) { d->routed.gemm2.global_scales = d->routed.gemm1.values; },
       "weights.routed.gemm2.global_scales is given, but bf16 has none; leave it absent");
