@@ -37,28 +37,28 @@ template <class V>
 inline void GatherBlock(const uint8_t* source, const GatherArgs& args, uint16_t* out) {
   __m256i a[8];
   __m256i b[8];
-  for (int i = 0; i < 8; ++i) {
+  for (int64_t i = 0; i < 8; ++i) {
     a[i] = LoadColumns<V>(source + i * args.stride, args.step, args.offset);
   }
   // Three rounds of interleaving; the low lane holds columns 0..7, the high lane 8..15.
-  for (int i = 0; i < 4; ++i) {
+  for (int64_t i = 0; i < 4; ++i) {
     b[2 * i] = _mm256_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = _mm256_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
   }
-  for (int half = 0; half < 8; half += 4) {
-    for (int i = 0; i < 2; ++i) {
+  for (int64_t half = 0; half < 8; half += 4) {
+    for (int64_t i = 0; i < 2; ++i) {
       a[half + 2 * i] = _mm256_unpacklo_epi32(b[half + i], b[half + 2 + i]);
       a[half + 2 * i + 1] = _mm256_unpackhi_epi32(b[half + i], b[half + 2 + i]);
     }
   }
-  for (int i = 0; i < 4; ++i) {
+  for (int64_t i = 0; i < 4; ++i) {
     b[2 * i] = _mm256_unpacklo_epi64(a[i], a[i + 4]);
     b[2 * i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 4]);
   }
-  const auto store = [&](int column, __m128i values) {
+  const auto store = [&](int64_t column, __m128i values) {
     _mm_storeu_si128(static_cast<__m128i*>(static_cast<void*>(out + column * args.pitch)), values);
   };
-  for (int i = 0; i < 8; ++i) {
+  for (int64_t i = 0; i < 8; ++i) {
     store(i, _mm256_castsi256_si128(b[i]));
     store(i + 8, _mm256_extracti128_si256(b[i], 1));
   }

@@ -232,7 +232,7 @@ void Gather(const GatherArgs& args) {
     }
   }
   for (; k < args.k; ++k) {
-    for (int c = 0; c < kFeatureBlock; ++c) {
+    for (int64_t c = 0; c < kFeatureBlock; ++c) {
       __builtin_memcpy(args.out + c * args.pitch + k,
                        args.source + k * args.stride + c * args.step * int64_t{sizeof(uint16_t)},
                        sizeof(uint16_t));
