@@ -22,6 +22,21 @@ std::vector<T> Contents(const TensorView& view) {
   return {view.as<const T>(), view.as<const T>() + view.numel()};
 }
 
+// Counters as the call finds them: 64-bit ones stand where 32 bits would overflow.
+constexpr int32_t kLoadBase32 = 0;
+constexpr int64_t kLoadBase64 = int64_t{1} << 40;
+
+std::vector<int32_t> AddedLoad(const TensorView& load) {
+  if (!load.defined() || load.dtype == DType::kInt32) {
+    return Contents<int32_t>(load);
+  }
+  std::vector<int32_t> added;
+  for (const int64_t count : Contents<int64_t>(load)) {
+    added.push_back(static_cast<int32_t>(count - kLoadBase64));
+  }
+  return added;
+}
+
 struct OutputBuffers {
   Arena arena;
   MoeOutputs outputs;
@@ -47,10 +62,17 @@ void AddOutputs(const MoeSpec& spec, int64_t tokens, const RunOptions& options,
   out.routing_weights = arena.Array(DType::kFloat32, {tokens, slots});
   out.rows = arena.Array(DType::kBf16, {tokens * slots, spec.hidden_size});
   out.slot_to_row = arena.Array(DType::kInt32, {tokens, slots});
-  if (options.extras) {
+  if (options.extras && options.replay) {
     out.replay = arena.Array(DType::kInt16, {tokens + options.spare_replay_rows, spec.top_k});
-    out.expert_load = arena.Array(DType::kInt32, {spec.num_experts});
-    std::fill_n(out.expert_load.as<int32_t>(), spec.num_experts, 0);
+    std::fill_n(out.replay.as<int16_t>(), out.replay.numel(), options.replay_poison);
+  }
+  if (options.extras) {
+    out.expert_load = arena.Array(options.load_dtype, {spec.num_experts});
+    if (options.load_dtype == DType::kInt64) {
+      std::fill_n(out.expert_load.as<int64_t>(), spec.num_experts, kLoadBase64);
+    } else {
+      std::fill_n(out.expert_load.as<int32_t>(), spec.num_experts, kLoadBase32);
+    }
     out.gemm1_activation = arena.Array(DType::kBf16, {tokens * slots, spec.intermediate_size});
   }
 }
@@ -76,7 +98,7 @@ RunResult RunLayer(const MoeSpec& spec, const Weights& weights, const MoeInputs&
   RunResult result;
   result.output = Contents<uint16_t>(out.output);
   result.replay = Contents<int16_t>(out.replay);
-  result.load = Contents<int32_t>(out.expert_load);
+  result.load = AddedLoad(out.expert_load);
   result.weights = Contents<float>(out.routing_weights);
   result.ids = Contents<int32_t>(out.routing_ids);
   result.rows = Contents<uint16_t>(out.rows);

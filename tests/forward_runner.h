@@ -26,14 +26,17 @@ struct RunOptions {
   std::vector<uint16_t> initial;
   bool extras = true;      // ask for every optional output
   bool no_output = false;  // rows instead
+  bool replay = true;      // among the extras
   int64_t spare_replay_rows = 3;
+  int16_t replay_poison = -1;  // every element of replay before the call
+  DType load_dtype = DType::kInt32;
 };
 
 // Contents of every output; those not asked for stay empty. Poison shows as 0xFFFF or -1.
 struct RunResult {
   std::vector<uint16_t> output;  // [T, W]
   std::vector<int16_t> replay;   // [T + spare, K]
-  std::vector<int32_t> load;     // [E], from 0
+  std::vector<int32_t> load;     // [E], what the call added
   std::vector<float> weights;    // [T, K + S]
   std::vector<int32_t> ids;
   std::vector<uint16_t> rows;        // [T * (K + S), H]

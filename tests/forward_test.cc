@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The whole layer against the oracle: every pair of formats, kernel, activation and odd size.
+// The whole layer against the oracle: every pair of formats, kernel and odd size.
 #include "hopyard/forward.h"
 
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -109,18 +108,17 @@ TEST_P(ForwardModelSize, MatchesOracle) {
   source.spec = SmallSpec(GetParam().weights, GetParam().activations);
   source.spec.num_experts = 1;
   source.spec.top_k = 1;
-  source.spec.hidden_size = SmallTests() ? 288 : 2688;
-  source.spec.intermediate_size = 192;
-  EXPECT_TRUE(RunAndJudge(source, 2));
-  source.spec.hidden_size = SmallTests() ? 480 : 2880;
-  source.spec.intermediate_size = 80;
-  EXPECT_TRUE(RunAndJudge(source, 2));
-  source.spec.hidden_size = 64;
-  source.spec.intermediate_size = 1856;
-  EXPECT_TRUE(RunAndJudge(source, 2));
-  source.spec.hidden_size = 72;
-  source.spec.intermediate_size = 704;
-  EXPECT_TRUE(RunAndJudge(source, 2));
+  struct Size {
+    int64_t hidden;
+    int64_t intermediate;
+  };
+  const bool small = SmallTests();
+  for (const Size& size : {Size{small ? 288 : 2688, 192}, Size{small ? 480 : 2880, 80},
+                           Size{64, 1856}, Size{72, 704}, Size{48, 2688}, Size{40, 2880}}) {
+    source.spec.hidden_size = size.hidden;
+    source.spec.intermediate_size = size.intermediate;
+    EXPECT_TRUE(RunAndJudge(source, 2)) << size.hidden << " x " << size.intermediate;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -132,56 +130,6 @@ INSTANTIATE_TEST_SUITE_P(
                       FormatPair{WeightFormat::kNvFp4, ActivationFormat::kNvFp4},
                       FormatPair{WeightFormat::kMxInt4, ActivationFormat::kBf16}),
     PairName);
-
-struct ActivationTest {
-  const char* name;
-  Activation activation;
-};
-
-class ForwardActivation : public ::testing::TestWithParam<ActivationTest> {};
-
-TEST_P(ForwardActivation, MatchesOracleWithAndWithoutBias) {
-  for (const FormatPair pair : {FormatPair{WeightFormat::kBf16, ActivationFormat::kBf16},
-                                FormatPair{WeightFormat::kMxFp4, ActivationFormat::kMxFp8}}) {
-    for (const bool bias : {false, true}) {
-      WeightSource source;
-      source.spec = SmallSpec(pair.weights, pair.activations);
-      source.spec.activation = GetParam().activation;
-      source.spec.num_experts = 4;
-      source.bias = bias;
-      source.gain = 1.5F;  // so that limits bite
-      source.layout.bias_dtype = bias ? DType::kBf16 : DType::kFloat32;
-      EXPECT_TRUE(RunAndJudge(source, 9)) << ToString(pair) << (bias ? " with bias" : "");
-    }
-  }
-}
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-INSTANTIATE_TEST_SUITE_P(
-    Kinds, ForwardActivation,
-    ::testing::Values(
-        ActivationTest{"SwiGlu", {ActivationKind::kSwiGlu, {1, {}}, {0, {}}, {kInfinity, {}}}},
-        ActivationTest{"SwiGluOss", {ActivationKind::kSwiGlu, {1.702F, {}}, {1, {}}, {0.7F, {}}}},
-        ActivationTest{"SwiGluPerExpert",
-                       {ActivationKind::kSwiGlu,
-                        {1, {0.5F, 1, 1.7F, 3}},
-                        {0, {0, 1, -1, 0.5F}},
-                        {kInfinity, {kInfinity, 0.5F, 1, 0.1F}}}},
-        ActivationTest{"GeGlu", {ActivationKind::kGeGlu, {1, {}}, {0, {}}, {kInfinity, {}}}},
-        ActivationTest{"GeGluTanh",
-                       {ActivationKind::kGeGluTanh, {1, {}}, {0, {}}, {kInfinity, {}}}},
-        ActivationTest{"SiTu", {ActivationKind::kSiTu, {1, {}}, {1, {}}, {kInfinity, {}}}},
-        ActivationTest{"SiTuPerExpert",
-                       {ActivationKind::kSiTu,
-                        {1, {4, 3, 2, 1}},
-                        {1, {1, 2, 3, 4}},
-                        {kInfinity, {kInfinity, 2, 1, 0.5F}}}},
-        ActivationTest{"Relu2", {ActivationKind::kRelu2, {1, {}}, {0, {}}, {kInfinity, {}}}},
-        ActivationTest{"Silu", {ActivationKind::kSilu, {1, {}}, {0, {}}, {kInfinity, {}}}},
-        ActivationTest{"Gelu", {ActivationKind::kGelu, {1, {}}, {0, {}}, {kInfinity, {}}}},
-        ActivationTest{"Identity", {ActivationKind::kIdentity, {1, {}}, {0, {}}, {kInfinity, {}}}}),
-    [](const auto& test) { return test.param.name; });
 
 // Integer matrices whose sums are exact in FP32: tolerance 0. Finds indexing and masking faults.
 TEST(Forward, IntegerLayerIsExact) {
