@@ -11,11 +11,22 @@
 
 #include <nlohmann/json.hpp>
 
+#include "hopyard/error.h"
+
 namespace hopyard::cli {
 
 using Json = nlohmann::ordered_json;
 
-enum ExitCode : int { kExitOk = 0, kExitVerificationFailed = 1, kExitBadInput = 2 };
+enum ExitCode : int {
+  kExitOk = 0,
+  kExitVerificationFailed = 1,
+  kExitBadInput = 2,
+  kExitInternal = 3,  // a defect of Hopyard
+};
+
+[[nodiscard]] constexpr ExitCode ExitCodeOf(ErrorKind kind) {
+  return kind == ErrorKind::kInternal ? kExitInternal : kExitBadInput;
+}
 
 // Flags that every command takes.
 struct CommonOptions {

@@ -15,6 +15,7 @@
 #include "cli/console.h"
 #include "cli/machine.h"
 #include "cli/random.h"
+#include "cli/spec_file.h"
 #include "core/error.h"
 
 namespace hopyard::cli {
@@ -60,6 +61,27 @@ LayerPlan ResolvePreset(const LayerRequest& request, const bench::ModelShape& sh
   if (request.experts != 0) {
     ReduceExperts(request.experts, &plan);
   }
+  return plan;
+}
+
+bool IsSpecFile(const std::string& target) {
+  return std::filesystem::path(target).extension() == ".json" &&
+         !std::filesystem::is_directory(target);
+}
+
+LayerPlan ResolveSpecFile(const LayerRequest& request) {
+  for (const auto& [given, option] :
+       {std::pair{request.layer >= 0, "--layer"}, std::pair{request.experts != 0, "--experts"}}) {
+    HOPYARD_CHECK(!given, kInvalidArgument)
+        << option << " is given, but " << request.target << " states the layer; leave it out";
+  }
+  auto shape = std::make_shared<bench::ModelShape>();
+  shape->spec = ReadSpecFile(request.target);
+  LayerPlan plan;
+  plan.name = request.target;
+  plan.spec = shape->spec;
+  plan.preset = shape.get();
+  plan.stated = std::move(shape);
   return plan;
 }
 
@@ -168,7 +190,7 @@ std::string MemoryRemedy(const LayerPlan& plan, int64_t need) {
   const int64_t per_expert = need / std::max(plan.spec.num_experts, 1);
   const int64_t fit = per_expert > 0 ? have * 9 / 10 / per_expert : 0;
   std::string remedy;
-  if (plan.preset != nullptr && fit >= 1) {
+  if (plan.preset != nullptr && plan.stated == nullptr && fit >= 1) {
     remedy = fmt::format("use --experts {}", std::min<int64_t>(fit, plan.spec.num_experts));
   }
   if (plan.spec.weights != WeightFormat::kMxFp4) {
@@ -182,7 +204,8 @@ std::string MemoryRemedy(const LayerPlan& plan, int64_t need) {
 void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights) {
   command
       .add_option("target", request->target,
-                  "Preset (" + bench::ShapeNames() + ") or checkpoint directory")
+                  "Preset (" + bench::ShapeNames() +
+                      "), .json file that states a layer, or checkpoint directory")
       ->required();
   if (with_weights) {
     command.add_option("--weights", request->weights,
@@ -202,9 +225,12 @@ LayerPlan ResolveLayer(const LayerRequest& request) {
   LayerPlan plan;
   if (const bench::ModelShape* shape = bench::FindShape(request.target)) {
     plan = ResolvePreset(request, *shape);
+  } else if (IsSpecFile(request.target)) {
+    plan = ResolveSpecFile(request);
   } else {
     HOPYARD_CHECK(std::filesystem::is_directory(request.target), kInvalidArgument)
-        << "'" << request.target << "' is neither a preset nor a directory; presets are "
+        << "'" << request.target
+        << "' is neither a preset nor a directory nor a .json file; presets are "
         << bench::ShapeNames();
     plan = ResolveCheckpoint(request);
   }
@@ -221,6 +247,12 @@ int64_t LoadBytes(const LayerPlan& plan) {
 }
 
 LoadedLayer LoadLayer(const LayerPlan& plan, uint64_t seed) {
+  // Random inputs hold neither a table of experts nor weights of shared experts.
+  HOPYARD_CHECK(plan.spec.local.kind == ExpertMap::Kind::kAll &&
+                    !(plan.spec.shared.count > 0 && plan.spec.shared.per_token_weight),
+                kUnsupported)
+      << plan.name << ": local experts of one rank and shared experts with per-token weights can "
+      << "be explained, but not run here; use the library";
   const int64_t need = LoadBytes(plan);
   CheckMemory(plan.name + ": the weights", need, MemoryRemedy(plan, need));
   return plan.preset != nullptr ? LoadPreset(plan, seed) : LoadCheckpoint(plan);

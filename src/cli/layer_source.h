@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A layer to work on: a preset's shape with random weights, or a checkpoint's.
+// A layer to work on: a preset's or a spec file's shape with random weights, or a checkpoint's.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,7 +23,7 @@ namespace hopyard::cli {
 
 // What the user asked for.
 struct LayerRequest {
-  std::string target;       // preset name or checkpoint directory
+  std::string target;       // preset name, .json file that states a spec, or checkpoint directory
   std::string weights;      // empty: as published
   std::string activations;  // empty: the default for the weights
   int layer = -1;           // checkpoint layer; -1: the first with experts
@@ -37,7 +38,8 @@ void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights
 struct LayerPlan {
   std::string name;
   MoeSpec spec;
-  const bench::ModelShape* preset = nullptr;  // or
+  std::shared_ptr<const bench::ModelShape> stated;  // by a spec file
+  const bench::ModelShape* preset = nullptr;        // or the same as `stated`; or
   std::optional<CheckpointLayer> checkpoint;
   bool requantise = false;  // the checkpoint's weights change format
   std::vector<std::string> notes;

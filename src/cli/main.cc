@@ -3,6 +3,7 @@
 #include <cstring>
 #include <exception>
 #include <new>
+#include <string>
 
 #include <CLI/CLI.hpp>
 
@@ -24,6 +25,11 @@ void AddCommonOptions(CLI::App& command, CommandContext* context) {
 
 namespace {
 
+int Fail(ErrorKind kind, const std::string& message, bool json) {
+  PrintError(ToString(kind), message, json);
+  return ExitCodeOf(kind);
+}
+
 int Main(int argc, char** argv) {
   CommandContext context;
   CLI::App app("Hopyard: fused Mixture-of-Experts layers for LLM inference", "hopyard");
@@ -44,16 +50,16 @@ int Main(int argc, char** argv) {
     if (error.get_exit_code() == 0) {
       return app.exit(error);  // --help and --version
     }
-    PrintError("InvalidArgument", std::string(error.what()) + " (see hopyard --help)", json);
+    return Fail(ErrorKind::kInvalidArgument, std::string(error.what()) + " (see hopyard --help)",
+                json);
   } catch (const Error& error) {
-    PrintError(ToString(error.kind()), error.message(), json);
+    return Fail(error.kind(), error.message(), json);
   } catch (const std::bad_alloc&) {
-    PrintError(ToString(ErrorKind::kOutOfMemory),
-               "out of memory; use fewer --experts or --tokens, or a smaller weight format", json);
+    return Fail(ErrorKind::kOutOfMemory,
+                "out of memory; use fewer --experts or --tokens, or a smaller weight format", json);
   } catch (const std::exception& error) {
-    PrintError(ToString(ErrorKind::kInternal), error.what(), json);
+    return Fail(ErrorKind::kInternal, error.what(), json);
   }
-  return kExitBadInput;
 }
 
 }  // namespace

@@ -181,7 +181,8 @@ void Print(const std::map<std::string, ErrorStatistics>& statistics, const Layer
 void Run(const QuantizeOptions& options, bool json) {
   const LayerPlan plan = ResolveLayer(options.layer);
   HOPYARD_CHECK(plan.checkpoint.has_value(), kInvalidArgument)
-      << "'" << options.layer.target << "' is a preset; quantize wants a checkpoint directory";
+      << "'" << options.layer.target << (plan.stated ? "' is a spec file" : "' is a preset")
+      << "; quantize wants a checkpoint directory";
   HOPYARD_CHECK(plan.checkpoint->spec.weights == WeightFormat::kBf16, kUnsupported)
       << plan.name << " is " << ToString(plan.checkpoint->spec.weights)
       << "; only bf16 layers can be quantised";

@@ -3,12 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <utility>
 
 #include <fmt/core.h>
 
 #include "cli/layer_source.h"
+#include "core/error.h"
+#include "stages/1_route/route_judge.h"
 #include "stages/layer_ref.h"
 
 namespace hopyard::cli {
@@ -16,16 +17,12 @@ namespace {
 
 // Output rounding alone may differ by one bf16 step where plain happens to be exact.
 constexpr double kFloorOfRms = 1e-3;
-// Scores within 4 ulp of FP32 may be ordered either way.
-constexpr double kTieTolerance = 4.0 * 0x1.0p-23;
-
 // Tokens that the oracle computes together.
 constexpr int64_t kOracleBatch = 2;
 
 struct TokenResult {
   std::vector<double> exact;
   std::vector<double> plain;
-  std::vector<int32_t> ids;
 };
 
 std::vector<int64_t> SampleTokens(int64_t tokens, int64_t samples) {
@@ -37,6 +34,9 @@ std::vector<int64_t> SampleTokens(int64_t tokens, int64_t samples) {
   return sampled;
 }
 
+// The oracle takes the experts that the run reports, which CompareIds judges: so every sampled
+// token is compared, whichever of two tied experts it went to. Weights are the oracle's own.
+//
 // Both passes share the decoding of an expert between the tokens of a batch; batches give progress.
 std::vector<TokenResult> RunOracle(const VerifyInputs& run, const std::vector<int64_t>& tokens) {
   const int64_t width = run.output.shape[1];
@@ -47,6 +47,7 @@ std::vector<TokenResult> RunOracle(const VerifyInputs& run, const std::vector<in
     const int64_t end = std::min(begin + kOracleBatch, count);
     ref::LayerRefOptions options;
     options.tokens.assign(tokens.begin() + begin, tokens.begin() + end);
+    options.forced_ids = run.routing_ids;
     const ref::LayerRefResult exact =
         ref::LayerRef(run.spec, run.weights, run.inputs, width, options);
     progress.Advance(end - begin);
@@ -54,53 +55,41 @@ std::vector<TokenResult> RunOracle(const VerifyInputs& run, const std::vector<in
     const ref::LayerRefResult plain =
         ref::LayerRef(run.spec, run.weights, run.inputs, width, options);
     progress.Advance(end - begin);
-    const int64_t slots = run.spec.slots_per_token();
     for (int64_t i = 0; i < end - begin; ++i) {
-      const auto row = [&](const auto& values, int64_t size) {
-        const auto first = values.begin() + i * size;
-        return std::decay_t<decltype(values)>(first, first + size);
+      const auto row = [&](const std::vector<double>& values) {
+        const auto first = values.begin() + i * width;
+        return std::vector<double>(first, first + width);
       };
-      results.push_back(
-          {row(exact.output, width), row(plain.output, width), row(exact.ids, slots)});
+      results.push_back({row(exact.output), row(plain.output)});
     }
   }
   return results;
 }
 
-double SelectionScore(const VerifyInputs& run, int64_t token, int32_t expert) {
-  const int64_t at = token * run.spec.num_experts + expert;
-  const double logit = run.inputs.logits.as<const float>()[at];
-  if (!run.spec.routing.use_bias || !run.inputs.routing_bias.defined()) {
-    return logit;
-  }
-  const double bias = run.inputs.routing_bias.as<const float>()[expert];
-  return 1.0 / (1.0 + std::exp(-logit)) + bias;
-}
+using route::SelectionMatch;
 
-enum class IdMatch : uint8_t { kEqual, kTied, kDifferent };
-
-IdMatch CompareIds(const VerifyInputs& run, int64_t token, const std::vector<int32_t>& wanted) {
-  const auto slots = static_cast<int64_t>(wanted.size());
-  const int32_t* got = run.routing_ids.as<const int32_t>() + token * slots;
-  IdMatch match = IdMatch::kEqual;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    const int32_t want = wanted[static_cast<size_t>(slot)];
-    if (got[slot] == want) {
-      continue;
+// Ids of one token [K + S]: those given, or a right selection by the routing rule; then the shared
+// experts.
+SelectionMatch CompareIds(const VerifyInputs& run, int64_t token) {
+  const MoeSpec& spec = run.spec;
+  const int32_t* got = run.routing_ids.as<const int32_t>() + token * spec.slots_per_token();
+  for (int s = 0; s < spec.shared.count; ++s) {
+    if (got[spec.top_k + s] != spec.num_experts + s) {
+      return SelectionMatch::kDifferent;
     }
-    const bool routed = slot < run.spec.top_k && want >= 0 && got[slot] >= 0 &&
-                        want < run.spec.num_experts && got[slot] < run.spec.num_experts;
-    if (!routed || run.inputs.routing != RoutingInput::kLogits) {
-      return IdMatch::kDifferent;
-    }
-    const double a = SelectionScore(run, token, want);
-    const double b = SelectionScore(run, token, got[slot]);
-    if (std::abs(a - b) > kTieTolerance * std::max(std::abs(a), std::abs(b))) {
-      return IdMatch::kDifferent;
-    }
-    match = IdMatch::kTied;
   }
-  return match;
+  const std::vector<int32_t> ids(got, got + spec.top_k);
+  if (run.inputs.routing == RoutingInput::kReplay) {
+    const int32_t* given = run.inputs.expert_ids.as<const int32_t>() + token * spec.top_k;
+    return std::equal(ids.begin(), ids.end(), given) ? SelectionMatch::kEqual
+                                                     : SelectionMatch::kDifferent;
+  }
+  HOPYARD_INTERNAL(run.inputs.routing == RoutingInput::kLogits)
+      << "Verify knows ids from logits and given ones";
+  RouteInputs inputs;
+  inputs.logits = run.inputs.logits;
+  inputs.bias = run.inputs.routing_bias;
+  return route::JudgeSelection(spec.routing, inputs, token, ids);
 }
 
 // Sums over the compared tokens.
@@ -203,12 +192,10 @@ Verification Verify(const VerifyInputs& run, int64_t samples) {
   Accumulator sums(&result);
   int64_t different_ids = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
-    const IdMatch match = CompareIds(run, tokens[i], wanted[i].ids);
-    different_ids += match == IdMatch::kDifferent ? 1 : 0;
-    result.tied_tokens += match == IdMatch::kTied ? 1 : 0;
-    if (match == IdMatch::kEqual) {
-      sums.AddRow(tokens[i], output.data() + tokens[i] * width, wanted[i]);
-    }
+    const SelectionMatch match = CompareIds(run, tokens[i]);
+    different_ids += match == SelectionMatch::kDifferent ? 1 : 0;
+    result.tied_tokens += match == SelectionMatch::kTied ? 1 : 0;
+    sums.AddRow(tokens[i], output.data() + tokens[i] * width, wanted[i]);
   }
   sums.Finish();
   Judge(different_ids, CountNonFinite(output, width), &result);
@@ -216,7 +203,9 @@ Verification Verify(const VerifyInputs& run, int64_t samples) {
 }
 
 Json ToJson(const Verification& verification) {
-  return {{"passed", verification.passed},
+  // Nothing compared is no pass: null.
+  const Json passed = verification.sampled_tokens > 0 ? Json(verification.passed) : Json(nullptr);
+  return {{"passed", passed},
           {"failures", verification.failures},
           {"sampled_tokens", verification.sampled_tokens},
           {"tied_tokens", verification.tied_tokens},
@@ -230,6 +219,9 @@ Json ToJson(const Verification& verification) {
 }
 
 std::string ToText(const Verification& verification) {
+  if (verification.sampled_tokens == 0) {
+    return "NOTHING TO VERIFY: there are no tokens\n";
+  }
   std::string text = fmt::format(
       "{}: {} sampled tokens against the oracle\n"
       "  max error   {:.3g}  (allowed {:.3g}; a plain implementation has {:.3g})\n"
@@ -238,8 +230,10 @@ std::string ToText(const Verification& verification) {
       verification.max_error, verification.allowed_error, verification.plain_max_error,
       verification.worst_row_error, verification.row_tolerance, verification.worst_row);
   if (verification.tied_tokens > 0) {
-    text += fmt::format("  {} tokens not compared: their scores tie within 4 ulp\n",
-                        verification.tied_tokens);
+    text += fmt::format(
+        "  {} tokens went to other experts than the oracle's, by scores that tie "
+        "within 4 ulp\n",
+        verification.tied_tokens);
   }
   for (const std::string& failure : verification.failures) {
     text += "  " + failure + "\n";

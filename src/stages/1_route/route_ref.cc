@@ -10,6 +10,7 @@
 
 #include "formats/codes.h"
 #include "stages/1_route/route.h"
+#include "stages/1_route/route_judge.h"
 
 namespace hopyard::route {
 namespace {
@@ -125,8 +126,8 @@ std::vector<int> Candidates(const RoutingRule& rule, const std::vector<double>& 
   return candidates;
 }
 
-std::vector<int> SelectIds(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
-                           const std::vector<double>& z) {
+std::vector<double> BiasedScores(const RoutingRule& rule, const RouteInputs& inputs,
+                                 const std::vector<double>& z) {
   std::vector<double> biased = ScoresOf(rule.score, z);
   for (size_t e = 0; e < z.size(); ++e) {
     if (rule.use_bias) {
@@ -134,6 +135,12 @@ std::vector<int> SelectIds(const RoutingRule& rule, int top_k, const RouteInputs
     }
     biased[e] = std::isnan(z[e]) ? kNan : biased[e];
   }
+  return biased;
+}
+
+std::vector<int> SelectIds(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
+                           const std::vector<double>& z) {
+  const std::vector<double> biased = BiasedScores(rule, inputs, z);
   std::vector<int> ids = Candidates(rule, biased);
   SortBest(biased, ids);
   ids.resize(static_cast<size_t>(top_k));
@@ -217,7 +224,24 @@ void Write(const RouteOutputs& outputs, int64_t index, int id, double weight) {
   }
 }
 
+std::vector<double> ReadLogits(const RouteInputs& inputs, int64_t token) {
+  const int64_t num_experts = inputs.logits.shape[1];
+  std::vector<double> z;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    z.push_back(ReadFloat(inputs.logits, token * num_experts + e));
+  }
+  return z;
+}
+
 }  // namespace
+
+SelectionScores SelectionScoresRef(const RoutingRule& rule, const RouteInputs& inputs,
+                                   int64_t token) {
+  const std::vector<double> z = ReadLogits(inputs, token);
+  RoutingRule unbiased = rule;
+  unbiased.use_bias = false;
+  return {BiasedScores(unbiased, inputs, z), BiasedScores(rule, inputs, z)};
+}
 
 void RouteRef(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
               const RouteOutputs& outputs) {
@@ -228,10 +252,7 @@ void RouteRef(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
   }
   const bool given = inputs.forced_ids.defined() || inputs.token_ids.defined();
   for (int64_t token = 0; token < num_tokens; ++token) {
-    std::vector<double> z;
-    for (int64_t e = 0; e < num_experts; ++e) {
-      z.push_back(ReadFloat(inputs.logits, token * num_experts + e));
-    }
+    const std::vector<double> z = ReadLogits(inputs, token);
     const std::vector<int> ids = given
                                      ? GivenIds(top_k, static_cast<int>(num_experts), inputs, token)
                                      : SelectIds(rule, top_k, inputs, z);
