@@ -193,7 +193,7 @@ TEST_P(ForwardOutput, NumTokensLeavesTheTailUntouched) {
     for (size_t i = 0; i < part.output.size(); ++i) {
       ASSERT_EQ(part.output[i], i < end ? whole.output[i] : 0xFFFF) << "element " << i;
     }
-    const auto slots = static_cast<size_t>(count * spec().top_k);
+    const auto slots = static_cast<size_t>(count) * static_cast<size_t>(spec().top_k);
     for (size_t i = 0; i < part.ids.size(); ++i) {
       ASSERT_EQ(part.ids[i], i < slots ? whole.ids[i] : -1);
       ASSERT_EQ(part.replay[i], i < slots ? whole.replay[i] : -1);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstddef>
 #include <vector>
 
@@ -11,7 +12,7 @@ namespace hopyard::cli {
 // Value at quantile q in [0, 1] of a non-empty sample (nearest rank).
 [[nodiscard]] inline double Quantile(std::vector<double> sample, double q) {
   std::sort(sample.begin(), sample.end());
-  return sample[static_cast<size_t>(q * static_cast<double>(sample.size() - 1) + 0.5)];
+  return sample[static_cast<size_t>(std::lround(q * static_cast<double>(sample.size() - 1)))];
 }
 
 // Seconds that fn() takes.

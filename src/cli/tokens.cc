@@ -58,8 +58,8 @@ struct FileTensor {
   }
 };
 
-template <size_t N>
-FileTensor ReadTensor(const std::string& path, const std::array<std::string_view, N>& names) {
+template <size_t kNames>
+FileTensor ReadTensor(const std::string& path, const std::array<std::string_view, kNames>& names) {
   FileTensor result;
   if (EndsWith(path, ".npy")) {
     result.npy = ReadNpy(path);

@@ -13,9 +13,9 @@
 namespace hopyard::route {
 namespace {
 
-constexpr int32_t kSmallestKey = INT32_MIN;  // NaN, padding and experts of dropped groups
-constexpr int32_t kNanBits = 0x7FC00000;     // every NaN weight has these bits
-constexpr int32_t kMinusInfinityBits = static_cast<int32_t>(0xFF800000U);
+inline constexpr int32_t kSmallestKey = INT32_MIN;  // NaN, padding and experts of dropped groups
+inline constexpr int32_t kNanBits = 0x7FC00000;     // every NaN weight has these bits
+inline constexpr int32_t kMinusInfinityBits = static_cast<int32_t>(0xFF800000U);
 
 static_assert(kMaxExperts % kSumLanes == 0 && kMaxTopK == kSumLanes);
 
