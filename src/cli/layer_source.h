@@ -15,7 +15,7 @@
 #include "bench/shapes.h"
 #include "cli/owned_layer.h"
 
-namespace CLI {
+namespace CLI {  // NOLINT(readability-identifier-naming): CLI11 has it so
 class App;
 }
 
