@@ -10,7 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "core/error.h"
-#include "stages/1_route/route_testing.h"
+#include "stages/1_route/route_expect.h"
 #include "stages/2_permute/permute.h"
 
 namespace hopyard::route {
@@ -18,23 +18,9 @@ namespace {
 
 using testing::Bits;
 using testing::Case;
+using testing::ExpectDefinition;
 using testing::Random;
 using testing::Result;
-
-void ExpectDefinition(const Case& c, const Result& result) {
-  for (int64_t token = 0; token < c.num_tokens; ++token) {
-    const std::vector<float> z = c.Row(token);
-    const std::vector<int> ids = testing::DefSelect(c.rule, c.top_k, z, c.bias);
-    const std::vector<float> weights = testing::DefWeights(c.rule, z, ids);
-    const auto begin = static_cast<size_t>(token * c.top_k);
-    for (size_t j = 0; j < static_cast<size_t>(c.top_k); ++j) {
-      ASSERT_EQ(result.ids[begin + j], ids[j]) << "token " << token << " choice " << j;
-      ASSERT_EQ(std::bit_cast<uint32_t>(result.weights[begin + j]),
-                std::bit_cast<uint32_t>(weights[j]))
-          << "token " << token << " choice " << j;
-    }
-  }
-}
 
 class Sizes : public ::testing::TestWithParam<int> {};
 
@@ -281,9 +267,49 @@ TEST(TieFree, FusedLayerGrid) {
                                                                              {896, 16}}) {
       for (const RoutingRule& rule :
            {RoutingRule::Renormalize(), RoutingRule::DeepSeekV3(1, 1, 2.5F), RoutingRule::TopK(),
-            RoutingRule::Default()}) {
+            RoutingRule::Default(), RoutingRule::TopKSigmoid()}) {
         CheckTieFree(Case(rule, num_experts, top_k, tokens), -1, {});
         ASSERT_FALSE(HasFatalFailure()) << num_experts << '/' << top_k << ' ' << ToString(rule);
+      }
+    }
+  }
+}
+
+TEST(TieFree, FusedLayerGridLargeBatch) {
+  struct Shape {
+    RoutingRule rule;
+    int num_experts, top_k;
+    DType logits;
+  };
+  const std::vector<Shape> shapes = {
+      {RoutingRule::Renormalize(), 128, 8, DType::kBf16},
+      {RoutingRule::Sigmoid(), 128, 8, DType::kFloat32},
+      {RoutingRule::TopKSigmoid(), 128, 8, DType::kFloat32},
+      {RoutingRule::Llama4(), 128, 1, DType::kBf16},
+      {RoutingRule::DeepSeekV3(8, 4, 2.5F), 256, 8, DType::kFloat32},
+      {RoutingRule::DeepSeekV3(1, 1, 2.5F), 512, 22, DType::kFloat32}};
+  for (const Shape& s : shapes) {
+    for (const int64_t tokens : {8, 768, 3072}) {
+      Case c(s.rule, s.num_experts, s.top_k, tokens);
+      c.logits_dtype = s.logits;
+      CheckTieFree(c, -1, {});
+      ASSERT_FALSE(HasFatalFailure()) << s.num_experts << '/' << s.top_k << ' ' << ToString(s.rule);
+    }
+  }
+  for (const auto& [num_experts, top_k] : std::vector<std::pair<int, int>>{{512, 10}, {2048, 32}}) {
+    CheckTieFree(Case(RoutingRule::Renormalize(), num_experts, top_k, testing::Scaled(3072)), -1,
+                 {});
+  }
+}
+
+TEST(TieFree, TopOneOfLlama4) {
+  for (const int num_experts : {16, 128}) {
+    for (const int64_t tokens : {1, 8, 150}) {
+      for (const DType dtype : {DType::kFloat32, DType::kBf16}) {
+        Case c(RoutingRule::Llama4(), num_experts, 1, tokens);
+        c.logits_dtype = dtype;
+        CheckTieFree(c, 3, {{0, num_experts}, {num_experts / 2, num_experts / 4}});
+        ASSERT_FALSE(HasFatalFailure()) << num_experts << " T=" << tokens;
       }
     }
   }

@@ -9,7 +9,7 @@
 #include <gtest/gtest.h>
 
 #include "core/parallel.h"
-#include "stages/1_route/route_testing.h"
+#include "stages/1_route/route_expect.h"
 
 namespace hopyard::route {
 namespace {
@@ -102,114 +102,6 @@ Case MakeCase(const RoutingRule& rule, Random& random) {
   return c;
 }
 
-double UlpAt(double magnitude) {
-  return magnitude == 0 || !std::isfinite(magnitude)
-             ? 0x1p-149
-             : std::ldexp(1.0, std::max(std::ilogb(magnitude) - 23, -149));
-}
-
-// One token's scores in double and the ulp of FP32 in which they may be off.
-struct DoubleScore {
-  double biased = 0;
-  double ulp = 0;
-};
-
-std::vector<DoubleScore> DoubleScores(const Case& c, const std::vector<float>& z) {
-  double max = -kInf;
-  for (const float v : z) {
-    max = std::fmax(max, v);
-  }
-  double sum = 0;
-  for (const float v : z) {
-    sum += std::isnan(v) ? 0.0 : (v == max ? 1.0 : std::exp(v - max));
-  }
-  std::vector<DoubleScore> scores;
-  for (size_t e = 0; e < z.size(); ++e) {
-    const double v = z[e];
-    double s = v;
-    if (c.rule.score == RoutingScore::kSoftmax) {
-      s = (v == max ? 1.0 : std::exp(v - max)) / sum;
-    } else if (c.rule.score == RoutingScore::kSigmoid) {
-      s = 1.0 / (1.0 + std::exp(-v));
-    } else if (c.rule.score == RoutingScore::kSqrtSoftplus) {
-      s = std::sqrt(v > 30 ? v + std::exp(-v) : std::log1p(std::exp(v)));
-    }
-    const double bias = c.rule.use_bias && !c.bias.empty() ? c.bias[e] : 0.0;
-    const double largest = std::max({std::fabs(s), std::fabs(bias), std::fabs(s + bias)});
-    scores.push_back({s + bias, UlpAt(largest)});
-  }
-  return scores;
-}
-
-// Ids may differ from the oracle's only where the scores lie within 4 ulp of each other.
-bool WithinFourUlp(const DoubleScore& a, const DoubleScore& b) {
-  if (std::isnan(a.biased) || std::isnan(b.biased) || a.biased == b.biased) {
-    return std::isnan(a.biased) == std::isnan(b.biased);
-  }
-  return std::fabs(a.biased - b.biased) <= 4 * std::max(a.ulp, b.ulp);
-}
-
-// The same for the sums that rank the groups, of two scores each.
-bool GroupsNearlyTie(const Case& c, const std::vector<DoubleScore>& scores) {
-  const int size = c.num_experts / c.rule.num_groups;
-  std::vector<double> sums;
-  double ulp = 0;
-  for (int g = 0; g < c.rule.num_groups; ++g) {
-    std::vector<double> members;
-    for (int e = g * size; e < (g + 1) * size; ++e) {
-      const DoubleScore& s = scores[static_cast<size_t>(e)];
-      members.push_back(std::isnan(s.biased) ? -kInf : s.biased);
-      ulp = std::max(ulp, s.ulp);
-    }
-    std::sort(members.rbegin(), members.rend());
-    sums.push_back(members[0] + members[1]);
-  }
-  std::sort(sums.rbegin(), sums.rend());
-  const double last_kept = sums[static_cast<size_t>(c.rule.top_groups) - 1];
-  const double first_dropped = sums[static_cast<size_t>(c.rule.top_groups)];
-  return last_kept == first_dropped || last_kept - first_dropped <= 8 * ulp;
-}
-
-void ExpectNearOracle(const Case& c, const Result& got, const Result& oracle, int64_t token) {
-  const std::vector<DoubleScore> scores = DoubleScores(c, c.Row(token));
-  const bool loose = c.rule.num_groups > 1 && GroupsNearlyTie(c, scores);
-  bool same = true;
-  for (int j = 0; j < c.top_k; ++j) {
-    const auto at = static_cast<size_t>(token * c.top_k + j);
-    const auto a = static_cast<size_t>(got.ids[at]);
-    const auto b = static_cast<size_t>(oracle.ids[at]);
-    same = same && a == b;
-    ASSERT_TRUE(a == b || loose || WithinFourUlp(scores[a], scores[b]))
-        << "token " << token << " choice " << j << ": id " << a << " (" << scores[a].biased
-        << "), oracle " << b << " (" << scores[b].biased << ")";
-  }
-  for (int j = 0; same && j < c.top_k; ++j) {
-    const auto at = static_cast<size_t>(token * c.top_k + j);
-    const double wanted = oracle.weights[at];
-    if (std::isnan(wanted) || std::isinf(wanted)) {
-      ASSERT_EQ(std::isnan(got.weights[at]), std::isnan(wanted));
-      ASSERT_TRUE(std::isnan(wanted) || got.weights[at] == oracle.weights[at]);
-    } else {
-      ASSERT_NEAR(got.weights[at], wanted, (2e-6 * std::fabs(wanted)) + 1e-20)
-          << "token " << token << " choice " << j;
-    }
-  }
-}
-
-void ExpectDefinition(const Case& c, const Result& got, int64_t token) {
-  const std::vector<float> z = c.Row(token);
-  const std::vector<int> ids = testing::DefSelect(c.rule, c.top_k, z, c.bias);
-  const std::vector<float> weights = testing::DefWeights(c.rule, z, ids);
-  for (int j = 0; j < c.top_k; ++j) {
-    const auto at = static_cast<size_t>(token * c.top_k + j);
-    const auto k = static_cast<size_t>(j);
-    ASSERT_EQ(got.ids[at], ids[k]) << "token " << token << " choice " << j;
-    ASSERT_EQ(std::bit_cast<uint32_t>(got.weights[at]), std::bit_cast<uint32_t>(weights[k]))
-        << "token " << token << " choice " << j << ": " << got.weights[at] << " wanted "
-        << weights[k];
-  }
-}
-
 void CheckCase(const RoutingRule& rule, uint64_t seed) {
   Random random(seed);
   Case c = MakeCase(rule, random);
@@ -239,8 +131,8 @@ void CheckCase(const RoutingRule& rule, uint64_t seed) {
   Result oracle(c.num_tokens, c.top_k);
   RouteRef(rule, c.top_k, c.inputs, oracle.outputs);
   for (int64_t token = 0; token < c.num_tokens; ++token) {
-    ExpectDefinition(c, first, token);
-    ExpectNearOracle(c, first, oracle, token);
+    testing::ExpectDefinition(c, first, token);
+    testing::ExpectNearOracle(c, first, oracle, token);
     if (::testing::Test::HasFatalFailure()) {
       FAIL() << ToString(rule) << " seed " << seed << " experts " << c.num_experts;
     }
