@@ -46,7 +46,7 @@ Progress::Progress(std::string label, int64_t total)
 
 Progress::~Progress() {
   if (drawn_ && g_progress_mode == ProgressMode::kBar) {
-    fmt::print(stderr, "\r\x1b[K");
+    std::fputs("\r\x1b[K", stderr);
     std::fflush(stderr);
   }
 }

@@ -66,5 +66,10 @@ int Main(int argc, char** argv) {
 }  // namespace hopyard::cli
 
 int main(int argc, char** argv) {
-  return hopyard::cli::Main(argc, argv);
+  try {
+    return hopyard::cli::Main(argc, argv);
+  } catch (...) {
+    // What is thrown while an error is being printed, by a closed stdout say.
+    return hopyard::cli::ExitCodeOf(hopyard::ErrorKind::kInternal);
+  }
 }
