@@ -167,13 +167,8 @@ TEST_P(Harness, RejectsAnythingButZeroWhereTheOracleIsZero) {
   EXPECT_FALSE(Verdict());
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Pairs, Harness,
-    ::testing::Values(FormatPair{WeightFormat::kBf16, ActivationFormat::kBf16},
-                      FormatPair{WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
-                      FormatPair{WeightFormat::kMxFp4, ActivationFormat::kMxFp8},
-                      FormatPair{WeightFormat::kNvFp4, ActivationFormat::kNvFp4}),
-    [](const auto& test) { return ToString(test.param); });
+INSTANTIATE_TEST_SUITE_P(Pairs, Harness, ::testing::ValuesIn(SupportedPairs()),
+                         [](const auto& test) { return ToString(test.param); });
 
 TEST(SameBits, NamesTheFirstDifference) {
   const std::vector<uint16_t> a = {1, 2, 3};

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every instruction set's row operations equal the scalar definition bit for bit.
+// Every instruction set's row operations equal the scalar definition bit for bit; and the checks
+// that say so reject kernels with planted faults.
 #include "formats/row_kernels.h"
 
 #include <algorithm>
@@ -11,11 +12,14 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "formats/scales.h"
+#include "tests/rejects.h"
 
 namespace hopyard::formats {
 namespace {
@@ -69,15 +73,22 @@ void ExpectSame(const Guarded<T>& got, const Guarded<T>& wanted, const char* wha
   }
 }
 
-class RowKernelsTest : public testing::TestWithParam<Isa> {
- protected:
-  void SetUp() override {
-    if (GetParam() > BestIsa()) {
-      GTEST_SKIP() << "this machine runs at most " << ToString(BestIsa());
-    }
-    vector_ = &KernelsFor(GetParam());
-  }
+// Compares a table of kernels with the scalar one.
+class RowKernelChecks {
+ public:
+  RowKernelChecks(const RowKernels& kernels, int rounds) : vector_(&kernels), rounds_(rounds) {}
 
+  void MaxAbsBits();
+  void EveryHalfAndBf16Code();
+  void EncodesHalfAndBf16();
+  void EveryFp8Code();
+  void Fp8TiesAndNeighbours();
+  void Fp8Scaled();
+  void EncodesBlocks();
+  void DecodesBlocks();
+  void RoundRowIsEncodeThenDecode();
+
+ private:
   // A row whose elements are of one magnitude, of many, sparse, or hold NaN and infinities.
   std::vector<float> RandomRow(int64_t n) {
     std::vector<float> row(static_cast<size_t>(n));
@@ -136,12 +147,13 @@ class RowKernelsTest : public testing::TestWithParam<Isa> {
   }
 
   const RowKernels& scalar_ = KernelsFor(Isa::kScalar);
-  const RowKernels* vector_ = nullptr;
+  const RowKernels* vector_;
+  int rounds_;
   std::mt19937_64 random_{20240607};
 };
 
-TEST_P(RowKernelsTest, MaxAbsBits) {
-  for (int round = 0; round < Rounds(); ++round) {
+void RowKernelChecks::MaxAbsBits() {
+  for (int round = 0; round < rounds_; ++round) {
     const auto row = RandomRow(RandomLength());
     const auto n = static_cast<int64_t>(row.size());
     ASSERT_EQ(vector_->max_abs_bits(row.data(), n), scalar_.max_abs_bits(row.data(), n));
@@ -151,7 +163,7 @@ TEST_P(RowKernelsTest, MaxAbsBits) {
   EXPECT_EQ(vector_->max_abs_bits(nullptr, 0), 0U);
 }
 
-TEST_P(RowKernelsTest, EveryHalfAndBf16Code) {
+void RowKernelChecks::EveryHalfAndBf16Code() {
   std::vector<uint16_t> codes(65536);
   for (size_t i = 0; i < codes.size(); ++i) {
     codes[i] = static_cast<uint16_t>(i);
@@ -164,8 +176,8 @@ TEST_P(RowKernelsTest, EveryHalfAndBf16Code) {
   });
 }
 
-TEST_P(RowKernelsTest, EncodesHalfAndBf16) {
-  for (int round = 0; round < Rounds(); ++round) {
+void RowKernelChecks::EncodesHalfAndBf16() {
+  for (int round = 0; round < rounds_; ++round) {
     const int64_t n = RandomLength() - round % 2;
     const auto row = RandomRow(n);
     Compare<uint16_t>(n, "float_to_bf16", [&](const RowKernels& k, uint16_t* out) {
@@ -179,7 +191,7 @@ TEST_P(RowKernelsTest, EncodesHalfAndBf16) {
   }
 }
 
-TEST_P(RowKernelsTest, EveryFp8Code) {
+void RowKernelChecks::EveryFp8Code() {
   std::vector<uint8_t> codes(256);
   for (size_t i = 0; i < codes.size(); ++i) {
     codes[i] = static_cast<uint8_t>(i);
@@ -193,7 +205,7 @@ TEST_P(RowKernelsTest, EveryFp8Code) {
 }
 
 // Every e4m3 and e2m1 midpoint and its neighbours, which random values would seldom hit.
-TEST_P(RowKernelsTest, Fp8TiesAndNeighbours) {
+void RowKernelChecks::Fp8TiesAndNeighbours() {
   std::vector<float> row;
   for (uint8_t code = 0; code < 0x7E; ++code) {
     const std::array<uint8_t, 2> pair = {code, static_cast<uint8_t>(code + 1)};
@@ -214,8 +226,8 @@ TEST_P(RowKernelsTest, Fp8TiesAndNeighbours) {
                  [&](const RowKernels& k, float* out) { k.round_fp8(row.data(), out, n, 1.0F); });
 }
 
-TEST_P(RowKernelsTest, Fp8Scaled) {
-  for (int round = 0; round < Rounds(); ++round) {
+void RowKernelChecks::Fp8Scaled() {
+  for (int round = 0; round < rounds_; ++round) {
     const int64_t n = RandomLength() - round % 2;
     const auto row = RandomRow(n);
     float scale = RandomScale();
@@ -235,8 +247,8 @@ TEST_P(RowKernelsTest, Fp8Scaled) {
   }
 }
 
-TEST_P(RowKernelsTest, EncodesBlocks) {
-  for (int round = 0; round < Rounds(); ++round) {
+void RowKernelChecks::EncodesBlocks() {
+  for (int round = 0; round < rounds_; ++round) {
     const int64_t n = RandomLength();
     const auto row = RandomRow(n);
     const float g =
@@ -271,8 +283,8 @@ TEST_P(RowKernelsTest, EncodesBlocks) {
   }
 }
 
-TEST_P(RowKernelsTest, DecodesBlocks) {
-  for (int round = 0; round < Rounds(); ++round) {
+void RowKernelChecks::DecodesBlocks() {
+  for (int round = 0; round < rounds_; ++round) {
     const int64_t n = RandomLength();
     const auto codes = RandomBytes(n);
     const auto scales = RandomBytes(2 * n);
@@ -294,8 +306,8 @@ TEST_P(RowKernelsTest, DecodesBlocks) {
   }
 }
 
-TEST_P(RowKernelsTest, RoundRowIsEncodeThenDecode) {
-  for (int round = 0; round < Rounds(); ++round) {
+void RowKernelChecks::RoundRowIsEncodeThenDecode() {
+  for (int round = 0; round < rounds_; ++round) {
     const int64_t n = RandomLength() - round % 2;
     const auto row = RandomRow(n);
     const float scale = round % 3 == 0 ? 0.0F : RandomScale();
@@ -331,11 +343,181 @@ TEST_P(RowKernelsTest, RoundRowIsEncodeThenDecode) {
   }
 }
 
-std::string IsaName(const testing::TestParamInfo<Isa>& info) {
-  return std::string(ToString(info.param));
+using Check = void (RowKernelChecks::*)();
+
+struct NamedCheck {
+  const char* name;
+  Check check;
+};
+
+constexpr NamedCheck kChecks[] = {
+    {"MaxAbsBits", &RowKernelChecks::MaxAbsBits},
+    {"EveryHalfAndBf16Code", &RowKernelChecks::EveryHalfAndBf16Code},
+    {"EncodesHalfAndBf16", &RowKernelChecks::EncodesHalfAndBf16},
+    {"EveryFp8Code", &RowKernelChecks::EveryFp8Code},
+    {"Fp8TiesAndNeighbours", &RowKernelChecks::Fp8TiesAndNeighbours},
+    {"Fp8Scaled", &RowKernelChecks::Fp8Scaled},
+    {"EncodesBlocks", &RowKernelChecks::EncodesBlocks},
+    {"DecodesBlocks", &RowKernelChecks::DecodesBlocks},
+    {"RoundRowIsEncodeThenDecode", &RowKernelChecks::RoundRowIsEncodeThenDecode},
+};
+
+class RowKernelsTest : public testing::TestWithParam<std::tuple<Isa, NamedCheck>> {};
+
+TEST_P(RowKernelsTest, EqualsTheScalarDefinition) {
+  const auto& [isa, named] = GetParam();
+  if (isa > BestIsa()) {
+    GTEST_SKIP() << "this machine runs at most " << ToString(BestIsa());
+  }
+  RowKernelChecks checks(KernelsFor(isa), Rounds());
+  (checks.*named.check)();
 }
 
-INSTANTIATE_TEST_SUITE_P(Isas, RowKernelsTest, testing::Values(Isa::kAvx2, Isa::kAvx512), IsaName);
+std::string CheckName(const testing::TestParamInfo<RowKernelsTest::ParamType>& info) {
+  return std::string(ToString(std::get<Isa>(info.param))) + "_" +
+         std::get<NamedCheck>(info.param).name;
+}
+
+INSTANTIATE_TEST_SUITE_P(Isas, RowKernelsTest,
+                         testing::Combine(testing::Values(Isa::kAvx2, Isa::kAvx512),
+                                          testing::ValuesIn(kChecks)),
+                         CheckName);
+
+// ---- The test of the test ----------------------------------------------------------------------
+
+const RowKernels& Right() {
+  return KernelsFor(Isa::kScalar);
+}
+
+std::vector<float> AwayFromZero(const float* in, int64_t n) {
+  std::vector<float> out(in, in + n);
+  for (float& x : out) {
+    x = x == 0.0F || !std::isfinite(x) ? x : std::nextafter(x, x > 0.0F ? HUGE_VALF : -HUGE_VALF);
+  }
+  return out;
+}
+
+std::vector<uint8_t> FromTheNextBlock(const uint8_t* scales, int64_t blocks) {
+  std::vector<uint8_t> moved(scales, scales + blocks);
+  std::rotate(moved.begin(), moved.begin() + (blocks > 1 ? 1 : 0), moved.end());
+  return moved;
+}
+
+struct Fault {
+  const char* name;
+  Check finder;
+  void (*plant)(RowKernels*);
+};
+
+const Fault kFaults[] = {
+    {"AFlippedMxFp4CodeBit", &RowKernelChecks::EncodesBlocks,
+     [](RowKernels* k) {
+       k->encode_mxfp4 = [](const float* in, uint8_t* codes, uint8_t* scales, int64_t n) {
+         Right().encode_mxfp4(in, codes, scales, n);
+         codes[n / 4] ^= 0x10;
+       };
+     }},
+    {"AFlippedMxInt4CodeBitInTheLastByte", &RowKernelChecks::EncodesBlocks,
+     [](RowKernels* k) {
+       k->encode_mxint4 = [](const float* in, uint8_t* codes, uint16_t* scales, int64_t n) {
+         Right().encode_mxint4(in, codes, scales, n);
+         codes[n / 2 - 1] ^= 0x01;
+       };
+     }},
+    {"TheMxFp8ScaleOfTheNextBlock", &RowKernelChecks::EncodesBlocks,
+     [](RowKernels* k) {
+       k->encode_mxfp8 = [](const float* in, uint8_t* codes, uint8_t* scales, int64_t n) {
+         Right().encode_mxfp8(in, codes, scales, n);
+         std::ranges::copy(FromTheNextBlock(scales, (n + 31) / 32), scales);
+       };
+     }},
+    {"NvFp4DecodedByTheNextBlocksScale", &RowKernelChecks::DecodesBlocks,
+     [](RowKernels* k) {
+       k->decode_nvfp4 = [](const uint8_t* codes, const uint8_t* scales, float* out, int64_t n,
+                            float global) {
+         const auto moved = FromTheNextBlock(scales, (n + 15) / 16);
+         Right().decode_nvfp4(codes, moved.data(), out, n, global);
+       };
+     }},
+    {"NvFp4WithoutItsGlobalScale", &RowKernelChecks::DecodesBlocks,
+     [](RowKernels* k) {
+       k->decode_nvfp4 = [](const uint8_t* codes, const uint8_t* scales, float* out, int64_t n,
+                            float) { Right().decode_nvfp4(codes, scales, out, n, 1.0F); };
+     }},
+    {"SwappedMxFp4Nibbles", &RowKernelChecks::DecodesBlocks,
+     [](RowKernels* k) {
+       k->decode_mxfp4 = [](const uint8_t* codes, const uint8_t* scales, float* out, int64_t n) {
+         Right().decode_mxfp4(codes, scales, out, n);
+         std::swap(out[0], out[1]);
+       };
+     }},
+    {"Fp8TiesAwayFromZero", &RowKernelChecks::Fp8TiesAndNeighbours,
+     [](RowKernels* k) {
+       k->encode_fp8_multiply = [](const float* in, uint8_t* codes, int64_t n, float multiplier) {
+         Right().encode_fp8_multiply(AwayFromZero(in, n).data(), codes, n, multiplier);
+       };
+     }},
+    {"Fp4TiesAwayFromZero", &RowKernelChecks::EncodesBlocks,
+     [](RowKernels* k) {
+       k->encode_mxfp4 = [](const float* in, uint8_t* codes, uint8_t* scales, int64_t n) {
+         std::vector<uint8_t> unused(static_cast<size_t>(n));
+         Right().encode_mxfp4(AwayFromZero(in, n).data(), codes, unused.data(), n);
+         Right().encode_mxfp4(in, unused.data(), scales, n);
+       };
+     }},
+    {"Bf16Truncated", &RowKernelChecks::EncodesHalfAndBf16,
+     [](RowKernels* k) {
+       k->float_to_bf16 = [](const float* in, uint16_t* out, int64_t n) {
+         for (int64_t i = 0; i < n; ++i) {
+           out[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(in[i]) >> 16);
+         }
+       };
+     }},
+    {"OneWriteTooMany", &RowKernelChecks::Fp8Scaled,
+     [](RowKernels* k) {
+       k->encode_fp8_divide = [](const float* in, uint8_t* codes, int64_t n, float divisor) {
+         Right().encode_fp8_divide(in, codes, n, divisor);
+         codes[n] = 0;
+       };
+     }},
+    {"TheLastElementForgotten", &RowKernelChecks::MaxAbsBits,
+     [](RowKernels* k) {
+       k->max_abs_bits = [](const float* in, int64_t n) {
+         return Right().max_abs_bits(in, n > 0 ? n - 1 : 0);
+       };
+     }},
+    {"OneCodeDecodedWrongly", &RowKernelChecks::EveryFp8Code,
+     [](RowKernels* k) {
+       k->decode_fp8 = [](const uint8_t* codes, float* out, int64_t n, float scale) {
+         Right().decode_fp8(codes, out, n, scale);
+         for (int64_t i = 0; i < n; ++i) {
+           out[i] = codes[i] == 0x81 ? -out[i] : out[i];
+         }
+       };
+     }},
+    {"RoundingThatSkipsARow", &RowKernelChecks::RoundRowIsEncodeThenDecode,
+     [](RowKernels* k) {
+       k->round_nvfp4 = [](const float* in, float* out, int64_t n, float, float) {
+         std::copy(in, in + n, out);
+       };
+     }},
+};
+
+TEST(RowKernelChecks, AcceptTheRightKernelsAndRejectEveryFault) {
+  constexpr int kRounds = 60;
+  for (const Fault& fault : kFaults) {
+    const auto rejects = [&](const RowKernels& kernels) {
+      return hopyard::test::Rejects([&] {
+        RowKernelChecks checks(kernels, kRounds);
+        (checks.*fault.finder)();
+      });
+    };
+    RowKernels kernels = Right();
+    EXPECT_FALSE(rejects(kernels)) << fault.name;
+    fault.plant(&kernels);
+    EXPECT_TRUE(rejects(kernels)) << fault.name;
+  }
+}
 
 }  // namespace
 }  // namespace hopyard::formats
