@@ -127,8 +127,10 @@ TEST_P(ForwardIsaWide, SameBitsAroundChunksOfWideRows) {
   ASSERT_LT(chunk, TokenChunk::kMaxTokens);
   for (const MoeSpec& spec : {OneOfTwo(kWide, 4), OneOfTwo(4, kWide)}) {
     const TestLayer layer(spec);
-    for (const int64_t tokens : {chunk - 1, chunk, chunk + 1}) {
-      ExpectOneResultOnOneExpert(layer, tokens);
+    ExpectOneResultOnOneExpert(layer, chunk + 1);
+    if (!SmallTests()) {
+      ExpectOneResultOnOneExpert(layer, chunk - 1);
+      ExpectOneResultOnOneExpert(layer, chunk);
     }
   }
 }

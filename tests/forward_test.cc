@@ -127,6 +127,7 @@ INSTANTIATE_TEST_SUITE_P(
                       FormatPair{WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
                       FormatPair{WeightFormat::kMxFp8, ActivationFormat::kMxFp8},
                       FormatPair{WeightFormat::kMxFp4, ActivationFormat::kBf16},
+                      FormatPair{WeightFormat::kMxFp4, ActivationFormat::kMxFp8},
                       FormatPair{WeightFormat::kNvFp4, ActivationFormat::kNvFp4},
                       FormatPair{WeightFormat::kMxInt4, ActivationFormat::kBf16}),
     PairName);
