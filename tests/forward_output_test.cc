@@ -206,13 +206,8 @@ TEST_P(ForwardOutput, NumTokensLeavesTheTailUntouched) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Pairs, ForwardOutput,
-    ::testing::Values(FormatPair{WeightFormat::kBf16, ActivationFormat::kBf16},
-                      FormatPair{WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
-                      FormatPair{WeightFormat::kMxFp4, ActivationFormat::kMxFp8},
-                      FormatPair{WeightFormat::kNvFp4, ActivationFormat::kNvFp4PerToken}),
-    [](const auto& test) { return ToString(test.param); });
+INSTANTIATE_TEST_SUITE_P(Pairs, ForwardOutput, ::testing::ValuesIn(SupportedPairs()),
+                         [](const auto& test) { return ToString(test.param); });
 
 TEST(ForwardDelta, LoraDeltaMatchesOracle) {
   WeightSource source;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Replay out: every entry of Route and fused_topk_deepseek writes the ids of its tokens, nothing
 // behind them, and no other bit changes.
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -9,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "stages/1_route/route_expect.h"
+#include "tests/rejects.h"
 
 namespace hopyard::route {
 namespace {
@@ -129,6 +131,21 @@ TEST(Replay, EveryEntryMethodAndPath) {
           }
         }
       }
+    }
+  }
+}
+
+// The test of the test: every element of the buffer is looked at.
+TEST(Replay, AnyOtherElementIsRejected) {
+  const std::vector<int32_t> ids = {4, 2, -1, 0, 7, 1};  // three tokens, two of them routed
+  ReplayBuffer replay(3, 2);
+  std::copy(ids.begin(), ids.begin() + 4, replay.ids.begin());
+  ASSERT_NO_FATAL_FAILURE(replay.ExpectHolds(ids, 2));
+  for (int16_t& element : replay.ids) {
+    for (const int wrong : {element + 1, element == -1 ? -2 : -1}) {
+      const int16_t right = std::exchange(element, static_cast<int16_t>(wrong));
+      EXPECT_TRUE(hopyard::test::Rejects([&] { replay.ExpectHolds(ids, 2); }));
+      element = right;
     }
   }
 }
