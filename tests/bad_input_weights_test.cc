@@ -481,6 +481,8 @@ TEST_F(BadWeights, TwoDescriptionsOfOneMatrix) {
 TEST_F(BadWeights, EmptyWeightsAreRefused) {
   ExpectInvalid([] { std::ignore = Weights().spec(); }, {"weights are empty", "construct"});
   ExpectInvalid([] { std::ignore = Weights().desc(); }, {"weights are empty"});
+  ExpectInvalid([] { std::ignore = &Weights().impl(); }, {"weights are empty"});
+  ExpectInvalid([] { std::ignore = Weights().bytes_per_expert(); }, {"weights are empty"});
   ExpectInvalid([] { Weights().Update(WeightSlice{}); }, {"weights are empty"});
 }
 

@@ -208,13 +208,16 @@ class Weights:
             expert: local slot; shared expert j is num_local_experts + j.
             part: "gemm1" addresses rows in `row_order`; "gate", "up" and "gemm2" natural rows.
             values: [rows, cols], K-major, in the weights' format (4-bit codes packed along cols).
-            row_begin: first row; on a scale block for block-scaled formats.
+            row_begin: first row. With scales a slice begins and ends on scale blocks or at the
+                matrix's edges.
             col_begin: first column; the same.
-            scales: linear scales of the slice.
-            **others: `bias` [rows] and `global_scale` float32 [1].
+            scales: linear scales of exactly the blocks of `values`.
+            **others: `bias` [rows] and `global_scale` float32 [1]; a new global scale comes with
+                values of the whole matrix, or alone.
 
         Raises:
             ValueError: shape, dtype or range is wrong, or the weights are read-only.
+            NotImplementedError: gate and up share the scale; write "gemm1" instead.
         """
         unknown = sorted(set(others) - {"bias", "global_scale"})
         if unknown:
