@@ -44,7 +44,7 @@ struct MatrixSet {
   std::vector<TensorView> scales_per_expert;
   TensorView global_scales;  // f32 [experts]: kFp8PerTensor scale, kNvFp4 multiplier 1/g; absent
                              // = 1. Finite; 0 makes every value of the expert 0
-  TensorView bias;  // f32 or bf16 [experts, rows] in natural units and row order; optional
+  TensorView bias;           // f32 or bf16 [experts, rows] in natural units and row order; optional
   std::vector<TensorView> bias_per_expert;
   MajorOrder major = MajorOrder::kKMajor;
   ScaleLayout scale_layout = ScaleLayout::kLinear;
