@@ -111,6 +111,7 @@ void TimePoint(const BenchOptions& options, Session& session, const RotatingWeig
   };
   session.Calibrate(inputs_of(sets.front()));
   std::vector<int64_t> bytes;
+  bytes.reserve(sets.size());
   for (const InputSet& set : sets) {
     bytes.push_back(TouchedBytes(session, inputs_of(set)));
   }
