@@ -1,0 +1,23 @@
+# The Hopper backend: every *_sm90.cu below src/, compiled ahead of time for sm_90a and put into the
+# library. Host code never includes a CUDA header, so nothing else changes with it.
+set(CMAKE_CUDA_ARCHITECTURES 90a-real)
+enable_language(CUDA)
+# Required, the standard would be an error: see the flag below.
+set(CMAKE_CUDA_STANDARD_REQUIRED OFF)
+find_package(CUDAToolkit REQUIRED)
+file(GLOB_RECURSE hopyard_cuda_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/src/*_sm90.cu)
+add_library(hopyard_sm90 OBJECT ${hopyard_cuda_sources})
+target_include_directories(hopyard_sm90 PRIVATE ${CMAKE_SOURCE_DIR}/include ${CMAKE_SOURCE_DIR}/src)
+target_compile_options(
+  hopyard_sm90
+  PRIVATE # CMake 3.25 knows no C++20 for nvcc 13 and would drop the standard silently.
+          -std=c++20
+          --expt-relaxed-constexpr
+          -lineinfo
+          -Werror=all-warnings
+          # A kernel that spills or indexes registers at run time is an error, not a slow kernel.
+          -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error
+          -Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden)
+target_sources(hopyard PRIVATE $<TARGET_OBJECTS:hopyard_sm90>)
+# cudart inside the library: the product needs a driver, not a toolkit.
+target_link_libraries(hopyard PRIVATE $<BUILD_INTERFACE:CUDA::cudart_static>)

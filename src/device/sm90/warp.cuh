@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reductions over the 32 lanes of a warp, every lane gets the result.
+#pragma once
+
+#include <cstdint>
+
+namespace hopyard::sm90 {
+
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFU;
+inline constexpr int kWarpSize = 32;
+
+__device__ __forceinline__ int LaneId() {
+  return static_cast<int>(threadIdx.x) % kWarpSize;
+}
+
+// The halving tree 16, 8, 4, 2, 1 that the routing definition prescribes (route/score.h): lane i adds
+// the value of lane i + width.
+__device__ __forceinline__ float TreeSum(float value) {
+#pragma unroll
+  for (int width = kWarpSize / 2; width > 0; width /= 2) {
+    value = __fadd_rn(value, __shfl_down_sync(kAllLanes, value, width));
+  }
+  return __shfl_sync(kAllLanes, value, 0);
+}
+
+// Largest value; NaN is ignored, -inf where there is nothing else.
+__device__ __forceinline__ float MaxIgnoringNan(float value) {
+  float max = value == value ? value : -INFINITY;
+#pragma unroll
+  for (int width = kWarpSize / 2; width > 0; width /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, max, width);
+    max = max < other ? other : max;
+  }
+  return max;
+}
+
+__device__ __forceinline__ int Sum(int value) {
+  return __reduce_add_sync(kAllLanes, value);
+}
+__device__ __forceinline__ int Max(int value) {
+  return __reduce_max_sync(kAllLanes, value);
+}
+__device__ __forceinline__ unsigned Min(unsigned value) {
+  return __reduce_min_sync(kAllLanes, value);
+}
+
+}  // namespace hopyard::sm90

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stage 2 on Hopper: the integers of PermuteCpu. A stable counting sort over chunks of slots,
+// without atomics whose order could show: one launch up to kPermuteChunk slots, three beyond.
+#pragma once
+
+#include <cstdint>
+
+#include "hopyard/permute.h"
+
+namespace hopyard::permute {
+
+// Slots that one block ranks; 16-bit counters suffice within it.
+inline constexpr int64_t kPermuteChunk = 4096;
+
+// All pointers are device memory; outputs as in PermuteOutputs.
+struct PermuteSm90Args {
+  PermuteOptions options;
+  int64_t max_tokens = 0;
+  int slots_per_token = 1;
+  const int32_t* num_tokens = nullptr;  // read by the kernel, clamped to [0, max_tokens]; null: all
+  const int32_t* local_slots = nullptr;  // [max_tokens, slots_per_token]
+  int32_t* chunk_counts = nullptr;       // scratch: PermuteScratchInts
+  int32_t* expert_offsets = nullptr;
+  int32_t* expert_counts = nullptr;
+  int32_t* slot_to_row = nullptr;
+  int32_t* row_to_slot = nullptr;
+  int32_t* row_to_token = nullptr;
+  int32_t* tile_expert = nullptr;
+  int32_t* tile_row_begin = nullptr;
+  int32_t* tile_row_end = nullptr;
+  int32_t* num_tiles = nullptr;
+  int32_t* num_rows = nullptr;
+};
+
+// Elements of chunk_counts.
+[[nodiscard]] int64_t PermuteScratchInts(int64_t num_slots, const PermuteOptions& options);
+
+// Enqueues the kernels on `stream` (a cudaStream_t). Throws Error{kCuda} when a launch fails.
+void PermuteSm90(const PermuteSm90Args& args, void* stream);
+
+}  // namespace hopyard::permute
