@@ -6,11 +6,13 @@
 
 #include "hopyard/spec.h"
 
+#include "core/host_device.h"
+
 namespace hopyard::activation {
 
 // e^x, relative error below 2e-7; arguments beyond the finite range are clamped to its ends.
 template <class V>
-V Exp(V x) {
+HOPYARD_HOST_DEVICE V Exp(V x) {
   const V clamped = V::Min(V::Set(88.0F), V::Max(V::Set(-87.0F), x));
   const V n = V::Round(clamped * V::Set(1.44269504F));
   // ln 2 in two parts; n * high is exact for |n| < 2^9.
@@ -29,14 +31,14 @@ V Exp(V x) {
 }
 
 template <class V>
-V Sigmoid(V x) {
+HOPYARD_HOST_DEVICE V Sigmoid(V x) {
   const V one = V::Set(1.0F);
   return one / (one + Exp(V::Zero() - x));
 }
 
 // Odd series below 1/4 (first omitted term 62 x^9 / 2835 < 3e-7 relative), exponentials above.
 template <class V>
-V Tanh(V x) {
+HOPYARD_HOST_DEVICE V Tanh(V x) {
   const V one = V::Set(1.0F);
   const V size = V::Abs(x);
   const V e = Exp(size * V::Set(-2.0F));
@@ -52,7 +54,7 @@ V Tanh(V x) {
 // Gaussian CDF 0.5 erfc(-x / sqrt 2), by a Chebyshev fit of erfc whose relative error is below
 // 1.2e-7 everywhere (W. Press et al., Numerical Recipes, 6.2).
 template <class V>
-V Phi(V x) {
+HOPYARD_HOST_DEVICE V Phi(V x) {
   const V z = V::Abs(x) * V::Set(0.70710678F);
   const V t = V::Set(1.0F) / V::Fma(z, V::Set(0.5F), V::Set(1.0F));
   constexpr float kCoefficients[] = {0.17087277F, -0.82215223F, 1.48851587F, -1.13520398F,
@@ -74,7 +76,7 @@ struct Parameters {
 
 // act(gate, up) of the gated kinds (spec 4.6; `gate` is x1, `up` is x0).
 template <class V>
-V Gated(ActivationKind kind, const Parameters& p, V gate, V up) {
+HOPYARD_HOST_DEVICE V Gated(ActivationKind kind, const Parameters& p, V gate, V up) {
   const V limit = V::Set(p.limit);
   const V g = V::Min(limit, gate);
   const V u = V::Max(V::Zero() - limit, V::Min(limit, up));
@@ -97,7 +99,7 @@ V Gated(ActivationKind kind, const Parameters& p, V gate, V up) {
 }
 
 template <class V>
-V Plain(ActivationKind kind, V x) {
+HOPYARD_HOST_DEVICE V Plain(ActivationKind kind, V x) {
   switch (kind) {
     case ActivationKind::kRelu2: {
       const V positive = V::Max(V::Zero(), x);

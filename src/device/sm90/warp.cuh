@@ -13,8 +13,8 @@ __device__ __forceinline__ int LaneId() {
   return static_cast<int>(threadIdx.x) % kWarpSize;
 }
 
-// The halving tree 16, 8, 4, 2, 1 that the routing definition prescribes (route/score.h): lane i adds
-// the value of lane i + width.
+// The halving tree 16, 8, 4, 2, 1 that the routing definition prescribes (route/score.h): lane i
+// adds the value of lane i + width.
 __device__ __forceinline__ float TreeSum(float value) {
 #pragma unroll
   for (int width = kWarpSize / 2; width > 0; width /= 2) {

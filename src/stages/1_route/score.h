@@ -7,12 +7,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define HOPYARD_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-// Always inlined: a translation unit compiled for AVX must not leave copies that others link to.
-#define HOPYARD_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "core/host_device.h"
 
 namespace hopyard::route {
 

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// Barriers in shared memory that count arrivals of threads and bytes of the copy engine (PTX ISA,
+// mbarrier).
+#pragma once
+
+#include <cstdint>
+
+namespace hopyard::sm90 {
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+struct Barrier {
+  uint64_t state;
+
+  __device__ __forceinline__ void Init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&state)),
+                 "r"(arrivals));
+  }
+  __device__ __forceinline__ void Arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(&state))
+                 : "memory");
+  }
+  // One arrival, and `bytes` that the copy engine will deliver.
+  __device__ __forceinline__ void ArriveAndExpect(uint32_t bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(&state)),
+        "r"(bytes)
+        : "memory");
+  }
+  // Waits until the phase of this parity has completed.
+  __device__ __forceinline__ void Wait(uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra finished;\n"
+        "bra again;\n"
+        "finished:\n"
+        "}\n" ::"r"(SharedAddress(&state)),
+        "r"(parity)
+        : "memory");
+  }
+};
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void FenceBarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Orders this thread's shared-memory writes before later reads by the tensor cores and the copy
+// engine.
+__device__ __forceinline__ void FenceAsyncProxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A barrier of `threads` threads, one of the 16 of the block.
+__device__ __forceinline__ void NamedBarrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace hopyard::sm90
