@@ -16,12 +16,12 @@ __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
 }
 
 // The box at (x, y, z), x innermost, of a 3-D tensor; its bytes count on `barrier`.
-__device__ __forceinline__ void CopyBox(const CUtensorMap* map, void* shared, Barrier* barrier,
+__device__ __forceinline__ void CopyBox(const CUtensorMap* map, uint32_t shared, Barrier barrier,
                                         int x, int y, int z) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(SharedAddress(shared)),
-      "l"(map), "r"(SharedAddress(&barrier->state)), "r"(x), "r"(y), "r"(z)
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier.address), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
 

@@ -11,26 +11,23 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// 8 bytes of shared memory, named by their address.
 struct Barrier {
-  uint64_t state;
+  uint32_t address;
 
-  __device__ __forceinline__ void Init(int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&state)),
-                 "r"(arrivals));
+  __device__ __forceinline__ void Init(int arrivals) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(arrivals));
   }
-  __device__ __forceinline__ void Arrive() {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(&state))
-                 : "memory");
+  __device__ __forceinline__ void Arrive() const {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
   }
   // One arrival, and `bytes` that the copy engine will deliver.
-  __device__ __forceinline__ void ArriveAndExpect(uint32_t bytes) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(&state)),
-        "r"(bytes)
-        : "memory");
+  __device__ __forceinline__ void ArriveAndExpect(uint32_t bytes) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+                 : "memory");
   }
   // Waits until the phase of this parity has completed.
-  __device__ __forceinline__ void Wait(uint32_t parity) {
+  __device__ __forceinline__ void Wait(uint32_t parity) const {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -39,7 +36,7 @@ struct Barrier {
         "@done bra finished;\n"
         "bra again;\n"
         "finished:\n"
-        "}\n" ::"r"(SharedAddress(&state)),
+        "}\n" ::"r"(address),
         "r"(parity)
         : "memory");
   }

@@ -15,11 +15,10 @@ namespace hopyard::sm90 {
 
 // Start of a tile whose groups of 8 rows follow each other every 1024 bytes. Adding 2 moves 32
 // bytes (16 BF16 values) along K.
-__device__ __forceinline__ uint64_t TileDescriptor(const void* shared) {
+__device__ __forceinline__ uint64_t TileDescriptor(uint32_t shared) {
   constexpr uint64_t kStrideBytes = 1024;
   constexpr uint64_t kSwizzle128 = 1;
-  const uint64_t address = SharedAddress(shared);
-  return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | (kStrideBytes >> 4) << 32 |
+  return uint64_t{(shared & 0x3FFFF) >> 4} | uint64_t{1} << 16 | (kStrideBytes >> 4) << 32 |
          kSwizzle128 << 62;
 }
 

@@ -64,10 +64,20 @@ struct OutputTile {
   int consumer;
 };
 
-__device__ __forceinline__ uint16_t ToBf16(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  return static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40U
-                                              : (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
+// Two BF16 values, the first in the low half; round to nearest even.
+__device__ __forceinline__ uint32_t PackBf16(float first, float second) {
+  uint32_t bits = 0;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+
+// Four 8x8 matrices of 16-bit values, transposed on the way: lane 8 * m + i names row i of matrix
+// m.
+__device__ __forceinline__ void StoreTransposed(uint32_t shared, const uint32_t (&values)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+      "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3])
+      : "memory");
 }
 
 __device__ __forceinline__ float BiasAt(const GroupedGemmArgs& args, int expert, int64_t row) {
@@ -87,9 +97,18 @@ __device__ __forceinline__ int StagedAt(int n, int r) {
   return n * 128 + (((r / 8) ^ (n % 8)) << 4) + (r % 8) * 2;
 }
 
+__device__ __forceinline__ uint4 LoadPiece(uint32_t shared) {
+  uint4 values;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(values.x), "=r"(values.y), "=r"(values.z), "=r"(values.w)
+               : "r"(shared)
+               : "memory");
+  return values;
+}
+
 // Writes the staged tile [num_rows][64] of this warpgroup.
 __device__ inline void StoreStaged(const GroupedGemmArgs& args, const OutputTile& tile,
-                                   const uint8_t* staging) {
+                                   uint32_t staging) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int piece = thread % 8;
   const int64_t feature = tile.feature_begin + piece * 8;
@@ -97,41 +116,46 @@ __device__ inline void StoreStaged(const GroupedGemmArgs& args, const OutputTile
   const bool whole =
       left >= 8 && args.out_pitch % 8 == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
   for (int n = thread / 8; n < tile.num_rows && left > 0; n += 16) {
-    const uint8_t* const source = staging + StagedAt(n, piece * 8);
+    const uint4 values = LoadPiece(staging + static_cast<uint32_t>(StagedAt(n, piece * 8)));
     uint16_t* const target = args.out + (tile.row_begin + n) * args.out_pitch + feature;
     if (whole) {
-      *static_cast<uint4*>(static_cast<void*>(target)) =
-          *static_cast<const uint4*>(static_cast<const void*>(source));
+      *static_cast<uint4*>(static_cast<void*>(target)) = values;
     } else {
-      for (int i = 0; i < 8 && i < left; ++i) {
-        target[i] = static_cast<const uint16_t*>(static_cast<const void*>(source))[i];
+      const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i < left) {
+          target[i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+        }
       }
     }
   }
 }
 
 // value(h, index) is the result of accumulator `index`, whose feature is row 8 * h + ... of the
-// tile.
+// tile. A pair of accumulators is two tokens of one feature: two groups of 8 tokens and both halves
+// of a warp's 16 features are four matrices [features][tokens], stored as [tokens][features].
 template <int kTokens, class Value>
 __device__ __forceinline__ void StageAndStore(const GroupedGemmArgs& args, const OutputTile& tile,
-                                              uint8_t* staging, Value&& value) {
+                                              uint32_t staging, Value&& value) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
   const int barrier = 1 + tile.consumer;
   // The tile before has been read out.
   hopyard::sm90::NamedBarrier(barrier, 128);
 #pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j) {
+  for (int j = 0; j < kTokens / 8; j += 2) {
+    uint32_t values[4];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int n = 8 * j + 2 * (lane % 4) + i;
-        const int r = 16 * warp + 8 * h + lane / 4;
-        const uint16_t bits = ToBf16(value(h, 4 * j + 2 * h + i));
-        *static_cast<uint16_t*>(static_cast<void*>(staging + StagedAt(n, r))) = bits;
-      }
+    for (int m = 0; m < 4; ++m) {
+      const int index = 4 * (j + m / 2) + 2 * (m % 2);
+      values[m] = PackBf16(value(m % 2, index), value(m % 2, index + 1));
     }
+    // Matrix m: tokens 8 * (j + m / 2) .., features 16 * warp + 8 * (m % 2) ..
+    const int matrix = lane / 8;
+    const int n = 8 * (j + matrix / 2) + lane % 8;
+    const int r = 16 * warp + 8 * (matrix % 2);
+    StoreTransposed(staging + static_cast<uint32_t>(StagedAt(n, r)), values);
   }
   hopyard::sm90::NamedBarrier(barrier, 128);
   StoreStaged(args, tile, staging);
@@ -144,10 +168,27 @@ __device__ __forceinline__ int64_t ThreadFeature(const OutputTile& tile) {
   return tile.feature_begin + 16 * warp + lane / 4;
 }
 
+// activation::Gated's SwiGLU with the fast exponential and division (2 ulp), far inside the BF16
+// rounding that follows. The minimum and maximum return NaN's other operand, so NaN is put back.
+__device__ __forceinline__ float SwiGlu(const activation::Parameters& p, float gate, float up) {
+  const float g = gate != gate ? gate : fminf(gate, p.limit);
+  const float u = up != up ? up : fmaxf(-p.limit, fminf(up, p.limit));
+  return (u + p.beta) * __fdividef(g, 1.0F + __expf(-p.alpha * g));
+}
+
+template <ActivationKind kKind>
+struct GatedFormula {
+  const activation::Parameters& parameters;
+
+  __device__ __forceinline__ float operator()(float gate, float up) const {
+    return activation::Gated(kKind, parameters, DeviceFloat{gate}, DeviceFloat{up}).v;
+  }
+};
+
 template <int kTokens>
 __device__ void StoreGated(const GroupedGemmArgs& args, const OutputTile& tile,
                            const float (&gate)[kTokens / 2], const float (&up)[kTokens / 2],
-                           uint8_t* staging) {
+                           uint32_t staging) {
   activation::Parameters parameters;
   parameters.alpha = args.alpha != nullptr ? args.alpha[tile.expert] : 1.0F;
   parameters.beta = args.beta != nullptr ? args.beta[tile.expert] : 0.0F;
@@ -161,20 +202,36 @@ __device__ void StoreGated(const GroupedGemmArgs& args, const OutputTile& tile,
     gate_bias[h] = real ? BiasAt(args, tile.expert, args.gate_begin + feature) : 0.0F;
     up_bias[h] = real ? BiasAt(args, tile.expert, args.up_begin + feature) : 0.0F;
   }
-  StageAndStore<kTokens>(args, tile, staging, [&](int h, int index) {
-    const DeviceFloat g{__fadd_rn(gate[index], gate_bias[h])};
-    const DeviceFloat u{__fadd_rn(up[index], up_bias[h])};
-    return activation::Gated(args.activation, parameters, g, u).v;
-  });
+  const auto store = [&](auto&& formula) {
+    StageAndStore<kTokens>(args, tile, staging, [&](int h, int index) {
+      return formula(__fadd_rn(gate[index], gate_bias[h]), __fadd_rn(up[index], up_bias[h]));
+    });
+  };
+  // One loop per kind: a switch inside would cost registers in all of them.
+  switch (args.activation) {
+    case ActivationKind::kSwiGlu:
+      return store([&](float g, float u) { return SwiGlu(parameters, g, u); });
+    case ActivationKind::kGeGlu:
+      return store(GatedFormula<ActivationKind::kGeGlu>{parameters});
+    case ActivationKind::kGeGluTanh:
+      return store(GatedFormula<ActivationKind::kGeGluTanh>{parameters});
+    default:
+      return store(GatedFormula<ActivationKind::kSiTu>{parameters});
+  }
 }
 
 template <int kTokens>
 __device__ void StorePlain(const GroupedGemmArgs& args, const OutputTile& tile,
-                           const float (&acc)[kTokens / 2], uint8_t* staging) {
+                           const float (&acc)[kTokens / 2], uint32_t staging) {
   float bias[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     bias[h] = BiasAt(args, tile.expert, ThreadFeature(tile) + 8 * h);
+  }
+  if (args.activation == ActivationKind::kIdentity) {
+    StageAndStore<kTokens>(args, tile, staging,
+                           [&](int h, int index) { return __fadd_rn(acc[index], bias[h]); });
+    return;
   }
   StageAndStore<kTokens>(args, tile, staging, [&](int h, int index) {
     const DeviceFloat x{__fadd_rn(acc[index], bias[h])};
