@@ -5,7 +5,7 @@
 //   bench_gemm COMMIT [MODEL ...]
 //
 // A CUDA graph holds kRoutings launches with as many uniformly random routings, so that weights are
-// read cold; the time of a launch is the replay's over their number, median of kReplays.
+// read cold; the time of a launch is the replay's over their number, median of 15 replays.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -19,10 +19,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include <cuda_runtime_api.h>
-
+#include "bench/gpu.h"
 #include "bench/shapes.h"
-#include "device/cuda_check.h"
 #include "gemm/sm90/grouped_gemm_sm90.h"
 
 namespace hopyard::bench {
@@ -31,62 +29,7 @@ namespace {
 namespace sm90 = gemm::sm90;
 
 constexpr int kRoutings = 8;
-constexpr int kReplays = 15;
 constexpr int64_t kTokenCounts[] = {1, 8, 64, 256, 1024, 4096, 16384};
-
-// Measured ceilings (cold read in one kernel: seconds + bytes / rate; BF16 products at 8192^3).
-struct Ceilings {
-  double launch_us = 1.7;
-  double bytes_per_us = 3.16e6;
-  double flops_per_us = 711e6;
-};
-
-Ceilings CeilingsOf(const std::string& gpu) {
-  if (gpu.find("H200") != std::string::npos) {
-    return {1.7, 4.7e6, 693e6};
-  }
-  return {};
-}
-
-template <class T>
-class DeviceBuffer {
- public:
-  explicit DeviceBuffer(int64_t count) {
-    HOPYARD_CUDA(cudaMalloc(&data_, static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T)));
-  }
-  explicit DeviceBuffer(const std::vector<T>& values)
-      : DeviceBuffer(static_cast<int64_t>(values.size())) {
-    HOPYARD_CUDA(
-        cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  DeviceBuffer(DeviceBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(DeviceBuffer&&) = delete;
-  ~DeviceBuffer() { cudaFree(data_); }
-
-  [[nodiscard]] T* get() const { return static_cast<T*>(data_); }
-
- private:
-  void* data_ = nullptr;
-};
-
-// Random BF16 values in about -2 .. 2, repeated from a block of 2^22: the bits matter to the power
-// that products draw, not to the time of a copy.
-void FillRandom(uint16_t* device, int64_t count) {
-  constexpr int64_t kBlock = 1 << 22;
-  std::mt19937 random(3);
-  std::vector<uint16_t> values(static_cast<size_t>(std::min(count, kBlock)));
-  for (uint16_t& value : values) {
-    const auto bits = static_cast<uint16_t>(random());
-    value = static_cast<uint16_t>((bits & 0x80FFU) | 0x3F00U);
-  }
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t part = std::min(kBlock, count - begin);
-    HOPYARD_CUDA(cudaMemcpy(device + begin, values.data(), static_cast<size_t>(2 * part),
-                            cudaMemcpyHostToDevice));
-  }
-}
 
 // One routing, laid out in tiles.
 struct Tiles {
@@ -191,51 +134,6 @@ sm90::GroupedGemmArgs MakeArgs(const MoeSpec& spec, const Buffers& buffers, bool
   return args;
 }
 
-// Microseconds of a launch, sorted over the replays.
-std::vector<double> TimeLaunches(int kernel, const std::vector<sm90::GroupedGemmArgs>& launches) {
-  cudaStream_t stream = nullptr;
-  HOPYARD_CUDA(cudaStreamCreate(&stream));
-  sm90::RunGroupedGemm(kernel, launches.front(), stream);
-  HOPYARD_CUDA(cudaStreamSynchronize(stream));
-  cudaGraph_t graph = nullptr;
-  HOPYARD_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (const sm90::GroupedGemmArgs& args : launches) {
-    sm90::RunGroupedGemm(kernel, args, stream);
-  }
-  HOPYARD_CUDA(cudaStreamEndCapture(stream, &graph));
-  cudaGraphExec_t exec = nullptr;
-  HOPYARD_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t start = nullptr;
-  cudaEvent_t stop = nullptr;
-  HOPYARD_CUDA(cudaEventCreate(&start));
-  HOPYARD_CUDA(cudaEventCreate(&stop));
-  std::vector<double> times;
-  for (int replay = 0; replay < kReplays + 2; ++replay) {
-    HOPYARD_CUDA(cudaEventRecord(start, stream));
-    HOPYARD_CUDA(cudaGraphLaunch(exec, stream));
-    HOPYARD_CUDA(cudaEventRecord(stop, stream));
-    HOPYARD_CUDA(cudaEventSynchronize(stop));
-    float milliseconds = 0.0F;
-    HOPYARD_CUDA(cudaEventElapsedTime(&milliseconds, start, stop));
-    if (replay >= 2) {
-      times.push_back(1e3 * double{milliseconds} / static_cast<double>(launches.size()));
-    }
-  }
-  HOPYARD_CUDA(cudaEventDestroy(start));
-  HOPYARD_CUDA(cudaEventDestroy(stop));
-  HOPYARD_CUDA(cudaGraphExecDestroy(exec));
-  HOPYARD_CUDA(cudaGraphDestroy(graph));
-  HOPYARD_CUDA(cudaStreamDestroy(stream));
-  std::sort(times.begin(), times.end());
-  return times;
-}
-
-struct Machine {
-  std::string gpu;
-  std::string commit;
-  Ceilings ceilings;
-};
-
 void BenchCase(const Machine& machine, const ModelShape& shape, const Buffers& buffers, int kernel,
                int64_t tokens) {
   const sm90::KernelInfo info = sm90::KernelAt(kernel);
@@ -250,7 +148,9 @@ void BenchCase(const Machine& machine, const ModelShape& shape, const Buffers& b
   for (const DeviceTiles& tiles : routings) {
     launches.push_back(MakeArgs(shape.spec, buffers, info.gated, tiles));
   }
-  const std::vector<double> times = TimeLaunches(kernel, launches);
+  const std::vector<double> times = TimeInGraph(kRoutings, [&](int i, cudaStream_t stream) {
+    sm90::RunGroupedGemm(kernel, launches[static_cast<size_t>(i)], stream);
+  });
   const sm90::GroupedGemmArgs& args = launches.front();
   const double rows = static_cast<double>(tokens * shape.spec.top_k);
   const double experts = static_cast<double>(touched) / kRoutings;
@@ -285,9 +185,7 @@ void BenchCase(const Machine& machine, const ModelShape& shape, const Buffers& b
 }
 
 int Run(const std::vector<std::string>& arguments) {
-  cudaDeviceProp properties{};
-  HOPYARD_CUDA(cudaGetDeviceProperties(&properties, 0));
-  const Machine machine{properties.name, arguments.front(), CeilingsOf(properties.name)};
+  const Machine machine = DescribeMachine(arguments.front());
   for (size_t i = 1; i < arguments.size(); ++i) {
     const ModelShape* shape = FindShape(arguments[i]);
     HOPYARD_CHECK(shape != nullptr, kInvalidArgument)

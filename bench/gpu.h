@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the GPU benchmarks share: buffers, random values, the machine's ceilings, timing by graphs.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <cuda_runtime_api.h>
+
+#include "device/cuda_check.h"
+
+namespace hopyard::bench {
+
+// Measured ceilings (cold read in one kernel: seconds + bytes / rate; BF16 products at 8192^3).
+struct Ceilings {
+  double launch_us = 1.7;
+  double bytes_per_us = 3.16e6;
+  double flops_per_us = 711e6;
+};
+
+inline Ceilings CeilingsOf(const std::string& gpu) {
+  if (gpu.find("H200") != std::string::npos) {
+    return {1.7, 4.7e6, 693e6};
+  }
+  return {};
+}
+
+template <class T>
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(int64_t count) {
+    HOPYARD_CUDA(cudaMalloc(&data_, static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T)));
+  }
+  explicit DeviceBuffer(const std::vector<T>& values)
+      : DeviceBuffer(static_cast<int64_t>(values.size())) {
+    HOPYARD_CUDA(
+        cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  DeviceBuffer(DeviceBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(DeviceBuffer&&) = delete;
+  ~DeviceBuffer() { cudaFree(data_); }
+
+  [[nodiscard]] T* get() const { return static_cast<T*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// Random BF16 values in about -2 .. 2, repeated from a block of 2^22: the bits matter to the power
+// that products draw, not to the time of a copy.
+inline void FillRandom(uint16_t* device, int64_t count) {
+  constexpr int64_t kBlock = 1 << 22;
+  std::mt19937 random(3);
+  std::vector<uint16_t> values(static_cast<size_t>(std::min(count, kBlock)));
+  for (uint16_t& value : values) {
+    const auto bits = static_cast<uint16_t>(random());
+    value = static_cast<uint16_t>((bits & 0x80FFU) | 0x3F00U);
+  }
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t part = std::min(kBlock, count - begin);
+    HOPYARD_CUDA(cudaMemcpy(device + begin, values.data(), static_cast<size_t>(2 * part),
+                            cudaMemcpyHostToDevice));
+  }
+}
+
+// Microseconds of one call, sorted over the replays of a graph that holds `calls` of them: run(i,
+// stream) enqueues call i.
+template <class Run>
+std::vector<double> TimeInGraph(int calls, Run&& run) {
+  constexpr int kReplays = 15;
+  cudaStream_t stream = nullptr;
+  HOPYARD_CUDA(cudaStreamCreate(&stream));
+  run(0, stream);
+  HOPYARD_CUDA(cudaStreamSynchronize(stream));
+  cudaGraph_t graph = nullptr;
+  HOPYARD_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < calls; ++i) {
+    run(i, stream);
+  }
+  HOPYARD_CUDA(cudaStreamEndCapture(stream, &graph));
+  cudaGraphExec_t exec = nullptr;
+  HOPYARD_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  cudaEvent_t start = nullptr;
+  cudaEvent_t stop = nullptr;
+  HOPYARD_CUDA(cudaEventCreate(&start));
+  HOPYARD_CUDA(cudaEventCreate(&stop));
+  std::vector<double> times;
+  for (int replay = 0; replay < kReplays + 2; ++replay) {
+    HOPYARD_CUDA(cudaEventRecord(start, stream));
+    HOPYARD_CUDA(cudaGraphLaunch(exec, stream));
+    HOPYARD_CUDA(cudaEventRecord(stop, stream));
+    HOPYARD_CUDA(cudaEventSynchronize(stop));
+    float milliseconds = 0.0F;
+    HOPYARD_CUDA(cudaEventElapsedTime(&milliseconds, start, stop));
+    if (replay >= 2) {
+      times.push_back(1e3 * double{milliseconds} / calls);
+    }
+  }
+  HOPYARD_CUDA(cudaEventDestroy(start));
+  HOPYARD_CUDA(cudaEventDestroy(stop));
+  HOPYARD_CUDA(cudaGraphExecDestroy(exec));
+  HOPYARD_CUDA(cudaGraphDestroy(graph));
+  HOPYARD_CUDA(cudaStreamDestroy(stream));
+  std::sort(times.begin(), times.end());
+  return times;
+}
+
+struct Machine {
+  std::string gpu;
+  std::string commit;
+  Ceilings ceilings;
+};
+
+inline Machine DescribeMachine(const std::string& commit) {
+  cudaDeviceProp properties{};
+  HOPYARD_CUDA(cudaGetDeviceProperties(&properties, 0));
+  return {properties.name, commit, CeilingsOf(properties.name)};
+}
+
+}  // namespace hopyard::bench
