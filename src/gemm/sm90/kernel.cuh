@@ -141,7 +141,7 @@ __device__ void IssueWeights(const KernelArgs& args, const Work& work, const Sha
 template <class Row>
 __device__ void Produce(const KernelArgs& args, const Shared<Row>& shared) {
   constexpr GemmConfig kConfig = Row::kConfig;
-  constexpr int kLag = 2;
+  constexpr int kLag = kConfig.stages > 5 ? 5 : 1;
   constexpr int kRowsPerThread = kConfig.tokens / 16;
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int piece = thread % 8;  // 16 bytes of a row's 128
