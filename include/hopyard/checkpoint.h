@@ -40,6 +40,8 @@ class Checkpoint {
   struct Impl;
 
  private:
+  Checkpoint() = default;  // Open makes them: there is no empty one
+
   std::shared_ptr<const Impl> impl_;
 };
 
@@ -64,6 +66,8 @@ class SafetensorsFile {
   struct Impl;
 
  private:
+  SafetensorsFile() = default;
+
   std::shared_ptr<const Impl> impl_;
 };
 
