@@ -9,15 +9,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <exception>
-#include <iostream>
 #include <numeric>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <nlohmann/json.hpp>
 
 #include "bench/gpu.h"
 #include "bench/shapes.h"
@@ -148,77 +144,42 @@ void BenchCase(const Machine& machine, const ModelShape& shape, const Buffers& b
   for (const DeviceTiles& tiles : routings) {
     launches.push_back(MakeArgs(shape.spec, buffers, info.gated, tiles));
   }
-  const std::vector<double> times = TimeInGraph(kRoutings, [&](int i, cudaStream_t stream) {
-    sm90::RunGroupedGemm(kernel, launches[static_cast<size_t>(i)], stream);
-  });
   const sm90::GroupedGemmArgs& args = launches.front();
   const double rows = static_cast<double>(tokens * shape.spec.top_k);
   const double experts = static_cast<double>(touched) / kRoutings;
   const double matrix = static_cast<double>(args.rows) * static_cast<double>(args.k);
   const double inputs =
       (info.gated ? static_cast<double>(tokens) : rows) * static_cast<double>(args.k);
-  const double bytes =
-      2.0 * (experts * matrix + inputs + rows * static_cast<double>(args.features));
-  const double flops = 2.0 * rows * matrix;
-  const double floor_us =
-      std::max(machine.ceilings.launch_us + bytes / machine.ceilings.bytes_per_us,
-               flops / machine.ceilings.flops_per_us);
-  const double median = times[times.size() / 2];
-  const nlohmann::ordered_json line = {{"gpu", machine.gpu},
-                                       {"commit", machine.commit},
-                                       {"model", shape.name},
-                                       {"weights", "bf16"},
-                                       {"activations", "bf16"},
-                                       {"gemm", info.gated ? 1 : 2},
-                                       {"tokens", tokens},
-                                       {"routing", "uniform"},
-                                       {"median_us", median},
-                                       {"p10_us", times[times.size() / 10]},
-                                       {"p90_us", times[times.size() * 9 / 10]},
-                                       {"floor_us", floor_us},
-                                       {"of_floor", floor_us / median},
-                                       {"tflops", flops / median * 1e-6},
-                                       {"tactic", info.name},
-                                       {"graph", true},
-                                       {"cold_l2", true}};
-  std::cout << line.dump() << std::endl;
+  CaseResult result;
+  result.model = shape.name;
+  result.tokens = tokens;
+  result.bytes = 2.0 * (experts * matrix + inputs + rows * static_cast<double>(args.features));
+  result.flops = 2.0 * rows * matrix;
+  result.tactic = info.name;
+  result.times = TimeInGraph(kRoutings, [&](int i, cudaStream_t stream) {
+    sm90::RunGroupedGemm(kernel, launches[static_cast<size_t>(i)], stream);
+  });
+  PrintCase(machine, result, {{"gemm", info.gated ? 1 : 2}});
 }
 
-int Run(const std::vector<std::string>& arguments) {
-  const Machine machine = DescribeMachine(arguments.front());
-  for (size_t i = 1; i < arguments.size(); ++i) {
-    const ModelShape* shape = FindShape(arguments[i]);
-    HOPYARD_CHECK(shape != nullptr, kInvalidArgument)
-        << "no model " << arguments[i] << "; known: " << ShapeNames();
-    const Buffers buffers(shape->spec);
-    for (const int64_t tokens : kTokenCounts) {
-      for (int kernel = 0; kernel < sm90::NumKernels(); ++kernel) {
-        // Tiles of 16 tokens for 16384 tokens, or of 128 for one, are nobody's choice.
-        const int64_t rows_per_expert =
-            std::max<int64_t>(1, tokens * shape->spec.top_k / shape->spec.num_experts);
-        const int tile = sm90::KernelAt(kernel).tokens;
-        if (tile <= 16 * rows_per_expert && rows_per_expert <= 8 * tile) {
-          BenchCase(machine, *shape, buffers, kernel, tokens);
-        }
+void BenchModel(const Machine& machine, const ModelShape& shape) {
+  const Buffers buffers(shape.spec);
+  for (const int64_t tokens : kTokenCounts) {
+    for (int kernel = 0; kernel < sm90::NumKernels(); ++kernel) {
+      // Tiles of 16 tokens for 16384 tokens, or of 128 for one, are nobody's choice.
+      const int64_t rows_per_expert =
+          std::max<int64_t>(1, tokens * shape.spec.top_k / shape.spec.num_experts);
+      const int tile = sm90::KernelAt(kernel).tokens;
+      if (tile <= 16 * rows_per_expert && rows_per_expert <= 8 * tile) {
+        BenchCase(machine, shape, buffers, kernel, tokens);
       }
     }
   }
-  return 0;
 }
 
 }  // namespace
 }  // namespace hopyard::bench
 
 int main(int argc, char** argv) {
-  if (argc < 3) {
-    std::cerr << "usage: bench_gemm COMMIT MODEL ...; models: " << hopyard::bench::ShapeNames()
-              << '\n';
-    return 2;
-  }
-  try {
-    return hopyard::bench::Run({argv + 1, argv + argc});
-  } catch (const std::exception& error) {
-    std::cerr << "bench_gemm: " << error.what() << '\n';
-    return 1;
-  }
+  return hopyard::bench::BenchModels(argc, argv, hopyard::bench::BenchModel);
 }

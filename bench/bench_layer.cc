@@ -8,15 +8,11 @@
 // cold.
 #include <algorithm>
 #include <cstdint>
-#include <exception>
 #include <functional>
-#include <iostream>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <nlohmann/json.hpp>
 
 #include "bench/gpu.h"
 #include "bench/shapes.h"
@@ -81,63 +77,30 @@ void BenchTokens(const Machine& machine, const ModelShape& shape, const LayerWei
   const DeviceBuffer<uint16_t> output(tokens * spec.hidden_size);
   const int tile = test::TileFor(spec, tokens);
   test::LayerSm90 layer(spec, tokens, tile, weights.gemm1.get(), weights.gemm2.get());
-  const std::vector<double> times = TimeInGraph(kCalls, [&](int i, cudaStream_t stream) {
+  const double matrices = 3.0 * static_cast<double>(spec.hidden_size * spec.intermediate_size);
+  CaseResult result;
+  result.model = shape.name;
+  result.tokens = tokens;
+  result.bytes = 2.0 * touched * matrices + 4.0 * static_cast<double>(tokens * spec.hidden_size);
+  result.flops = 2.0 * static_cast<double>(tokens * spec.top_k) * matrices;
+  result.tactic = "stages, tiles of " + std::to_string(tile);
+  result.times = TimeInGraph(kCalls, [&](int i, cudaStream_t stream) {
     layer.Run(x.get(), logits[static_cast<size_t>(i)].get(), nullptr, nullptr, output.get(),
               stream);
   });
-  const double matrices = 3.0 * static_cast<double>(spec.hidden_size * spec.intermediate_size);
-  const double bytes =
-      2.0 * touched * matrices + 4.0 * static_cast<double>(tokens * spec.hidden_size);
-  const double flops = 2.0 * static_cast<double>(tokens * spec.top_k) * matrices;
-  const double floor_us =
-      std::max(machine.ceilings.launch_us + bytes / machine.ceilings.bytes_per_us,
-               flops / machine.ceilings.flops_per_us);
-  const double median = times[times.size() / 2];
-  const nlohmann::ordered_json line = {{"gpu", machine.gpu},
-                                       {"commit", machine.commit},
-                                       {"model", shape.name},
-                                       {"weights", "bf16"},
-                                       {"activations", "bf16"},
-                                       {"tokens", tokens},
-                                       {"routing", "uniform"},
-                                       {"median_us", median},
-                                       {"p10_us", times[times.size() / 10]},
-                                       {"p90_us", times[times.size() * 9 / 10]},
-                                       {"floor_us", floor_us},
-                                       {"of_floor", floor_us / median},
-                                       {"tactic", "stages, tiles of " + std::to_string(tile)},
-                                       {"graph", true},
-                                       {"cold_l2", true}};
-  std::cout << line.dump() << std::endl;
+  PrintCase(machine, result);
 }
 
-int Run(const std::vector<std::string>& arguments) {
-  const Machine machine = DescribeMachine(arguments.front());
-  for (size_t i = 1; i < arguments.size(); ++i) {
-    const ModelShape* shape = FindShape(arguments[i]);
-    HOPYARD_CHECK(shape != nullptr, kInvalidArgument)
-        << "no model " << arguments[i] << "; known: " << ShapeNames();
-    const LayerWeights weights(shape->spec);
-    for (const int64_t tokens : kTokenCounts) {
-      BenchTokens(machine, *shape, weights, tokens);
-    }
+void BenchModel(const Machine& machine, const ModelShape& shape) {
+  const LayerWeights weights(shape.spec);
+  for (const int64_t tokens : kTokenCounts) {
+    BenchTokens(machine, shape, weights, tokens);
   }
-  return 0;
 }
 
 }  // namespace
 }  // namespace hopyard::bench
 
 int main(int argc, char** argv) {
-  if (argc < 3) {
-    std::cerr << "usage: bench_layer COMMIT MODEL ...; models: " << hopyard::bench::ShapeNames()
-              << '\n';
-    return 2;
-  }
-  try {
-    return hopyard::bench::Run({argv + 1, argv + argc});
-  } catch (const std::exception& error) {
-    std::cerr << "bench_layer: " << error.what() << '\n';
-    return 1;
-  }
+  return hopyard::bench::BenchModels(argc, argv, hopyard::bench::BenchModel);
 }

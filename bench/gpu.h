@@ -4,13 +4,19 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <iostream>
 #include <random>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
+#include <nlohmann/json.hpp>
+
 #include <cuda_runtime_api.h>
 
+#include "bench/shapes.h"
 #include "device/cuda_check.h"
 
 namespace hopyard::bench {
@@ -117,10 +123,70 @@ struct Machine {
   Ceilings ceilings;
 };
 
+// What one case measured.
+struct CaseResult {
+  std::string_view model;
+  int64_t tokens = 0;
+  double bytes = 0.0;
+  double flops = 0.0;
+  std::string tactic;
+  std::vector<double> times;  // sorted, microseconds
+};
+
+// One JSON line; `extra` fields follow.
+inline void PrintCase(const Machine& machine, const CaseResult& result,
+                      const nlohmann::ordered_json& extra = nlohmann::ordered_json::object()) {
+  const std::vector<double>& times = result.times;
+  const double median = times[times.size() / 2];
+  const double floor_us =
+      std::max(machine.ceilings.launch_us + result.bytes / machine.ceilings.bytes_per_us,
+               result.flops / machine.ceilings.flops_per_us);
+  nlohmann::ordered_json line = {{"gpu", machine.gpu},
+                                 {"commit", machine.commit},
+                                 {"model", result.model},
+                                 {"weights", "bf16"},
+                                 {"activations", "bf16"},
+                                 {"tokens", result.tokens},
+                                 {"routing", "uniform"},
+                                 {"median_us", median},
+                                 {"p10_us", times[times.size() / 10]},
+                                 {"p90_us", times[times.size() * 9 / 10]},
+                                 {"floor_us", floor_us},
+                                 {"of_floor", floor_us / median},
+                                 {"tflops", result.flops / median * 1e-6},
+                                 {"tactic", result.tactic},
+                                 {"graph", true},
+                                 {"cold_l2", true}};
+  line.update(extra);
+  std::cout << line.dump() << std::endl;
+}
+
 inline Machine DescribeMachine(const std::string& commit) {
   cudaDeviceProp properties{};
   HOPYARD_CUDA(cudaGetDeviceProperties(&properties, 0));
   return {properties.name, commit, CeilingsOf(properties.name)};
+}
+
+// main of a benchmark: `run(machine, shape)` for every model of the command line COMMIT MODEL ...
+template <class Run>
+int BenchModels(int argc, char** argv, Run&& run) {
+  if (argc < 3) {
+    std::cerr << "usage: " << argv[0] << " COMMIT MODEL ...; models: " << ShapeNames() << '\n';
+    return 2;
+  }
+  try {
+    const Machine machine = DescribeMachine(argv[1]);
+    for (int i = 2; i < argc; ++i) {
+      const ModelShape* shape = FindShape(argv[i]);
+      HOPYARD_CHECK(shape != nullptr, kInvalidArgument)
+          << "no model " << argv[i] << "; known: " << ShapeNames();
+      run(machine, *shape);
+    }
+    return 0;
+  } catch (const std::exception& error) {
+    std::cerr << argv[0] << ": " << error.what() << '\n';
+    return 1;
+  }
 }
 
 }  // namespace hopyard::bench

@@ -6,6 +6,7 @@
 
 #include "core/shape.h"
 #include "formats/codes.h"
+#include "formats/format_rules.h"
 
 namespace hopyard::test {
 namespace {
@@ -96,25 +97,7 @@ float Normal(uint64_t hash) {
 }
 
 Format FormatOf(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kBf16:
-      return Format::kBf16;
-    case WeightFormat::kFp8Block128:
-      return Format::kFp8Block128;
-    case WeightFormat::kFp8PerTensor:
-      return Format::kFp8PerTensor;
-    case WeightFormat::kFp8PerChannel:
-      return Format::kFp8PerRow;
-    case WeightFormat::kMxFp8:
-      return Format::kMxFp8;
-    case WeightFormat::kNvFp4:
-      return Format::kNvFp4;
-    case WeightFormat::kMxFp4:
-      return Format::kMxFp4;
-    case WeightFormat::kMxInt4:
-      return Format::kMxInt4;
-  }
-  return Format::kBf16;
+  return formats::RuleOf(format).format;
 }
 
 int64_t CodesPerByte(WeightFormat format) {

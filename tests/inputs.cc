@@ -10,6 +10,7 @@
 
 #include "core/shape.h"
 #include "formats/codes.h"
+#include "formats/format_rules.h"
 #include "tests/canonical.h"
 #include "tests/weights.h"
 
@@ -96,25 +97,6 @@ std::vector<int32_t> RowOfIds(IdPattern pattern, const MoeSpec& spec, int64_t to
       return row;
   }
   return row;
-}
-
-Format HiddenFormat(ActivationFormat format) {
-  switch (format) {
-    case ActivationFormat::kFp8Block128:
-      return Format::kFp8Block1x128;
-    case ActivationFormat::kFp8PerTensor:
-      return Format::kFp8PerTensor;
-    case ActivationFormat::kFp8PerToken:
-      return Format::kFp8PerRow;
-    case ActivationFormat::kMxFp8:
-      return Format::kMxFp8;
-    case ActivationFormat::kNvFp4:
-    case ActivationFormat::kNvFp4PerToken:
-      return Format::kNvFp4;
-    case ActivationFormat::kBf16:
-      return Format::kBf16;
-  }
-  return Format::kBf16;
 }
 
 }  // namespace
@@ -314,7 +296,7 @@ LayerInputs& LayerInputs::IntegerHidden() {
 }
 
 LayerInputs& LayerInputs::QuantizeHidden() {
-  const Format format = HiddenFormat(spec_.activations);
+  const Format format = formats::InputFormat(spec_.activations);
   const int64_t hidden = spec_.hidden_size;
   const bool per_token = spec_.activations == ActivationFormat::kNvFp4PerToken;
   const FormatShape shape = ShapeOf(format, tokens_, hidden);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "device/sm90/mbarrier.cuh"
+#include "device/sm90/numbers.cuh"
 #include "gemm/activation.h"
 #include "gemm/sm90/config.h"
 #include "gemm/sm90/grouped_gemm_sm90.h"
@@ -86,7 +87,7 @@ __device__ __forceinline__ float BiasAt(const GroupedGemmArgs& args, int expert,
   }
   const int64_t at = expert * args.rows + row;
   if (args.bias_dtype == DType::kBf16) {
-    return __uint_as_float(uint32_t{static_cast<const uint16_t*>(args.bias)[at]} << 16);
+    return hopyard::sm90::WidenBf16(static_cast<const uint16_t*>(args.bias)[at]);
   }
   return static_cast<const float*>(args.bias)[at];
 }

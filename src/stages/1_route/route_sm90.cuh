@@ -8,6 +8,7 @@
 
 #include <cuda_fp16.h>
 
+#include "device/sm90/numbers.cuh"
 #include "device/sm90/warp.cuh"
 #include "stages/1_route/route_sm90.h"
 #include "stages/1_route/score.h"
@@ -45,8 +46,7 @@ __device__ __forceinline__ float LoadFloat(const void* data, DType dtype, int64_
     return static_cast<const float*>(data)[index];
   }
   const uint16_t bits = static_cast<const uint16_t*>(data)[index];
-  return dtype == DType::kBf16 ? __uint_as_float(uint32_t{bits} << 16)
-                               : __half2float(__ushort_as_half(bits));
+  return dtype == DType::kBf16 ? sm90::WidenBf16(bits) : __half2float(__ushort_as_half(bits));
 }
 
 __device__ __forceinline__ float NanWeight() {
@@ -311,9 +311,7 @@ __device__ inline void StoreSlotSm90(const RouteSm90Args& args, int64_t token, i
   if (args.weights_dtype == DType::kFloat32) {
     static_cast<float*>(args.weights)[at] = weight;
   } else if (args.weights_dtype == DType::kBf16) {
-    const uint32_t bits = __float_as_uint(weight);
-    const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
-    static_cast<uint16_t*>(args.weights)[at] = static_cast<uint16_t>(nan ? 0x7FC0U : rounded);
+    static_cast<uint16_t*>(args.weights)[at] = sm90::NarrowBf16(weight);
   } else {
     static_cast<uint16_t*>(args.weights)[at] =
         nan ? uint16_t{0x7E00} : __half_as_ushort(__float2half_rn(weight));
@@ -372,11 +370,7 @@ __global__ void __launch_bounds__(256) RouteKernel(const __grid_constant__ Route
     int32_t* kept = scratch.group_keys + PaddedTo32(args.rule.num_groups);
     scratch.kept = static_cast<uint32_t*>(static_cast<void*>(kept));
   }
-  int64_t tokens = args.max_tokens;
-  if (args.num_tokens != nullptr) {
-    const int64_t given = *args.num_tokens;
-    tokens = given < 0 ? 0 : (given < tokens ? given : tokens);
-  }
+  const int64_t tokens = sm90::LiveTokens(args.num_tokens, args.max_tokens);
   const int64_t step = int64_t{gridDim.x} * warps;
   for (int64_t token = int64_t{blockIdx.x} * warps + warp; token < tokens; token += step) {
     RouteTokenSm90(args, token, scratch);

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "core/shape.h"
+#include "device/sm90/numbers.cuh"
 #include "device/sm90/warp.cuh"
 #include "stages/2_permute/permute_sm90.h"
 
@@ -15,16 +17,7 @@ inline constexpr int kPermuteThreads = 256;
 inline constexpr int kPermuteWarps = kPermuteThreads / 32;
 
 __device__ __forceinline__ int64_t LiveSlots(const PermuteSm90Args& args) {
-  int64_t tokens = args.max_tokens;
-  if (args.num_tokens != nullptr) {
-    const int64_t given = *args.num_tokens;
-    tokens = given < 0 ? 0 : (given < tokens ? given : tokens);
-  }
-  return tokens * args.slots_per_token;
-}
-
-__device__ __forceinline__ int64_t CeilDivSm90(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
+  return sm90::LiveTokens(args.num_tokens, args.max_tokens) * args.slots_per_token;
 }
 
 // Segment of a slot, or -1; -1 also beyond the live slots.
@@ -143,15 +136,15 @@ __device__ inline void LayOutSegments(const PermuteSm90Args& args, int64_t live,
                                       RowsAndTiles* shared) {
   const PermuteOptions& options = args.options;
   const int segments = options.num_local_experts;
-  const int64_t chunks = CeilDivSm90(live, kPermuteChunk);
+  const int64_t chunks = CeilDiv(live, kPermuteChunk);
   RowsAndTiles base;
   for (int first = 0; first < segments; first += kPermuteThreads) {
     const int segment = first + static_cast<int>(threadIdx.x);
     const bool real = segment < segments;
     const int32_t count = real ? ScanChunks(args, segment, chunks) : 0;
     RowsAndTiles mine;
-    mine.rows = CeilDivSm90(count, options.row_alignment) * options.row_alignment;
-    mine.tiles = CeilDivSm90(count, options.tile * options.cluster) * options.cluster;
+    mine.rows = RoundUp(count, options.row_alignment);
+    mine.tiles = CeilDiv(count, options.tile * options.cluster) * options.cluster;
     RowsAndTiles total;
     RowsAndTiles begin = BlockScan(mine, shared, total);
     begin.rows += base.rows;

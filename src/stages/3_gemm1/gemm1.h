@@ -2,10 +2,13 @@
 // Stage 3: rows x W1 (+ router weight, bias, LoRA delta) -> activation -> intermediate format.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "hopyard/spec.h"
 
+#include "core/parallel.h"
+#include "core/shape.h"
 #include "gemm/cpu/weight_rows.h"
 
 namespace hopyard {
@@ -24,9 +27,34 @@ struct RowGroups {
   int num_threads = 1;
 };
 
-// Feature blocks that a thread takes at a time out of `total`: enough that neighbouring rows stay
-// with one thread and the hand-out costs nothing, few enough that all threads end together.
-[[nodiscard]] int64_t BlocksPerGrab(int64_t total, int num_threads);
+// One expert's segment of rows, one block of features.
+struct FeatureTask {
+  int64_t segment = 0;
+  int64_t feature_begin = 0;
+  int num_features = 0;  // <= gemm::cpu::kFeatureBlock
+};
+
+// Calls run(task, scratch) for every block of `features` of every active segment, on the threads of
+// `groups`; `scratch` is the thread's own.
+template <class Run>
+void ForFeatureBlocks(const RowGroups& groups, int64_t features, Run&& run) {
+  constexpr int64_t kBlock = gemm::cpu::kFeatureBlock;
+  // Blocks that a thread takes at a time: enough that neighbouring rows stay with one thread and
+  // the hand-out costs nothing (a block of GEMM2 in 4 bits is 6 KiB at K = 768, under a
+  // microsecond), few enough that all threads end together.
+  constexpr int64_t kMaxGrain = 8;
+  const int64_t blocks = CeilDiv(features, kBlock);
+  const int64_t total = groups.num_active * blocks;
+  const int64_t grain =
+      std::clamp<int64_t>(total / (int64_t{groups.num_threads} * 4), 1, kMaxGrain);
+  ParallelFor(0, total, grain, groups.num_threads, [&](int64_t i, int thread) {
+    FeatureTask task;
+    task.segment = groups.active[i / blocks];
+    task.feature_begin = i % blocks * kBlock;
+    task.num_features = static_cast<int>(std::min(kBlock, features - task.feature_begin));
+    run(task, groups.scratch + thread * groups.scratch_floats);
+  });
+}
 
 // Scratch per thread that Gemm1Cpu and Gemm2Cpu need for this layer, a multiple of 64 floats.
 [[nodiscard]] int64_t GemmScratchFloats(const MoeSpec& spec);

@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "core/parallel.h"
-#include "core/shape.h"
 #include "formats/codes.h"
 #include "formats/format_rules.h"
 #include "formats/rows.h"
@@ -16,31 +15,18 @@ int64_t GemmScratchFloats(const MoeSpec& spec) {
   return gemm::cpu::RowScratchFloats(cols) + gemm::cpu::TokenChunk::kFloats;
 }
 
-int64_t BlocksPerGrab(int64_t total, int num_threads) {
-  // A block of GEMM2 in 4 bits is 6 KiB at K = 768: under a microsecond.
-  constexpr int64_t kMax = 8;
-  return std::clamp<int64_t>(total / (int64_t{num_threads} * 4), 1, kMax);
-}
-
 namespace gemm1 {
 namespace {
 
 using gemm::cpu::kFeatureBlock;
 using gemm::cpu::TokenChunk;
 
-// One expert, one block of features.
-struct Task {
-  int64_t segment = 0;
-  int64_t feature_begin = 0;
-  int num_features = 0;
-};
-
 struct Biases {
   float gate[kFeatureBlock] = {};
   float up[kFeatureBlock] = {};
 };
 
-Biases LoadBiases(const Args& args, const Task& task) {
+Biases LoadBiases(const Args& args, const FeatureTask& task) {
   Biases biases;
   const auto& expert = args.groups.experts[task.segment];
   for (int f = 0; f < task.num_features; ++f) {
@@ -51,8 +37,8 @@ Biases LoadBiases(const Args& args, const Task& task) {
 }
 
 // Router weight, then bias, then delta: in place on the token's 16 values.
-void Adjust(const Args& args, const Task& task, int64_t row, const Biases& biases, float* gate,
-            float* up) {
+void Adjust(const Args& args, const FeatureTask& task, int64_t row, const Biases& biases,
+            float* gate, float* up) {
   const int64_t slot = args.groups.row_to_slot[row];
   if (args.slot_weights != nullptr) {
     const float weight = args.slot_weights[slot];
@@ -79,7 +65,7 @@ void Adjust(const Args& args, const Task& task, int64_t row, const Biases& biase
   }
 }
 
-void RunTask(const Args& args, const Task& task, float* scratch) {
+void RunTask(const Args& args, const FeatureTask& task, float* scratch) {
   const auto& expert = args.groups.experts[task.segment];
   const Activation& act = args.spec->activation;
   const bool gated = IsGated(act.kind);
@@ -148,18 +134,8 @@ void FinishRow(const Args& args, int64_t row, int64_t segment) {
 
 void Gemm1Cpu(const Args& args) {
   const RowGroups& groups = args.groups;
-  const int64_t inter = args.spec->intermediate_size;
-  const int64_t blocks = CeilDiv(inter, kFeatureBlock);
-  const int64_t total = groups.num_active * blocks;
-  const int64_t grain = BlocksPerGrab(total, groups.num_threads);
-  ParallelFor(0, total, grain, groups.num_threads, [&](int64_t i, int thread) {
-    Task task;
-    task.segment = groups.active[i / blocks];
-    task.feature_begin = i % blocks * kFeatureBlock;
-    task.num_features =
-        static_cast<int>(std::min<int64_t>(kFeatureBlock, inter - task.feature_begin));
-    RunTask(args, task, groups.scratch + thread * groups.scratch_floats);
-  });
+  ForFeatureBlocks(groups, args.spec->intermediate_size,
+                   [&](const FeatureTask& task, float* scratch) { RunTask(args, task, scratch); });
   ParallelFor(0, groups.num_active, 1, groups.num_threads, [&](int64_t i, int) {
     const int64_t segment = groups.active[i];
     for (int64_t row = groups.expert_offsets[segment]; row < groups.expert_offsets[segment + 1];

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
-#include "core/parallel.h"
-#include "core/shape.h"
 #include "formats/codes.h"
 #include "gemm/cpu/token_chunk.h"
 #include "stages/4_gemm2/gemm2.h"
@@ -13,13 +11,7 @@ namespace {
 using gemm::cpu::kFeatureBlock;
 using gemm::cpu::TokenChunk;
 
-struct Task {
-  int64_t segment = 0;
-  int64_t feature_begin = 0;
-  int num_features = 0;
-};
-
-void RunTask(const Args& args, const Task& task, float* scratch) {
+void RunTask(const Args& args, const FeatureTask& task, float* scratch) {
   const MoeSpec& spec = *args.spec;
   const gemm::cpu::MatrixRef& matrix = args.groups.experts[task.segment].down;
   float bias[kFeatureBlock] = {};
@@ -58,19 +50,8 @@ void RunTask(const Args& args, const Task& task, float* scratch) {
 }  // namespace
 
 void Gemm2Cpu(const Args& args) {
-  const RowGroups& groups = args.groups;
-  const int64_t hidden = args.spec->hidden_size;
-  const int64_t blocks = CeilDiv(hidden, kFeatureBlock);
-  const int64_t total = groups.num_active * blocks;
-  const int64_t grain = BlocksPerGrab(total, groups.num_threads);
-  ParallelFor(0, total, grain, groups.num_threads, [&](int64_t i, int thread) {
-    Task task;
-    task.segment = groups.active[i / blocks];
-    task.feature_begin = i % blocks * kFeatureBlock;
-    task.num_features =
-        static_cast<int>(std::min<int64_t>(kFeatureBlock, hidden - task.feature_begin));
-    RunTask(args, task, groups.scratch + thread * groups.scratch_floats);
-  });
+  ForFeatureBlocks(args.groups, args.spec->hidden_size,
+                   [&](const FeatureTask& task, float* scratch) { RunTask(args, task, scratch); });
 }
 
 }  // namespace hopyard::gemm2

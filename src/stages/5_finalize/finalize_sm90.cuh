@@ -5,21 +5,12 @@
 
 #include <cstdint>
 
+#include "device/sm90/numbers.cuh"
 #include "stages/5_finalize/finalize_sm90.h"
 
 namespace hopyard::finalize {
 
 inline constexpr int kFinalizeThreads = 128;
-
-__device__ __forceinline__ float WidenBf16(uint32_t bits) {
-  return __uint_as_float(bits << 16);
-}
-
-// Round to nearest even; NaN keeps its sign and becomes quiet.
-__device__ __forceinline__ uint32_t NarrowBf16(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  return value != value ? (bits >> 16) | 0x40U : (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
-}
 
 // kColumns bf16 columns: 8 as one 16-byte access, or 1.
 template <int kColumns>
@@ -67,7 +58,7 @@ __device__ inline void FinalizeColumns(const FinalizeSm90Args& args, int64_t tok
     const auto y = Columns<kColumns>::Load(args.y + row * args.hidden + begin);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, WidenBf16(y.bits[i])));
+      sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, sm90::WidenBf16(y.bits[i])));
     }
   }
   uint16_t* out = args.output + token * args.width + begin;
@@ -77,8 +68,9 @@ __device__ inline void FinalizeColumns(const FinalizeSm90Args& args, int64_t tok
   }
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
-    const float value = args.accumulate ? __fadd_rn(WidenBf16(result.bits[i]), sum[i]) : sum[i];
-    result.bits[i] = static_cast<uint16_t>(NarrowBf16(value));
+    const float value =
+        args.accumulate ? __fadd_rn(sm90::WidenBf16(result.bits[i]), sum[i]) : sum[i];
+    result.bits[i] = sm90::NarrowBf16(value);
   }
   result.Store(out);
 }
@@ -86,11 +78,7 @@ __device__ inline void FinalizeColumns(const FinalizeSm90Args& args, int64_t tok
 template <int kColumns>
 __global__ void __launch_bounds__(kFinalizeThreads)
     FinalizeKernel(const __grid_constant__ FinalizeSm90Args args) {
-  int64_t tokens = args.max_tokens;
-  if (args.num_tokens != nullptr) {
-    const int64_t given = *args.num_tokens;
-    tokens = given < 0 ? 0 : (given < tokens ? given : tokens);
-  }
+  const int64_t tokens = sm90::LiveTokens(args.num_tokens, args.max_tokens);
   const int64_t groups = args.width / kColumns;
   const int64_t step = int64_t{gridDim.x} * kFinalizeThreads;
   for (int64_t i = int64_t{blockIdx.x} * kFinalizeThreads + threadIdx.x; i < tokens * groups;
