@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemm/sm90/operands.h"
+
+#include "formats/format_rules.h"
+
+namespace hopyard::gemm::sm90 {
+namespace {
+
+bool IsFp8(WeightFormat format) {
+  return format == WeightFormat::kFp8Block128 || format == WeightFormat::kFp8PerTensor ||
+         format == WeightFormat::kFp8PerChannel;
+}
+
+bool IsE4m3Plain(Format format) {
+  return format == Format::kFp8PerTensor || format == Format::kFp8PerRow ||
+         format == Format::kFp8Block1x128;
+}
+
+// Rows of `format` as a GEMM with these weights reads them.
+RowFormat RowsFor(WeightFormat weights, Format format) {
+  if (weights == WeightFormat::kBf16) {
+    return {format, DType::kBf16, KOrder::kNatural};
+  }
+  if (IsE4m3Plain(format) && IsFp8(weights)) {
+    return {format, DType::kE4m3, KOrder::kNatural};
+  }
+  if (IsE4m3Plain(format) && weights == WeightFormat::kMxFp4) {
+    return {format, DType::kE4m3, KOrder::kFp8Decoded};
+  }
+  return {format, DType::kBf16, KOrder::kBf16Decoded};
+}
+
+}  // namespace
+
+LayerOperands OperandsOf(WeightFormat weights, ActivationFormat activations) {
+  return {RowsFor(weights, formats::InputFormat(activations)),
+          RowsFor(weights, formats::IntermediateFormat(activations)),
+          activations != ActivationFormat::kNvFp4PerToken};
+}
+
+bool IsPromoted(WeightFormat weights, const RowFormat& x) {
+  return weights == WeightFormat::kFp8Block128 || x.format == Format::kFp8Block1x128;
+}
+
+}  // namespace hopyard::gemm::sm90

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// In which formats and orders the token operands of both GEMMs stand, for each pair of weight and
+// activation formats: what stages before a GEMM write and its kernel row reads.
+#pragma once
+
+#include "gemm/sm90/grouped_gemm_sm90.h"
+
+namespace hopyard::gemm::sm90 {
+
+struct LayerOperands {
+  RowFormat x;  // of GEMM1
+  RowFormat h;  // of GEMM2
+  // GEMM1 writes h itself; otherwise it writes bf16 rows that are rounded to h in a pass of their
+  // own, since h's scale needs the maximum of a whole row.
+  bool fused_h = true;
+};
+
+// Precondition: formats::IsSupportedPair.
+[[nodiscard]] LayerOperands OperandsOf(WeightFormat weights, ActivationFormat activations);
+
+// Whether a kernel must apply scales every 128 of K: e4m3 1x128 rows or 128x128 weights.
+[[nodiscard]] bool IsPromoted(WeightFormat weights, const RowFormat& x);
+
+}  // namespace hopyard::gemm::sm90
