@@ -1,27 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies from global to shared memory: boxes of a tensor by the copy engine, 16-byte pieces by
-// threads.
+// Copies from global to shared memory: boxes of a tensor by the copy engine, pieces by threads.
 #pragma once
 
 #include <cstdint>
-
-#include <cuda.h>
 
 #include "device/sm90/mbarrier.cuh"
 
 namespace hopyard::sm90 {
 
-__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
+// `map` points to a CUtensorMap in parameter or global memory.
+__device__ __forceinline__ void PrefetchTensorMap(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// The box at (x, y, z), x innermost, of a 3-D tensor; its bytes count on `barrier`.
-__device__ __forceinline__ void CopyBox(const CUtensorMap* map, uint32_t shared, Barrier barrier,
-                                        int x, int y, int z) {
+struct BoxStart {
+  int at[5];  // innermost first
+};
+
+// The box of a 5-D tensor that begins at `start`; its bytes count on `barrier`.
+__device__ __forceinline__ void CopyBox(const void* map, uint32_t shared, Barrier barrier,
+                                        const BoxStart& start) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared),
-      "l"(map), "r"(barrier.address), "r"(x), "r"(y), "r"(z)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier.address), "r"(start.at[0]), "r"(start.at[1]), "r"(start.at[2]),
+      "r"(start.at[3]), "r"(start.at[4])
       : "memory");
 }
 
@@ -29,6 +32,11 @@ __device__ __forceinline__ void CopyBox(const CUtensorMap* map, uint32_t shared,
 __device__ __forceinline__ void CopyPiece(uint32_t shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(valid)
+               : "memory");
+}
+// 4 bytes, or zero where `valid` is 0.
+__device__ __forceinline__ void CopyWord(uint32_t shared, const void* global, int valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid)
                : "memory");
 }
 __device__ __forceinline__ void CommitPieces() {

@@ -5,21 +5,102 @@
 
 #include <cstdint>
 
+#include "hopyard/spec.h"
+
+#include "gemm/sm90/k_order.h"
+
 namespace hopyard::gemm::sm90 {
+
+// Which weights a kernel reads. Kernels of one family share a mainloop and a translation unit.
+enum class Family : uint8_t {
+  kBf16,         // BF16 x BF16, both operands from shared memory
+  kFp8,          // e4m3 x e4m3 from shared memory, any scale granularity
+  kFp8AsBf16,    // e4m3 weights decoded to BF16
+  kMxFp8AsBf16,  // scales included
+  kMxFp4AsBf16,
+  kNvFp4AsBf16,  // global scale left out
+  kMxInt4AsBf16,
+  kMxFp4AsFp8,  // scales included, but for a power of two per row
+};
 
 // Weights are the M operand: a consumer warpgroup owns two tiles of 64 weight rows, which are gate
 // and up rows of the same 64 features where the GEMM is gated, else 128 features.
 struct GemmConfig {
-  int tokens = 0;     // N of a tile: 16, 32, 64 or 128
+  Family family = Family::kBf16;
+  int tokens = 0;     // N of a tile: 16, 32, 64, 96 or 128
   int consumers = 1;  // consumer warpgroups, side by side along the features
   int stages = 0;     // depth of the pipeline
   bool gated = false;
+  bool promoted = false;  // scales of tokens and 128x128 blocks are applied every 128 of K
 };
 
-inline constexpr int kBlockK = 64;    // BF16 values of a 128-byte row
-inline constexpr int kTileRows = 64;  // M of one matrix instruction
-inline constexpr int kTileBytes = kTileRows * kBlockK * 2;
+inline constexpr int kTileRows = 64;            // M of one matrix instruction
 inline constexpr int kMaxSharedBytes = 232448;  // of a block on Hopper
+
+// Weights pass through registers on their way to the tensor cores.
+constexpr bool IsDecoded(Family family) {
+  return family != Family::kBf16 && family != Family::kFp8;
+}
+constexpr bool IsFp8Math(Family family) {
+  return family == Family::kFp8 || family == Family::kMxFp4AsFp8;
+}
+constexpr KOrder OrderOf(Family family) {
+  return !IsDecoded(family)  ? KOrder::kNatural
+         : IsFp8Math(family) ? KOrder::kFp8Decoded
+                             : KOrder::kBf16Decoded;
+}
+// K of a stage.
+constexpr int BlockK(Family family) {
+  return family == Family::kBf16 ? 64 : kKGroup;
+}
+constexpr int TokenElementBytes(Family family) {
+  return IsFp8Math(family) ? 1 : 2;
+}
+// Bytes of a weight row in a stage: what one box of the copy engine is wide.
+constexpr int WeightRowBytes(Family family) {
+  switch (family) {
+    case Family::kBf16:
+    case Family::kFp8:
+    case Family::kFp8AsBf16:
+    case Family::kMxFp8AsBf16:
+      return 128;
+    default:
+      return 64;
+  }
+}
+// Block scales of a weight row and 128 of K, in bytes; 0: none that are read by the decoder.
+constexpr int ScaleBytes(Family family) {
+  switch (family) {
+    case Family::kMxFp8AsBf16:
+    case Family::kMxFp4AsBf16:
+    case Family::kMxFp4AsFp8:
+      return 4;
+    case Family::kNvFp4AsBf16:
+    case Family::kMxInt4AsBf16:
+      return 8;
+    default:
+      return 0;
+  }
+}
+constexpr bool ReadsWeights(Family family, WeightFormat weights) {
+  switch (weights) {
+    case WeightFormat::kBf16:
+      return family == Family::kBf16;
+    case WeightFormat::kFp8Block128:
+    case WeightFormat::kFp8PerTensor:
+    case WeightFormat::kFp8PerChannel:
+      return family == Family::kFp8 || family == Family::kFp8AsBf16;
+    case WeightFormat::kMxFp8:
+      return family == Family::kMxFp8AsBf16;
+    case WeightFormat::kNvFp4:
+      return family == Family::kNvFp4AsBf16;
+    case WeightFormat::kMxFp4:
+      return family == Family::kMxFp4AsBf16 || family == Family::kMxFp4AsFp8;
+    case WeightFormat::kMxInt4:
+      return family == Family::kMxInt4AsBf16;
+  }
+  return false;
+}
 
 constexpr int FeaturesPerConsumer(const GemmConfig& config) {
   return config.gated ? kTileRows : 2 * kTileRows;
@@ -27,33 +108,50 @@ constexpr int FeaturesPerConsumer(const GemmConfig& config) {
 constexpr int FeaturesPerBlock(const GemmConfig& config) {
   return config.consumers * FeaturesPerConsumer(config);
 }
+constexpr int TileBytes(const GemmConfig& config) {
+  return kTileRows * WeightRowBytes(config.family);
+}
 constexpr int WeightBytes(const GemmConfig& config) {
-  return config.consumers * 2 * kTileBytes;
+  return config.consumers * 2 * TileBytes(config);
+}
+// A stage's token rows: panels of 128 bytes a row, one or two of them.
+constexpr int TokenPanels(const GemmConfig& config) {
+  return BlockK(config.family) * TokenElementBytes(config.family) / 128;
 }
 constexpr int TokenBytes(const GemmConfig& config) {
-  return config.tokens * kBlockK * 2;
+  return config.tokens * 128 * TokenPanels(config);
+}
+// The tokens' scales of a stage, f32.
+constexpr int TokenScaleBytes(const GemmConfig& config) {
+  return config.promoted ? config.tokens * 4 : 0;
 }
 // 64 features of every token, per consumer, on their way from registers to memory.
 constexpr int StagingBytes(const GemmConfig& config) {
   return config.consumers * config.tokens * kTileRows * 2;
+}
+// One factor per token and consumer (epilogue.cuh).
+constexpr int FactorBytes(const GemmConfig& config) {
+  return config.consumers * config.tokens * 4;
 }
 constexpr int BarrierBytes(const GemmConfig& config) {
   return 2 * config.stages * 8;
 }
 // Tiles are aligned to the 1024 bytes of a swizzle pattern; the start of shared memory need not be.
 constexpr int SharedBytes(const GemmConfig& config) {
-  return 1024 + config.stages * (WeightBytes(config) + TokenBytes(config)) + StagingBytes(config) +
-         BarrierBytes(config);
+  return 1024 +
+         config.stages * (WeightBytes(config) + TokenBytes(config) + TokenScaleBytes(config)) +
+         StagingBytes(config) + FactorBytes(config) + BarrierBytes(config);
 }
 constexpr int ThreadsPerBlock(const GemmConfig& config) {
   return 128 * (1 + config.consumers);
 }
 
 constexpr bool IsValid(const GemmConfig& config) {
-  const bool tokens =
-      config.tokens == 16 || config.tokens == 32 || config.tokens == 64 || config.tokens == 128;
+  const bool tokens = config.tokens == 16 || config.tokens == 32 || config.tokens == 64 ||
+                      config.tokens == 96 || config.tokens == 128;
+  const bool can_promote = config.family != Family::kBf16;
   return tokens && (config.consumers == 1 || config.consumers == 2) && config.stages >= 3 &&
-         SharedBytes(config) <= kMaxSharedBytes;
+         (can_promote || !config.promoted) && SharedBytes(config) <= kMaxSharedBytes;
 }
 
 }  // namespace hopyard::gemm::sm90

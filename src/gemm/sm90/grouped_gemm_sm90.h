@@ -22,18 +22,18 @@ struct alignas(64) TensorMap {
 
 // What of one expert's matrix the kernels read through pointers; device memory, null = absent.
 struct ExpertPointers {
-  const void* scales = nullptr;          // block scales; kFp8PerChannel: f32 [stored rows]
-  const void* bias = nullptr;            // by stored row
-  const float* global_scale = nullptr;   // f32 [1]
+  const void* scales = nullptr;            // block scales; kFp8PerChannel: f32 [stored rows]
+  const void* bias = nullptr;              // by stored row
+  const float* global_scale = nullptr;     // f32 [1]
   const uint8_t* row_exponents = nullptr;  // by natural row: ComputeRowExponents
 };
 
 // One matrix of natural rows [experts][rows][k]: gate, up, or a GEMM's only one. Natural row j is
 // position begin + j * step of the stored order, which the row map may shuffle.
 struct MatrixArgs {
-  TensorMap map;                            // of all experts, or
-  const TensorMap* expert_maps = nullptr;   // device [experts]: one map per expert
-  const ExpertPointers* pointers = nullptr; // device [experts]
+  TensorMap map;                             // of all experts, or
+  const TensorMap* expert_maps = nullptr;    // device [experts]: one map per expert
+  const ExpertPointers* pointers = nullptr;  // device [experts]
   int64_t rows = 0;
   int64_t position_begin = 0;
   int64_t position_step = 1;
@@ -60,6 +60,7 @@ struct RowFormat {
 
 // Pointers are device memory.
 struct GroupedGemmArgs {
+  WeightFormat weights = WeightFormat::kBf16;
   MatrixArgs first;   // gate, or the only matrix
   MatrixArgs second;  // up, where the GEMM is gated
   int64_t k = 0;
@@ -78,16 +79,17 @@ struct GroupedGemmArgs {
   const int32_t* row_to_source = nullptr;  // null: row r reads x[r]
   const float* x_block_scales = nullptr;   // [sources][ceil(k / 128)] f32; promoted kernels only
   const float* x_token_scales = nullptr;   // [sources]: multiplies the sums
-  const float* x_scale = nullptr;          // [1], or one per segment with x_scale_stride 1
+  const float* x_scale = nullptr;          // [1], or one per matrix with x_scale_stride 1
   int64_t x_scale_stride = 0;
   // Router weight on the input: row r's sums are multiplied by slot_weights[row_to_slot[r]].
   const float* slot_weights = nullptr;
   const int32_t* row_to_slot = nullptr;
-  // LoRA: bf16 [tokens, delta_slots, 2 * features], up then gate (or features where not gated),
-  // added after the bias; slot s of slots_per_token, those from delta_slots on have none.
+  // LoRA: bf16 [tokens, delta_slots, f * features], up then gate where gated_delta, added after the
+  // bias; slot s of slots_per_token, those from delta_slots on have none. Needs row_to_slot.
   const uint16_t* delta = nullptr;
   int32_t slots_per_token = 1;
   int32_t delta_slots = 0;
+  int32_t gated_delta = 0;
 
   // Tiles of at most `tokens` rows (KernelInfo), as the permutation lists them.
   const int32_t* tile_expert = nullptr;
@@ -96,7 +98,7 @@ struct GroupedGemmArgs {
   const int32_t* num_tiles = nullptr;
   int64_t max_tiles = 0;
 
-  void* out = nullptr;  // [rows of all segments, out_pitch]
+  void* out = nullptr;    // [rows of all segments, out_pitch]
   int64_t out_pitch = 0;  // elements
   RowFormat out_format;
   // kFp8Block128 output: [rows][ceil(features / 128)] f32. kNvFp4PerToken: see out_scale.
@@ -107,18 +109,20 @@ struct GroupedGemmArgs {
   uint16_t* activation_out = nullptr;  // optional [rows][features] bf16, before out_format
 };
 
-// What a kernel reads: a row runs layers whose operands are these.
+// A row of configs.def.
 struct KernelInfo {
   std::string_view name;
-  WeightFormat weights;
-  RowFormat x;          // dtype and order; its format is the caller's business
-  bool promoted;        // applies x_block_scales and kFp8Block128 scales, every 128 of K
-  int tokens;           // rows of a tile
-  int features;         // of a block
-  bool gated;
+  DType x_dtype = DType::kBf16;  // of the token rows it reads
+  KOrder x_order = KOrder::kNatural;
+  bool promoted = false;  // applies scales of tokens and of 128x128 blocks every 128 of K
+  int tokens = 0;         // rows of a tile
+  int features = 0;       // of a block
+  bool gated = false;
 };
 [[nodiscard]] int NumKernels();
 [[nodiscard]] KernelInfo KernelAt(int index);
+// Whether kernel `index` multiplies these weights with rows in this format.
+[[nodiscard]] bool Runs(int index, WeightFormat weights, const RowFormat& x, bool gated);
 
 // Describes natural rows of a checkpoint matrix to the copy engine.
 struct MapShape {
@@ -133,7 +137,12 @@ struct MapShape {
   int64_t position_step = 1;
   MajorOrder major = MajorOrder::kKMajor;
   RowMap row_map = RowMap::kNatural;
+  bool swizzled = true;  // IsSwizzled
 };
+// Whether tiles of these weights go to the tensor cores as they are (else they are decoded).
+[[nodiscard]] bool IsSwizzled(WeightFormat weights, const RowFormat& x);
+// MatrixArgs::row_unit for this layout.
+[[nodiscard]] int RowUnitOf(const MapShape& shape);
 // Empty, or why the copy engine cannot read this layout (alignment, order), with the remedy.
 [[nodiscard]] std::string MapProblem(const MapShape& shape);
 // Precondition: MapProblem is empty. Throws Error{kCuda} when the driver refuses.

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launchers of one family's rows, for the translation unit of that family.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "device/cuda_check.h"
+#include "gemm/sm90/kernel.cuh"
+#include "gemm/sm90/rows.h"
+
+namespace hopyard::gemm::sm90 {
+namespace {
+
+// Row `kIndex` of the table: the kernel's name in a profile, and its traits.
+template <int kIndex>
+struct TableRow {
+  static constexpr GemmConfig kConfig = kKernelRows[kIndex].config;
+  static_assert(IsValid(kConfig), "a row nobody can run");
+};
+
+template <class Row>
+void Launch(const GroupedGemmArgs& args, int processors, void* stream) {
+  constexpr GemmConfig kConfig = Row::kConfig;
+  // Once per kernel and process; the attribute holds from then on.
+  static const bool prepared = [] {
+    HOPYARD_CUDA(cudaFuncSetAttribute(GroupedGemmKernel<Row>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      SharedBytes(Row::kConfig)));
+    return true;
+  }();
+  static_cast<void>(prepared);
+  const int64_t blocks =
+      (args.features + FeaturesPerBlock(kConfig) - 1) / FeaturesPerBlock(kConfig) * args.max_tiles;
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(processors, blocks));
+  GroupedGemmKernel<Row>
+      <<<grid, ThreadsPerBlock(kConfig), SharedBytes(kConfig), static_cast<cudaStream_t>(stream)>>>(
+          args);
+  HOPYARD_CUDA(cudaGetLastError());
+}
+
+template <Family kFamily, int kIndex>
+LaunchRow FindLaunch(int index) {
+  if constexpr (kIndex < static_cast<int>(std::size(kKernelRows))) {
+    if constexpr (kKernelRows[kIndex].config.family == kFamily) {
+      if (index == kIndex) {
+        return &Launch<TableRow<kIndex>>;
+      }
+    }
+    return FindLaunch<kFamily, kIndex + 1>(index);
+  } else {
+    return nullptr;
+  }
+}
+
+}  // namespace
+}  // namespace hopyard::gemm::sm90

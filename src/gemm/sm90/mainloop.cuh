@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+// The consumers' products: a work item's sums in FP32 registers, acc[half][...].
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "device/sm90/wgmma.cuh"
+#include "gemm/sm90/pipeline.cuh"
+#include "gemm/sm90/weight_scales.cuh"
+
+namespace hopyard::gemm::sm90 {
+
+template <class Row>
+using Mma = typename std::conditional<IsFp8Math(Row::kConfig.family),
+                                      hopyard::sm90::MmaE4m3<Row::kConfig.tokens>,
+                                      hopyard::sm90::MmaBf16<Row::kConfig.tokens>>::type;
+
+template <class Row>
+inline constexpr int kSums = Row::kConfig.tokens / 2;
+
+// What a consumer warpgroup keeps while it works.
+template <class Row>
+struct Consumer {
+  int number;
+  RingPosition<Row::kConfig.stages> ring;
+  uint32_t table;  // of kMxFp4AsFp8
+};
+
+// Every warp has read what it wanted of a stage.
+__device__ __forceinline__ void Release(Barrier empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    empty.Arrive();
+  }
+}
+
+// BF16 from shared memory: both tiles of a stage are one group of instructions.
+template <class Row>
+__device__ void MultiplyShared(const Shared<Row>& shared, int k_blocks, Consumer<Row>& self,
+                               float (&acc)[2][kSums<Row>]) {
+  constexpr int kSteps = BlockK(Row::kConfig.family) / 16;
+  int previous = -1;
+  for (int block = 0; block < k_blocks; ++block) {
+    const int stage = self.ring.stage;
+    shared.Full(stage).Wait(self.ring.parity);
+    const uint64_t tokens = hopyard::sm90::TileDescriptor(shared.Tokens(stage, 0));
+    const uint64_t first = hopyard::sm90::TileDescriptor(shared.Weights(stage, self.number, 0));
+    const uint64_t second = hopyard::sm90::TileDescriptor(shared.Weights(stage, self.number, 1));
+    hopyard::sm90::MmaFence();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int accumulate = block > 0 || step > 0 ? 1 : 0;
+      Mma<Row>::Multiply(acc[0], first + 2 * step, tokens + 2 * step, accumulate);
+      Mma<Row>::Multiply(acc[1], second + 2 * step, tokens + 2 * step, accumulate);
+    }
+    hopyard::sm90::MmaCommit();
+    // The products of the stage before are done: it may be filled again.
+    hopyard::sm90::MmaWait<1>();
+    if (previous >= 0) {
+      Release(shared.Empty(previous));
+    }
+    previous = stage;
+    self.ring.Advance();
+  }
+  hopyard::sm90::MmaWait<0>();
+  if (previous >= 0) {
+    Release(shared.Empty(previous));
+  }
+  hopyard::sm90::Touch(acc[0]);
+  hopyard::sm90::Touch(acc[1]);
+}
+
+__device__ __forceinline__ float2 LoadPair(uint32_t shared) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared));
+  return pair;
+}
+
+// sums += part x weight scale x token scale.
+template <class Row>
+__device__ __forceinline__ void Promote(const float (&part)[kSums<Row>], const float (&scale)[2],
+                                        uint32_t token_scales, float (&sums)[kSums<Row>]) {
+  const uint32_t mine = token_scales + 8U * (threadIdx.x % 4);
+#pragma unroll
+  for (int j = 0; j < Row::kConfig.tokens / 8; ++j) {
+    const float2 tokens = LoadPair(mine + 32U * static_cast<uint32_t>(j));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float* const sum = &sums[4 * j + 2 * h];
+      sum[0] = __fmaf_rn(part[4 * j + 2 * h], scale[h] * tokens.x, sum[0]);
+      sum[1] = __fmaf_rn(part[4 * j + 2 * h + 1], scale[h] * tokens.y, sum[1]);
+    }
+  }
+}
+
+// Where tile `half` of a stage comes from: shared memory, or registers that `Prepare` fills.
+template <class Row>
+struct WeightTiles {
+  static constexpr Family kFamily = Row::kConfig.family;
+  static constexpr bool kScaled = ScaleBytes(kFamily) > 0;
+  // With two sets of registers the next tile is decoded while this one is multiplied. Where there
+  // is room for one, the other warpgroup fills the gap: sums, partial sums, registers of A, scales
+  // and others must fit into the 224 of a consumer; with more than 150 of the first ptxas spills.
+  static constexpr int kSumRegisters = (Row::kConfig.promoted ? 3 : 2) * kSums<Row>;
+  static constexpr int kScaleRegisters = ScaleBytes(kFamily) == 8 ? 32 : kScaled ? 20 : 0;
+  static constexpr int kSets =
+      kSumRegisters + 2 * 4 * kSteps<kFamily> + kScaleRegisters <= 150 ? 2 : 1;
+  uint32_t a[kSets][kSteps<kFamily>][4];
+  BlockScales<Row> scales;
+
+  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work,
+                                        int64_t feature) {
+    if constexpr (kScaled) {
+      scales.Begin(args, work.expert, feature);
+    }
+  }
+  // Call with block = 0, 1, 2, ... before its tiles.
+  __device__ __forceinline__ void BeginBlock(int block) {
+    if constexpr (kScaled) {
+      scales.Advance(block);
+    }
+  }
+  __device__ __forceinline__ void Prepare(const Shared<Row>& shared, const Consumer<Row>& self,
+                                          int stage, int half, int block) {
+    if constexpr (IsDecoded(kFamily)) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        RowScale row_scale{0, 0};
+        if constexpr (kScaled) {
+          row_scale = scales.Of(half, h, block, self.table);
+        }
+        DecodeRow<kFamily>(shared.Weights(stage, self.number, half), h, row_scale, a[half % kSets]);
+      }
+    }
+  }
+  // Issues the tile's products as one group, into `sums`.
+  __device__ __forceinline__ void Issue(const Shared<Row>& shared, const Consumer<Row>& self,
+                                        int stage, int half, bool accumulate,
+                                        float (&sums)[kSums<Row>]) const {
+    constexpr int kStepsPerPanel = kSteps<kFamily> / TokenPanels(Row::kConfig);
+    const uint64_t weights =
+        hopyard::sm90::TileDescriptor(shared.Weights(stage, self.number, half));
+    hopyard::sm90::MmaFence();
+#pragma unroll
+    for (int step = 0; step < kSteps<kFamily>; ++step) {
+      const uint64_t tokens =
+          hopyard::sm90::TileDescriptor(shared.Tokens(stage, step / kStepsPerPanel)) +
+          2 * (step % kStepsPerPanel);
+      const int add = step > 0 || accumulate ? 1 : 0;
+      if constexpr (IsDecoded(kFamily)) {
+        Mma<Row>::Multiply(sums, a[half % kSets][step], tokens, add);
+      } else {
+        Mma<Row>::Multiply(sums, weights + 2 * step, tokens, add);
+      }
+    }
+    hopyard::sm90::MmaCommit();
+  }
+};
+
+// Weights decoded on the way, every scale in the operands: products add up in place.
+template <class Row>
+__device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& shared,
+                                const Work& work, Consumer<Row>& self,
+                                float (&acc)[2][kSums<Row>]) {
+  const int k_blocks = KBlocks<Row>(args);
+  // Groups that may be under way while the next tile is decoded.
+  constexpr int kPending = WeightTiles<Row>::kSets - 1;
+  WeightTiles<Row> tiles;
+  tiles.Begin(args, work, work.feature_begin + self.number * FeaturesPerConsumer(Row::kConfig));
+  int previous = -1;
+  for (int block = 0; block < k_blocks; ++block) {
+    const int stage = self.ring.stage;
+    shared.Full(stage).Wait(self.ring.parity);
+    tiles.BeginBlock(block);
+    tiles.Prepare(shared, self, stage, 0, block);
+    tiles.Issue(shared, self, stage, 0, block > 0, acc[0]);
+    // The second tile of the stage before is done.
+    hopyard::sm90::MmaWait<kPending>();
+    if (previous >= 0) {
+      Release(shared.Empty(previous));
+    }
+    tiles.Prepare(shared, self, stage, 1, block);
+    tiles.Issue(shared, self, stage, 1, block > 0, acc[1]);
+    hopyard::sm90::MmaWait<kPending>();
+    previous = stage;
+    self.ring.Advance();
+  }
+  hopyard::sm90::MmaWait<0>();
+  if (previous >= 0) {
+    Release(shared.Empty(previous));
+  }
+  hopyard::sm90::Touch(acc[0]);
+  hopyard::sm90::Touch(acc[1]);
+}
+
+// Scales of tokens and 128x128 blocks: each tile's products over 128 of K are summed apart and then
+// added in FP32, while the other warpgroup multiplies.
+template <class Row>
+__device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>& shared,
+                                 const Work& work, Consumer<Row>& self,
+                                 float (&acc)[2][kSums<Row>]) {
+  const int64_t feature = work.feature_begin + self.number * FeaturesPerConsumer(Row::kConfig);
+  const int k_blocks = KBlocks<Row>(args);
+  WeightTiles<Row> tiles;
+  tiles.Begin(args, work, feature);
+  PromotedScales<Row> block_scales;
+  block_scales.Begin(args, work.expert, feature);
+  float part[kSums<Row>];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < kSums<Row>; ++i) {
+      acc[half][i] = 0.0F;
+    }
+  }
+  constexpr bool kAhead = WeightTiles<Row>::kSets == 2;
+  const auto add = [&](int half, int stage) {
+    hopyard::sm90::MmaWait<0>();
+    hopyard::sm90::Touch(part);
+    Promote<Row>(part, block_scales.value[half], shared.TokenScales(stage), acc[half]);
+  };
+  shared.Full(self.ring.stage).Wait(self.ring.parity);
+  tiles.BeginBlock(0);
+  tiles.Prepare(shared, self, self.ring.stage, 0, 0);
+  for (int block = 0; block < k_blocks; ++block) {
+    const int stage = self.ring.stage;
+    tiles.Issue(shared, self, stage, 0, false, part);
+    block_scales.Load(block);
+    if constexpr (kAhead) {
+      tiles.Prepare(shared, self, stage, 1, block);
+    }
+    add(0, stage);
+    if constexpr (!kAhead) {
+      tiles.Prepare(shared, self, stage, 1, block);
+    }
+    tiles.Issue(shared, self, stage, 1, false, part);
+    self.ring.Advance();
+    const auto prepare_next = [&] {
+      if (block + 1 < k_blocks) {
+        shared.Full(self.ring.stage).Wait(self.ring.parity);
+        tiles.BeginBlock(block + 1);
+        tiles.Prepare(shared, self, self.ring.stage, 0, block + 1);
+      }
+    };
+    if constexpr (kAhead) {
+      prepare_next();
+    }
+    add(1, stage);
+    Release(shared.Empty(stage));
+    if constexpr (!kAhead) {
+      prepare_next();
+    }
+  }
+}
+
+template <class Row>
+__device__ void Multiply(const GroupedGemmArgs& args, const Shared<Row>& shared, const Work& work,
+                         Consumer<Row>& self, float (&acc)[2][kSums<Row>]) {
+  if constexpr (Row::kConfig.family == Family::kBf16) {
+    MultiplyShared<Row>(shared, KBlocks<Row>(args), self, acc);
+  } else if constexpr (Row::kConfig.promoted) {
+    MultiplyPromoted<Row>(args, shared, work, self, acc);
+  } else {
+    MultiplyDecoded<Row>(args, shared, work, self, acc);
+  }
+}
+
+}  // namespace hopyard::gemm::sm90

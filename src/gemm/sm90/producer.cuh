@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// The producer warpgroup: weights by the copy engine, gathered token rows and their scales by
+// threads.
+#pragma once
+
+#include <cstdint>
+
+#include "device/sm90/copy.cuh"
+#include "gemm/sm90/pipeline.cuh"
+
+namespace hopyard::gemm::sm90 {
+
+struct TileStart {
+  int expert;
+  int row;  // natural
+  int k;    // in elements of the map
+};
+
+// Box of 64 natural rows and one stage of K.
+template <class Row>
+__device__ __forceinline__ void CopyTile(const MatrixArgs& matrix, uint32_t shared, Barrier barrier,
+                                         const TileStart& start) {
+  // A block of K in kBlockKMajor: 128 bytes.
+  constexpr int kBlock = Row::kConfig.family == Family::kBf16 ? 64 : 128;
+  const bool each = matrix.expert_maps != nullptr;
+  const void* const map = each ? static_cast<const void*>(matrix.expert_maps + start.expert)
+                               : static_cast<const void*>(&matrix.map);
+  const bool whole = matrix.row_unit == 1;
+  const bool blocks = matrix.k_blocks_last != 0;
+  hopyard::sm90::CopyBox(map, shared, barrier,
+                         {{blocks ? start.k % kBlock : start.k, whole ? start.row : 0, 0,
+                           whole ? 0 : start.row / matrix.row_unit,
+                           blocks ? start.k / kBlock : (each ? 0 : start.expert)}});
+}
+
+template <class Row>
+__device__ void IssueWeights(const GroupedGemmArgs& args, const Work& work,
+                             const Shared<Row>& shared, int stage, int k_block) {
+  constexpr GemmConfig kConfig = Row::kConfig;
+  const Barrier barrier = shared.Full(stage);
+  barrier.ArriveAndExpect(WeightBytes(kConfig));
+  // The copy engine counts elements of one byte for packed codes.
+  const int k = k_block * BlockK(kConfig.family) / (WeightRowBytes(kConfig.family) == 64 ? 2 : 1);
+  for (int c = 0; c < kConfig.consumers; ++c) {
+    const auto feature = static_cast<int>(work.feature_begin) + c * FeaturesPerConsumer(kConfig);
+    for (int half = 0; half < 2; ++half) {
+      const MatrixArgs& matrix = kConfig.gated && half == 1 ? args.second : args.first;
+      const int row = kConfig.gated ? feature : feature + half * kTileRows;
+      CopyTile<Row>(matrix, shared.Weights(stage, c, half), barrier, {work.expert, row, k});
+    }
+  }
+}
+
+// A thread's share of a tile's token rows: 16 bytes of every 16th row.
+template <class Row>
+struct TokenRows {
+  static constexpr GemmConfig kConfig = Row::kConfig;
+  static constexpr int kRows = kConfig.tokens / 16;
+  static constexpr int kElements = 16 / TokenElementBytes(kConfig.family);
+
+  const uint8_t* sources[kRows];
+  const float* scale;  // of the row of this thread's number
+  int num_rows;
+
+  __device__ void Begin(const GroupedGemmArgs& args, const Work& work) {
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    num_rows = work.num_rows;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t source = Source(args, work, thread / 8 + 16 * i);
+      sources[i] = static_cast<const uint8_t*>(args.x) +
+                   (source * args.x_pitch + thread % 8 * kElements) * 16 / kElements;
+    }
+    scale = nullptr;
+    if constexpr (kConfig.promoted) {
+      if (args.x_block_scales != nullptr) {
+        scale = args.x_block_scales + Source(args, work, thread) * ((args.k + 127) / 128);
+      }
+    }
+  }
+  __device__ static int64_t Source(const GroupedGemmArgs& args, const Work& work, int row) {
+    if (row >= work.num_rows) {
+      return 0;
+    }
+    const int64_t at = work.row_begin + row;
+    return args.row_to_source != nullptr ? args.row_to_source[at] : at;
+  }
+  // Starts the copies of a stage.
+  __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Shared<Row>& shared,
+                                        int stage, int k_block) const {
+    constexpr int kPanelK = 8 * kElements;
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    const int piece = thread % 8;
+    // Rows in an order of groups of 128 are zero up to the end of the group.
+    const int64_t row_k = OrderOf(kConfig.family) == KOrder::kNatural
+                              ? args.k
+                              : (args.k + kKGroup - 1) / kKGroup * kKGroup;
+#pragma unroll
+    for (int panel = 0; panel < TokenPanels(kConfig); ++panel) {
+      const int k = k_block * BlockK(kConfig.family) + panel * kPanelK;
+      const int left = (static_cast<int>(row_k) - k - piece * kElements) * 16 / kElements;
+      const uint32_t tile = shared.Tokens(stage, panel);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = thread / 8 + 16 * i;
+        const int bytes = row < num_rows ? (left < 0 ? 0 : (left < 16 ? left : 16)) : 0;
+        const uint32_t at = tile + row * 128 + ((piece ^ (row % 8)) << 4);
+        const void* const from = bytes > 0 ? sources[i] + int64_t{k} * 16 / kElements : args.x;
+        hopyard::sm90::CopyPiece(at, from, bytes);
+      }
+    }
+    if constexpr (kConfig.promoted) {
+      if (thread < kConfig.tokens) {
+        const uint32_t at = shared.TokenScales(stage) + 4U * static_cast<uint32_t>(thread);
+        const bool real = thread < num_rows;
+        if (scale != nullptr) {
+          hopyard::sm90::CopyWord(at, real ? scale + k_block : args.x_block_scales, real ? 4 : 0);
+        } else {
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(real ? 1.0F : 0.0F) : "memory");
+        }
+      }
+    }
+  }
+};
+
+// Token rows are written by threads: their pieces have landed and are fenced for the tensor cores
+// kLag stages later, when the stage is handed over.
+template <class Row>
+__device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) {
+  constexpr GemmConfig kConfig = Row::kConfig;
+  constexpr int kLag = kConfig.stages > 5 ? 5 : 1;
+  const int k_blocks = KBlocks<Row>(args);
+  RingPosition<kConfig.stages> fill;
+  RingPosition<kConfig.stages> hand_over;
+  int lag = 0;
+  Scheduler<Row> scheduler(args);
+  Work work;
+  while (scheduler.Next(work)) {
+    TokenRows<Row> rows;
+    rows.Begin(args, work);
+    for (int block = 0; block < k_blocks; ++block) {
+      shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
+      if (threadIdx.x % 128 == 0) {
+        IssueWeights<Row>(args, work, shared, fill.stage, block);
+      }
+      rows.Issue(args, shared, fill.stage, block);
+      hopyard::sm90::CommitPieces();
+      fill.Advance();
+      if (++lag > kLag) {
+        --lag;
+        hopyard::sm90::WaitPieces<kLag>();
+        hopyard::sm90::FenceAsyncProxy();
+        shared.Full(hand_over.stage).Arrive();
+        hand_over.Advance();
+      }
+    }
+  }
+  hopyard::sm90::WaitPieces<0>();
+  hopyard::sm90::FenceAsyncProxy();
+  for (; lag > 0; --lag) {
+    shared.Full(hand_over.stage).Arrive();
+    hand_over.Advance();
+  }
+}
+
+}  // namespace hopyard::gemm::sm90

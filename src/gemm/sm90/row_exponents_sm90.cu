@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "device/cuda_check.h"
+#include "device/sm90/warp.cuh"
+#include "formats/row_map.h"
+#include "gemm/sm90/grouped_gemm_sm90.h"
+
+namespace hopyard::gemm::sm90 {
+namespace {
+
+constexpr int kBlock = 32;    // codes of a scale
+constexpr int kWarps = 8;     // of a block of threads
+constexpr int kHeadroom = 6;  // 6 x 2^6 = 384 is the largest e4m3 number that a code may become
+constexpr int kKBlockBytes = 128;
+
+// The 16 bytes of block `block` hold a magnitude that is not zero.
+__device__ bool HasValues(const RowExponentArgs& args, const uint8_t* values, int64_t stored,
+                          int64_t block) {
+  const int64_t byte = block * (kBlock / 2);
+  const int64_t row_bytes = args.shape.cols / 2;
+  const uint8_t* at = values + (args.shape.major == MajorOrder::kBlockKMajor
+                                    ? byte / kKBlockBytes * args.shape.value_stride +
+                                          stored * kKBlockBytes + byte % kKBlockBytes
+                                    : stored * args.shape.value_stride + byte);
+  const int64_t left = row_bytes - byte;
+  const int count = left < kBlock / 2 ? static_cast<int>(left) : kBlock / 2;
+  bool any = false;
+  for (int i = 0; i < count; ++i) {
+    any = any || (at[i] & 0x77U) != 0;
+  }
+  return any;
+}
+
+__global__ void RowExponentsKernel(const RowExponentArgs args, int64_t experts) {
+  const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const int64_t rows = args.matrix.rows;
+  if (warp >= experts * rows) {
+    return;
+  }
+  const int64_t expert = warp / rows;
+  const int64_t row = warp % rows;
+  const int64_t stored = formats::StoredPosition(
+      args.matrix.row_map, args.matrix.position_begin + row * args.matrix.position_step);
+  const auto* values = static_cast<const uint8_t*>(args.values[expert]);
+  const auto* scales = static_cast<const uint8_t*>(args.matrix.pointers[expert].scales);
+  const int64_t blocks = (args.shape.cols + kBlock - 1) / kBlock;
+  int largest = 0;
+  for (int64_t block = threadIdx.x % 32; block < blocks; block += 32) {
+    const int64_t at =
+        args.matrix.scale_layout == ScaleLayout::kLinear
+            ? stored * args.matrix.scale_stride + block
+            : (stored / 128 * ((args.matrix.scale_stride + 3) / 4) + block / 4) * 512 +
+                  stored % 32 * 16 + stored % 128 / 32 * 4 + block % 4;
+    if (HasValues(args, values, stored, block)) {
+      largest = max(largest, static_cast<int>(scales[at]));
+    }
+  }
+  largest = hopyard::sm90::Max(largest);
+  if (threadIdx.x % 32 == 0) {
+    args.out[expert * rows + row] = static_cast<uint8_t>(max(largest - kHeadroom, 0));
+  }
+}
+
+}  // namespace
+
+void ComputeRowExponents(const RowExponentArgs& args, void* stream) {
+  const int64_t rows = args.shape.experts * args.matrix.rows;
+  if (rows == 0) {
+    return;
+  }
+  const auto blocks = static_cast<unsigned>((rows + kWarps - 1) / kWarps);
+  RowExponentsKernel<<<blocks, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(
+      args, args.shape.experts);
+  HOPYARD_CUDA(cudaGetLastError());
+}
+
+}  // namespace hopyard::gemm::sm90

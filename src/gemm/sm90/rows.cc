@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemm/sm90/rows.h"
+
+#include "gemm/sm90/operands.h"
+
+namespace hopyard::gemm::sm90 {
+
+int NumKernels() {
+  return static_cast<int>(std::size(kKernelRows));
+}
+
+KernelInfo KernelAt(int index) {
+  const KernelRow& row = kKernelRows[index];
+  KernelInfo info;
+  info.name = row.name;
+  info.x_dtype = IsFp8Math(row.config.family) ? DType::kE4m3 : DType::kBf16;
+  info.x_order = OrderOf(row.config.family);
+  info.promoted = row.config.promoted;
+  info.tokens = row.config.tokens;
+  info.features = FeaturesPerBlock(row.config);
+  info.gated = row.config.gated;
+  return info;
+}
+
+bool Runs(int index, WeightFormat weights, const RowFormat& x, bool gated) {
+  const GemmConfig& config = kKernelRows[index].config;
+  const KernelInfo info = KernelAt(index);
+  // NVFP4 has rows of both kinds; elsewhere a promoting row runs what need not be promoted.
+  const bool promotion = config.family == Family::kNvFp4AsBf16
+                             ? info.promoted == IsPromoted(weights, x)
+                             : info.promoted || !IsPromoted(weights, x);
+  return ReadsWeights(config.family, weights) && info.x_dtype == x.dtype &&
+         info.x_order == x.order && info.gated == gated && promotion;
+}
+
+}  // namespace hopyard::gemm::sm90

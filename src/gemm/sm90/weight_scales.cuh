@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scales of a thread's four weight rows (two tiles x two rows) along K, read from the
+// checkpoint's own scale tensors ahead of their use.
+#pragma once
+
+#include <cstdint>
+
+#include "device/sm90/warp.cuh"
+#include "formats/row_map.h"
+#include "gemm/sm90/decode.cuh"
+#include "gemm/sm90/pipeline.cuh"
+
+namespace hopyard::gemm::sm90 {
+
+// Natural row of the thread's row h (0 or 1) in tile `half`, and the matrix that holds it.
+struct WeightRow {
+  const MatrixArgs* matrix;
+  int64_t row;
+};
+template <class Row>
+__device__ __forceinline__ WeightRow ThreadRow(const GroupedGemmArgs& args, int64_t feature,
+                                               int half, int h) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int in_tile = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + 8 * h + lane / 4;
+  if constexpr (Row::kConfig.gated) {
+    return {half == 0 ? &args.first : &args.second, feature + in_tile};
+  } else {
+    return {&args.first, feature + half * kTileRows + in_tile};
+  }
+}
+// Rows beyond the last read the last one's scales: what they scale is zero and is not stored.
+__device__ __forceinline__ int64_t PositionInOrder(const MatrixArgs& matrix, int64_t row) {
+  const int64_t real = row < matrix.rows ? row : matrix.rows - 1;
+  return matrix.position_begin + real * matrix.position_step;
+}
+__device__ __forceinline__ int64_t StoredRow(const MatrixArgs& matrix, int64_t row) {
+  return formats::StoredPosition(matrix.row_map, PositionInOrder(matrix, row));
+}
+
+// 4 bytes of which the first `left` exist; the others read as zero. Rows of scales may begin at any
+// byte (2880 / 32 = 90 a row).
+__device__ __forceinline__ uint32_t LoadScaleWord(const uint8_t* at, int left) {
+  const auto address = reinterpret_cast<uintptr_t>(at);
+  if (left >= 4 && address % 4 == 0) {
+    return __ldg(static_cast<const uint32_t*>(static_cast<const void*>(at)));
+  }
+  uint32_t word = 0;
+  if (left >= 4 && address % 2 == 0) {
+    const auto* halves = static_cast<const uint16_t*>(static_cast<const void*>(at));
+    return __ldg(halves) | static_cast<uint32_t>(__ldg(halves + 1)) << 16;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    word |= i < left ? static_cast<uint32_t>(__ldg(at + i)) << (8 * i) : 0U;
+  }
+  return word;
+}
+
+// Block scales of decoded weights. The four lanes that share a row read 128-groups g, g + 1, g + 2
+// and g + 3 of it, four groups before the first is wanted, and pass them round.
+template <class Row>
+struct BlockScales {
+  static constexpr Family kFamily = Row::kConfig.family;
+  static constexpr int kBytes = ScaleBytes(kFamily);
+  static constexpr int kWords = kBytes == 8 ? 2 : 1;
+
+  const uint8_t* begin[2][2];
+  int group_stride;  // bytes from one 128 of K to the next
+  int word_stride;
+  int row_bytes;  // that exist
+  int row_exponent[2][2];
+  uint32_t now[2][2][kWords];
+  uint32_t next[2][2][kWords];
+
+  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, int expert, int64_t feature) {
+    // Scales are of one byte, or two where 8 bytes hold four.
+    constexpr int kSize = kFamily == Family::kMxInt4AsBf16 ? 2 : 1;
+    const bool linear = args.first.scale_layout == ScaleLayout::kLinear;
+    constexpr int kBlock = 128 * kSize / kBytes;
+    row_bytes = static_cast<int>((args.k + kBlock - 1) / kBlock) * kSize;
+    group_stride = linear ? kBytes : kBytes / (4 * kSize) * 512 * kSize;
+    word_stride = linear || kSize == 2 ? 4 : 512;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const WeightRow at = ThreadRow<Row>(args, feature, half, h);
+        const MatrixArgs& matrix = *at.matrix;
+        const int64_t row = StoredRow(matrix, at.row);
+        const ExpertPointers& pointers = matrix.pointers[expert];
+        const int64_t first = linear ? row * matrix.scale_stride
+                                     : row / 128 * ((matrix.scale_stride + 3) / 4 * 512) +
+                                           row % 32 * 16 + row % 128 / 32 * 4;
+        begin[half][h] = static_cast<const uint8_t*>(pointers.scales) + first * kSize;
+        if constexpr (kFamily == Family::kMxFp4AsFp8) {
+          const int64_t real = at.row < matrix.rows ? at.row : matrix.rows - 1;
+          row_exponent[half][h] = pointers.row_exponents[real];
+        } else {
+          row_exponent[half][h] = 0;
+        }
+      }
+    }
+    Load(0);
+  }
+  // Starts reading groups `group` .. + 3 into `next`.
+  __device__ __forceinline__ void Load(int group) {
+    const int mine = group + static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          const int at = mine * group_stride + w * word_stride;
+          const int left = word_stride == 4 ? row_bytes - mine * kBytes - 4 * w
+                                            : (mine * kBytes + 4 * w < row_bytes ? 4 : 0);
+          next[half][h][w] = LoadScaleWord(begin[half][h] + at, left);
+        }
+      }
+    }
+  }
+  // Call with group = 0, 1, 2, ...
+  __device__ __forceinline__ void Advance(int group) {
+    if (group % 4 == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) {
+            now[half][h][w] = next[half][h][w];
+          }
+        }
+      }
+      Load(group + 4);
+    }
+  }
+  __device__ __forceinline__ RowScale Of(int half, int h, int group, uint32_t table) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    uint32_t chunk[2] = {0, 0};
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      chunk[w] = __shfl_sync(hopyard::sm90::kAllLanes, now[half][h][w], (lane & ~3) | (group & 3));
+    }
+    return PrepareScale<kFamily>(chunk, lane % 4, row_exponent[half][h], table);
+  }
+};
+
+// 128x128 scales of FP8 weights, or ones. They are read while the products that they scale run.
+template <class Row>
+struct PromotedScales {
+  static constexpr bool kMayHave =
+      Row::kConfig.family == Family::kFp8 || Row::kConfig.family == Family::kFp8AsBf16;
+
+  const float* begin[2];  // null: ones
+  int offset[2][2];       // of the thread's rows; they may lie in different blocks
+  float value[2][2];
+
+  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, int expert, int64_t feature) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      begin[half] = nullptr;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        offset[half][h] = 0;
+        if (kMayHave && args.weights == WeightFormat::kFp8Block128) {
+          const WeightRow at = ThreadRow<Row>(args, feature, half, h);
+          const MatrixArgs& matrix = *at.matrix;
+          begin[half] = static_cast<const float*>(matrix.pointers[expert].scales);
+          offset[half][h] =
+              static_cast<int>((matrix.scale_row_origin + PositionInOrder(matrix, at.row)) / 128 *
+                               matrix.scale_stride);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void Load(int group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        value[half][h] = kMayHave && begin[half] != nullptr
+                             ? __ldg(begin[half] + offset[half][h] + group)
+                             : 1.0F;
+      }
+    }
+  }
+};
+
+}  // namespace hopyard::gemm::sm90
