@@ -85,8 +85,6 @@ struct Results {
   std::vector<int32_t> local_slots;
   std::vector<int32_t> routing_ids;
   std::vector<uint32_t> routing_weights;
-
-  friend bool operator==(const Results&, const Results&) = default;
 };
 
 int32_t LocalSlot(const Case& c, const Inputs& in, int32_t id) {
