@@ -53,10 +53,8 @@ struct Divider {
   __device__ __forceinline__ static Divider Of(float divisor) {
     return {divisor, __frcp_rn(divisor), divisor >= 0x1p-90F && divisor <= 0x1p100F};
   }
-  __device__ __forceinline__ float Divide(float x) const {
-    if (!stepwise) {
-      return __fdiv_rn(x, divisor);
-    }
+  // Precondition: stepwise.
+  __device__ __forceinline__ float Step(float x) const {
     const float quotient = __fmul_rn(x, reciprocal);
     // Signed so that a zero quotient keeps its sign.
     const float excess = __fmaf_rn(divisor, quotient, -x);
@@ -138,27 +136,25 @@ __device__ __forceinline__ uint32_t GroupMax(uint32_t value) {
 
 // ---- values to codes
 
-__device__ __forceinline__ LaneWords DivideToCodes(const LaneWords& values,
-                                                   const Divider& divider) {
+// e4m3 codes of scaled(value).
+template <class Scaled>
+__device__ __forceinline__ LaneWords EncodeColumns(const LaneWords& values, Scaled scaled) {
   LaneWords codes;
 #pragma unroll
   for (int i = 0; i < kLaneCols; i += 2) {
-    const uint32_t pair = sm90::EncodeE4m3Pair(divider.Divide(ValueAt(values, i)),
-                                               divider.Divide(ValueAt(values, i + 1)));
+    const uint32_t pair =
+        sm90::EncodeE4m3Pair(scaled(ValueAt(values, i)), scaled(ValueAt(values, i + 1)));
     codes.w[i / 4] |= pair << (8 * (i % 4));
   }
   return codes;
 }
 
-__device__ __forceinline__ LaneWords MultiplyToCodes(const LaneWords& values, float factor) {
-  LaneWords codes;
-#pragma unroll
-  for (int i = 0; i < kLaneCols; i += 2) {
-    const uint32_t pair = sm90::EncodeE4m3Pair(__fmul_rn(ValueAt(values, i), factor),
-                                               __fmul_rn(ValueAt(values, i + 1), factor));
-    codes.w[i / 4] |= pair << (8 * (i % 4));
+__device__ __forceinline__ LaneWords DivideToCodes(const LaneWords& values,
+                                                   const Divider& divider) {
+  if (divider.stepwise) {
+    return EncodeColumns(values, [&](float x) { return divider.Step(x); });
   }
-  return codes;
+  return EncodeColumns(values, [&](float x) { return __fdiv_rn(x, divider.divisor); });
 }
 
 __device__ __forceinline__ LaneWords MultiplyToNibbles(const LaneWords& values, float factor) {
@@ -197,7 +193,7 @@ __device__ __forceinline__ LaneWords RoundColumns(const RoundRowsArgs& args, con
   } else if constexpr (kFormat == Format::kMxFp8) {
     block = formats::rules::MxBlockScale(GroupMax<4>(lane_max), formats::kE4m3Max);
     if (block.factor != 0.0F) {
-      codes = MultiplyToCodes(values, block.factor);
+      codes = EncodeColumns(values, [&](float x) { return __fmul_rn(x, block.factor); });
     }
     scale = block.value;
   } else if constexpr (kFormat == Format::kNvFp4) {
