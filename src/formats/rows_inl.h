@@ -44,7 +44,7 @@ struct RowOps {
   static I Magnitude(I bits) { return V::And(bits, V::SetI(kMagnitudeMask)); }
   static I Sign(I bits) { return V::AndNot(bits, V::SetI(kMagnitudeMask)); }
 
-  // See codes.cc: nearest grid value, ties to even, as exponent field and mantissa.
+  // See codes.h: nearest grid value, ties to even, as exponent field and mantissa.
   template <int kMantissa, int kMinExponent>
   static I RoundToCode(I magnitude) {
     constexpr int kShift = 23 - kMantissa;

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// One thread per slot: a thread keeps its place within a token and strides over tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "device/sm90/numbers.cuh"
+#include "stages/2_permute/place_sm90.h"
+
+namespace hopyard::permute {
+
+inline constexpr int kPlaceThreads = 128;
+
+// A slot's logical expert (-1: skipped) and router weight.
+struct Choice {
+  int32_t id;
+  float weight;
+};
+
+__device__ __forceinline__ float LoadWeight(const void* data, DType dtype, int64_t at) {
+  return dtype == DType::kBf16 ? sm90::WidenBf16(static_cast<const uint16_t*>(data)[at])
+                               : static_cast<const float*>(data)[at];
+}
+
+__device__ __forceinline__ int32_t LocalSlotOf(const PlaceSm90Args& args, int32_t id) {
+  const bool all = args.local.kind == ExpertMap::Kind::kAll;
+  const int32_t count = all ? args.num_experts : args.local.count;
+  int32_t slot = id;
+  if (args.local.kind == ExpertMap::Kind::kRange) {
+    slot = id - args.local.offset;
+  } else if (args.local.kind == ExpertMap::Kind::kTable) {
+    slot = id >= 0 && id < args.num_experts ? args.expert_table[id] : -1;
+  }
+  return slot >= 0 && slot < count ? slot : -1;
+}
+
+// What the caller computed for choice `at` of [T, K], recorded and counted.
+__device__ __forceinline__ Choice TakeChoice(const PlaceSm90Args& args, int64_t at) {
+  Choice choice;
+  if (args.source == PlaceSource::kPacked) {
+    // The arithmetic shift keeps negative ids negative.
+    const int32_t word = args.packed_ids[at];
+    choice.id = word >> 16;
+    choice.weight = sm90::WidenBf16(static_cast<uint16_t>(word & 0xFFFF));
+  } else {
+    choice.id = args.expert_ids[at];
+    choice.weight = LoadWeight(args.expert_weights, args.expert_weights_dtype, at);
+  }
+  if (choice.id < 0 || choice.id >= args.num_experts) {
+    choice = {-1, 0.0F};
+  }
+  args.ids[at] = choice.id;
+  args.weights[at] = choice.weight;
+  if (args.replay != nullptr) {
+    args.replay[at] = static_cast<int16_t>(choice.id);
+  }
+  // Integer sums: any order gives the same counters.
+  if (args.load != nullptr && choice.id >= 0) {
+    if (args.load_dtype == DType::kInt64) {
+      atomicAdd(static_cast<unsigned long long*>(args.load) + choice.id, 1ULL);
+    } else {
+      atomicAdd(static_cast<int32_t*>(args.load) + choice.id, 1);
+    }
+  }
+  return choice;
+}
+
+__device__ __forceinline__ void PlaceSlot(const PlaceSm90Args& args, int64_t token, int slot) {
+  const int slots = args.top_k + args.shared;
+  Choice choice;
+  int32_t local = 0;
+  if (slot < args.top_k) {
+    const int64_t at = token * args.top_k + slot;
+    choice = args.source == PlaceSource::kRouted ? Choice{args.ids[at], args.weights[at]}
+                                                 : TakeChoice(args, at);
+    local = LocalSlotOf(args, choice.id);
+  } else {
+    const int shared = slot - args.top_k;
+    const bool all = args.local.kind == ExpertMap::Kind::kAll;
+    choice.id = args.num_experts + shared;
+    choice.weight = args.shared_weights == nullptr
+                        ? args.shared_weight
+                        : LoadWeight(args.shared_weights, args.shared_weights_dtype,
+                                     token * args.shared + shared);
+    local = (all ? args.num_experts : args.local.count) + shared;
+  }
+  const int64_t out = token * slots + slot;
+  args.slot_weights[out] = choice.weight;
+  args.local_slots[out] = local;
+  if (args.routing_ids != nullptr) {
+    args.routing_ids[out] = choice.id;
+  }
+  if (args.routing_weights != nullptr) {
+    args.routing_weights[out] = choice.weight;
+  }
+}
+
+// Precondition: at most kPlaceThreads slots a token.
+__global__ void __launch_bounds__(kPlaceThreads)
+    PlaceKernel(const __grid_constant__ PlaceSm90Args args) {
+  const int slots = args.top_k + args.shared;
+  const int tokens_per_block = kPlaceThreads / slots;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= tokens_per_block * slots) {
+    return;
+  }
+  const int slot = thread % slots;
+  const int64_t tokens = sm90::LiveTokens(args.num_tokens, args.max_tokens);
+  const int64_t step = int64_t{gridDim.x} * tokens_per_block;
+  for (int64_t token = int64_t{blockIdx.x} * tokens_per_block + thread / slots; token < tokens;
+       token += step) {
+    PlaceSlot(args, token, slot);
+  }
+}
+
+}  // namespace hopyard::permute
