@@ -13,7 +13,8 @@ target_compile_options(
   PRIVATE # CMake 3.25 knows no C++20 for nvcc 13 and would drop the standard silently.
           -std=c++20
           --expt-relaxed-constexpr
-          -lineinfo
+          # zstd: an eighth of the size, 2 MB for all rows instead of 16.
+          --compress-mode=size
           -Werror=all-warnings
           # A kernel that spills or indexes registers at run time is an error, not a slow kernel.
           -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error

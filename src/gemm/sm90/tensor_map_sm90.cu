@@ -59,7 +59,7 @@ TensorMap MakeTensorMap(const MapShape& shape) {
   HOPYARD_CHECK(status == CUDA_SUCCESS, kCuda)
       << "cuTensorMapEncodeTiled returned " << static_cast<int>(status);
   TensorMap result;
-  std::memcpy(&result, &map, sizeof(result));
+  std::memcpy(result.words, &map, sizeof(result.words));
   return result;
 }
 
