@@ -97,6 +97,8 @@ inline const std::vector<ModelShape>& ModelShapes() {
       MakeShape({"qwen3-30b-a3b", 2048, 768, 128, 8, RoutingRule::Renormalize(), kBf16}),
       MakeShape({"qwen3-235b-a22b", 4096, 1536, 128, 8, RoutingRule::Renormalize(), kBf16}),
       MakeShape({"deepseek-v3", 7168, 2048, 256, 8, RoutingRule::DeepSeekV3(8, 4, 2.5F), kFp8, 1}),
+      // One of eight ranks: 32 experts, eight local choices a token.
+      MakeShape({"deepseek-v3-ep8", 7168, 2048, 32, 8, RoutingRule::DeepSeekV3(8, 4, 2.5F), kFp8, 1}),
       MakeShape({"kimi-k2", 7168, 2048, 384, 8, RoutingRule::DeepSeekV3(1, 1, 2.827F), kFp8, 1}),
       MakeGptOss("gpt-oss-20b", 32),
       MakeGptOss("gpt-oss-120b", 128),
