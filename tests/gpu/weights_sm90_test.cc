@@ -105,7 +105,7 @@ TEST(GpuWeights, MnMajorRunsOrIsRefusedByName) {
   }
 }
 
-// A shard may begin inside a block of 128 rows; one that cuts a block of columns is refused.
+// A shard begins on a scale block of columns.
 TEST(GpuWeights, ShardsWithinScaleBlocks) {
   HOPYARD_NEEDS_GPU();
   WeightSource source;
@@ -119,7 +119,31 @@ TEST(GpuWeights, ShardsWithinScaleBlocks) {
   source.shard_begin = 64;
   const Caught caught = CatchError([&] { TwinLayer layer(source); });
   EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
-  EXPECT_EQ(caught.message.rfind("weights.routed.gemm2.col_origin=64", 0), 0U) << caught.message;
+  EXPECT_EQ(
+      caught.message,
+      "weights.routed.gemm2.col_origin=64; the GPU reads rows from the start of a scale block: "
+      "wanted 0, cut shards on multiples of 128 columns");
+}
+
+TEST(GpuWeights, ExpertsOfOtherStridesAreRefusedByName) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = SmallSpec(WeightFormat::kMxFp8, ActivationFormat::kBf16);
+  source.spec.num_experts = 2;
+  source.layout.per_expert = true;
+  const LayerWeights storage(source);
+  DeviceMirror mirror;
+  WeightsDesc desc = mirror.Copy(storage.desc());
+  const DeviceArray<uint8_t> wide(int64_t{128} * 256);
+  TensorView& scales = desc.routed.gemm2.scales_per_expert.at(1);
+  scales.data = wide.get();
+  scales.strides[0] = 5;
+  const Caught caught = CatchError([&] { const Weights weights(source.spec, desc); });
+  EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
+  EXPECT_EQ(
+      caught.message,
+      "weights.routed.gemm2.scales[1] has 5 elements from row to row; the GPU wants 4, as for "
+      "expert 0: copy them to one layout");
 }
 
 INSTANTIATE_TEST_SUITE_P(Formats, GpuLayout,
