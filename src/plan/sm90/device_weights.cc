@@ -209,10 +209,14 @@ struct GroupSource {
   const char* name = "";
   WeightFormat weights = WeightFormat::kBf16;
   bool shared = false;
+  int segment_begin = 0;
+  int segment_end = 0;
 };
 
-Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Group group,
-                Uploader* uploader) {
+Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploader* uploader) {
+  Group group;
+  group.segment_begin = source.segment_begin;
+  group.segment_end = source.segment_end;
   const MoeSpec& spec = weights.spec;
   const ExpertMatrices& matrices = *source.matrices;
   const gemm::sm90::LayerOperands operands = FormatsOf(spec, source.weights).operands;
@@ -282,15 +286,14 @@ std::shared_ptr<const DeviceWeights> MakeDeviceWeights(const Weights::Impl& weig
   const MoeSpec& spec = weights.spec;
   auto out = std::make_shared<DeviceWeights>();
   Uploader uploader(out.get());
-  Group range;
-  range.segment_end = spec.num_local_experts();
-  out->routed =
-      MakeGroup(weights, {&weights.desc.routed, "routed", spec.weights, false}, range, &uploader);
+  const int local = spec.num_local_experts();
+  out->routed = MakeGroup(weights, {&weights.desc.routed, "routed", spec.weights, false, 0, local},
+                          &uploader);
   if (spec.shared.count > 0) {
-    range.segment_begin = spec.num_local_experts();
-    range.segment_end = range.segment_begin + spec.shared.count;
-    out->shared = MakeGroup(weights, {&weights.desc.shared, "shared", spec.shared.weights, true},
-                            range, &uploader);
+    out->shared = MakeGroup(weights,
+                            {&weights.desc.shared, "shared", spec.shared.weights, true, local,
+                             local + spec.shared.count},
+                            &uploader);
   }
   out->gemm1_input_scale = weights.gemm1_input_scale;
   device::SynchronizeDevice();
