@@ -17,9 +17,10 @@ namespace {
 constexpr Device kFirst{DeviceKind::kCuda, 0};
 constexpr Device kSecond{DeviceKind::kCuda, 1};
 
-// Memory that only a device could read.
+// Stands for memory of a device: whatever is read here is no valid value.
 void* Elsewhere() {
-  return reinterpret_cast<void*>(uintptr_t{4096});
+  static int64_t poison[2] = {-1, -1};
+  return poison;
 }
 
 Place On(const Device& device) {

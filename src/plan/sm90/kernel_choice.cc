@@ -127,7 +127,8 @@ std::vector<TileChoice> CommonTiles(const std::vector<Role>& roles) {
 void SetTokenRanges(const MoeSpec& spec, std::vector<TileChoice>* tiles) {
   for (TileChoice& choice : *tiles) {
     // 2 * tokens * top_k / num_experts, rounded down, is at most the tile.
-    choice.max_tokens = (int64_t{choice.tile + 1} * spec.num_experts - 1) / (2 * spec.top_k);
+    choice.max_tokens =
+        (int64_t{choice.tile + 1} * spec.num_experts - 1) / (int64_t{2} * spec.top_k);
   }
   tiles->back().max_tokens = kAnyTokens;
 }

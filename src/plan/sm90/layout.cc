@@ -71,7 +71,7 @@ Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int
   layout.h_bytes = std::max(RowBytes(routed.operands.h, spec.intermediate_size),
                             RowBytes(shared.operands.h, spec.intermediate_size));
   if (routed.operands.h != shared.operands.h) {
-    layout.h_bytes = RoundUp(layout.h_bytes, gemm::sm90::kKGroup * 2);
+    layout.h_bytes = RoundUp(layout.h_bytes, int64_t{2} * gemm::sm90::kKGroup);
   }
   const bool x_blocks = routed.operands.x.format == Format::kFp8Block1x128;
   const bool h_blocks = routed.operands.h.format == Format::kFp8Block1x128;

@@ -9,7 +9,6 @@ namespace hopyard::sm90 {
 namespace {
 
 using gemm::sm90::GroupedGemmArgs;
-using gemm::sm90::KOrder;
 using gemm::sm90::RowFormat;
 
 // What of a pass belongs to one group of experts.
