@@ -13,7 +13,7 @@ namespace hopyard {
 
 struct PlanOptions {
   uint32_t struct_size = sizeof(PlanOptions);
-  int64_t max_tokens = 0;        // capacity; Forward accepts 0 .. max_tokens
+  int64_t max_tokens = 0;  // capacity; Forward accepts 0 .. max_tokens
   // Kernel name to use; empty: the library chooses. On a GPU a kernel of GEMM1, or one of each GEMM
   // joined by '+'; it then runs every number of tokens.
   std::string tactic;

@@ -42,8 +42,10 @@ TEST_P(GpuIds, GivenIdsMatchTheCpu) {
   };
   RunOptions wide;
   wide.load_dtype = DType::kInt64;
-  LayerInputs packed(layer.spec(), kTokens);
-  judge(packed.Packed(ids, weights), {});
+  if (!none) {  // 16 bits turn some of these into valid ones
+    LayerInputs packed(layer.spec(), kTokens);
+    judge(packed.Packed(ids, weights), {});
+  }
   LayerInputs unpacked(layer.spec(), kTokens);
   judge(unpacked.Unpacked(ids, weights), wide);
   LayerInputs unpacked_bf16(layer.spec(), kTokens);
