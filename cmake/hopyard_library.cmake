@@ -1,6 +1,12 @@
 # The library: every .cc below src/ except tests, oracles' tests, the CLI and the extension.
 file(GLOB_RECURSE hopyard_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/src/*.cc)
 list(FILTER hopyard_sources EXCLUDE REGEX "(_test|_bench|_fuzz)\\.cc$|/src/(cli|ffi)/")
+# The Hopper backend's host side, or what says that there is none.
+if(HOPYARD_CUDA)
+  list(FILTER hopyard_sources EXCLUDE REGEX "/src/plan/no_sm90\\.cc$")
+else()
+  list(FILTER hopyard_sources EXCLUDE REGEX "/src/plan/sm90/")
+endif()
 add_library(hopyard ${hopyard_sources})
 add_library(hopyard::hopyard ALIAS hopyard)
 target_include_directories(

@@ -114,7 +114,8 @@ TEST(ErrorMessage, Plan) {
        "zero-pad the weights by one column");
   spec = TinySpec();
   says(OptionsFor(4), {DeviceKind::kCuda, 0}, ErrorKind::kUnsupported,
-       "this build has no CUDA backend; plan for the CPU");
+       "this build has no CUDA backend; plan for the CPU, or configure the build with "
+       "HOPYARD_CUDA=ON");
   says(OptionsFor(0), Device{}, ErrorKind::kInvalidArgument,
        "max_tokens=0; wanted at least 1, the plan's capacity");
   says(OptionsFor(int64_t{1} << 30), Device{}, ErrorKind::kUnsupported,

@@ -37,10 +37,7 @@ std::vector<int32_t> AddedLoad(const TensorView& load) {
   return added;
 }
 
-struct OutputBuffers {
-  Arena arena;
-  MoeOutputs outputs;
-};
+}  // namespace
 
 void AddOutputs(const MoeSpec& spec, int64_t tokens, const RunOptions& options,
                 OutputBuffers* buffers) {
@@ -77,16 +74,31 @@ void AddOutputs(const MoeSpec& spec, int64_t tokens, const RunOptions& options,
   }
 }
 
-}  // namespace
+RunResult ResultOf(const MoeOutputs& outputs) {
+  RunResult result;
+  result.output = Contents<uint16_t>(outputs.output);
+  result.replay = Contents<int16_t>(outputs.replay);
+  result.load = AddedLoad(outputs.expert_load);
+  result.weights = Contents<float>(outputs.routing_weights);
+  result.ids = Contents<int32_t>(outputs.routing_ids);
+  result.rows = Contents<uint16_t>(outputs.rows);
+  result.slot_to_row = Contents<int32_t>(outputs.slot_to_row);
+  result.activation = Contents<uint16_t>(outputs.gemm1_activation);
+  return result;
+}
+
+PlanOptions PlanOptionsOf(const RunOptions& options, int64_t tokens) {
+  PlanOptions plan = options.plan;
+  if (plan.max_tokens == 0) {
+    plan.max_tokens = std::max<int64_t>(1, tokens);
+  }
+  return plan;
+}
 
 RunResult RunLayer(const MoeSpec& spec, const Weights& weights, const MoeInputs& inputs,
                    const RunOptions& options) {
   const int64_t tokens = inputs.hidden_states.shape[0];
-  PlanOptions plan_options = options.plan;
-  if (plan_options.max_tokens == 0) {
-    plan_options.max_tokens = std::max<int64_t>(1, tokens);
-  }
-  const Plan plan = MakePlan(spec, Device{}, plan_options);
+  const Plan plan = MakePlan(spec, Device{}, PlanOptionsOf(options, tokens));
   OutputBuffers buffers;
   AddOutputs(spec, tokens, options, &buffers);
   const GuardedBuffer workspace(plan.workspace_bytes());
@@ -94,16 +106,7 @@ RunResult RunLayer(const MoeSpec& spec, const Weights& weights, const MoeInputs&
           Workspace{workspace.data(), Index(workspace.bytes())});
   EXPECT_TRUE(workspace.Intact()) << "Forward wrote outside of its workspace";
   EXPECT_TRUE(buffers.arena.Intact()) << "Forward wrote outside of an output";
-  const MoeOutputs& out = buffers.outputs;
-  RunResult result;
-  result.output = Contents<uint16_t>(out.output);
-  result.replay = Contents<int16_t>(out.replay);
-  result.load = AddedLoad(out.expert_load);
-  result.weights = Contents<float>(out.routing_weights);
-  result.ids = Contents<int32_t>(out.routing_ids);
-  result.rows = Contents<uint16_t>(out.rows);
-  result.slot_to_row = Contents<int32_t>(out.slot_to_row);
-  result.activation = Contents<uint16_t>(out.gemm1_activation);
+  RunResult result = ResultOf(buffers.outputs);
   for (const Candidate& candidate : plan.Explain().candidates) {
     if (candidate.chosen) {
       result.kernel = candidate.kernel;

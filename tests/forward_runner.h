@@ -45,6 +45,18 @@ struct RunResult {
   std::string kernel;                // the chosen one
 };
 
+// The outputs that `options` ask for in host memory, poisoned or preset.
+struct OutputBuffers {
+  Arena arena;
+  MoeOutputs outputs;
+};
+void AddOutputs(const MoeSpec& spec, int64_t tokens, const RunOptions& options,
+                OutputBuffers* buffers);
+// The contents of outputs that AddOutputs has made.
+[[nodiscard]] RunResult ResultOf(const MoeOutputs& outputs);
+// The plan's options with their capacity.
+[[nodiscard]] PlanOptions PlanOptionsOf(const RunOptions& options, int64_t tokens);
+
 [[nodiscard]] RunResult RunLayer(const MoeSpec& spec, const Weights& weights,
                                  const MoeInputs& inputs, const RunOptions& options = {});
 

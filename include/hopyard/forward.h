@@ -58,17 +58,17 @@ struct MoeOutputs {
 };
 
 struct Workspace {
-  void* data = nullptr;  // 256-byte aligned
+  void* data = nullptr;  // 256-byte aligned memory of the plan's device
   size_t bytes = 0;
 };
 
-struct Stream {
-  void* handle = nullptr;  // cudaStream_t; ignored on CPUs
-};
-
-// The layer: route, permute, GEMM1 + activation, GEMM2, finalize. Deterministic: equal inputs give
-// equal bits for any number of threads and any batch around a token. Throws Error{kInvalidArgument}
-// before anything is written.
+// The layer: route, permute, GEMM1 + activation, GEMM2, finalize. Deterministic: on a CPU equal
+// inputs give equal bits for any number of threads and any batch around a token; on a GPU for equal
+// batches. Throws Error{kInvalidArgument} before anything is written.
+// All tensors lie on the plan's device. On a GPU the work is enqueued on `stream` and no value of a
+// tensor is looked at by the host: num_tokens is clamped to 0 .. T where it is used, and ids and
+// tables are taken as the table of "values that others leave undefined" in docs/errors.md says. No
+// allocation, no synchronisation; the call may be captured in a CUDA graph.
 void Forward(const Plan& plan, const Weights& weights, const MoeInputs& inputs,
              const MoeOutputs& outputs, Workspace workspace, Stream stream = {});
 

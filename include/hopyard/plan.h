@@ -13,8 +13,10 @@ namespace hopyard {
 
 struct PlanOptions {
   uint32_t struct_size = sizeof(PlanOptions);
-  int64_t max_tokens = 0;        // capacity; Forward accepts 0 .. max_tokens
-  std::string tactic;            // kernel name to use; empty: the library chooses
+  int64_t max_tokens = 0;  // capacity; Forward accepts 0 .. max_tokens
+  // Kernel name to use; empty: the library chooses. On a GPU a kernel of GEMM1, or one of each GEMM
+  // joined by '+'; it then runs every number of tokens.
+  std::string tactic;
   bool batch_invariant = false;  // a token's output depends on that token alone
   int64_t workspace_cap = 0;     // bytes; 0 = none. Larger batches are cut into chunks of tokens
   int num_threads = 0;           // CPU: 0 = all that OpenMP gives at MakePlan
@@ -64,7 +66,7 @@ class Plan {
 Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options);
 
 // The same decision without throwing for unsupported specs and too small a workspace_cap; needs no
-// device.
+// device. On a GPU a candidate's reason says for which numbers of tokens it is taken.
 Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& options);
 
 }  // namespace hopyard

@@ -56,6 +56,11 @@ struct Device {
   friend bool operator==(const Device&, const Device&) = default;
 };
 
+// Where work for a GPU is enqueued.
+struct Stream {
+  void* handle = nullptr;  // cudaStream_t; ignored on CPUs
+};
+
 // A non-owning description of a strided array, like a DLPack tensor. `strides` are in elements.
 // A default-constructed view is "absent"; optional arguments are passed that way.
 struct TensorView {

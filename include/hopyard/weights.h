@@ -99,19 +99,24 @@ struct WeightSlice {
 
 // Weights of one layer. A view: it does not copy, the caller's memory must outlive it (or be held
 // by WeightsDesc::owner). Safe to share between threads; Update must not run beside a Forward.
+// All tensors lie on one device, that of the plans they are used with.
 class Weights {
  public:
   Weights();  // empty; usable only as an assignment target
   // Checks every shape, dtype and layout against the spec; Error names the field, got and wanted.
+  // On a GPU also allocates there what describes the weights to the kernels, and synchronises; a
+  // layout that those cannot read is Error{kUnsupported}.
   Weights(const MoeSpec& spec, WeightsDesc desc);
 
   [[nodiscard]] const MoeSpec& spec() const;
   [[nodiscard]] const WeightsDesc& desc() const;
+  [[nodiscard]] Device device() const;
   // Bytes of one expert's codes and scales: what a decode step reads per touched expert.
   [[nodiscard]] int64_t bytes_per_expert() const;
   // Writes a slice in place, in whatever layout the weights are stored. Takes effect in the next
-  // Forward; addresses do not change.
-  void Update(const WeightSlice& slice);
+  // Forward; addresses do not change. On a GPU the writes are enqueued on `stream`, the slice's
+  // tensors lie on the weights' device or on the host, and the call may synchronise.
+  void Update(const WeightSlice& slice, Stream stream = {});
 
   struct Impl;
   [[nodiscard]] const Impl& impl() const;

@@ -152,11 +152,6 @@ void DecodeRow(Format format, const void* codes, const void* scales, float globa
   DecodeRowWith(BestKernels(), {format, codes, scales, global_scale}, out, cols);
 }
 
-int64_t SwizzledOffset(int64_t m, int64_t k, int64_t cols) {
-  const int64_t tile = (m / 128) * CeilDiv(cols, 4) + k / 4;
-  return tile * 512 + (m % 32) * 16 + ((m % 128) / 32) * 4 + k % 4;
-}
-
 int64_t SwizzledSize(int64_t rows, int64_t cols) {
   return RoundUp(rows, 128) * RoundUp(cols, 4);
 }

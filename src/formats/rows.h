@@ -7,6 +7,8 @@
 
 #include "hopyard/quantize.h"
 
+#include "core/host_device.h"
+
 namespace hopyard::formats {
 
 // out[i] = dequantise(quantise(in[i])) for one row of activations: kBf16, kFp8PerTensor (static
@@ -28,7 +30,10 @@ void DecodeRow(Format format, const void* codes, const void* scales, float globa
 
 // Offset of scale (m, k) of an [M, C] scale matrix in the 128x4 layout (docs/formats.md), and its
 // size.
-[[nodiscard]] int64_t SwizzledOffset(int64_t m, int64_t k, int64_t cols);
+[[nodiscard]] HOPYARD_HOST_DEVICE int64_t SwizzledOffset(int64_t m, int64_t k, int64_t cols) {
+  const int64_t tile = (m / 128) * ((cols + 3) / 4) + k / 4;
+  return tile * 512 + (m % 32) * 16 + ((m % 128) / 32) * 4 + k % 4;
+}
 [[nodiscard]] int64_t SwizzledSize(int64_t rows, int64_t cols);
 
 }  // namespace hopyard::formats

@@ -2,8 +2,10 @@
 #include "hopyard/forward.h"
 
 #include <algorithm>
+#include <string>
 
 #include "core/error.h"
+#include "plan/backend_sm90.h"
 #include "plan/forward_pass.h"
 #include "spec/validate.h"
 #include "stages/2_permute/permute.h"
@@ -120,6 +122,21 @@ void Finish(const ForwardPass& pass, const uint16_t* y) {
   finalize::FinalizeCpu(args);
 }
 
+std::string NameOf(Device device) {
+  return device.kind == DeviceKind::kCpu ? "the CPU" : "cuda:" + std::to_string(device.index);
+}
+
+// The CPU has no numbers.
+bool IsSame(Device a, Device b) {
+  return a.kind == b.kind && (a.kind == DeviceKind::kCpu || a.index == b.index);
+}
+
+void ForwardOnGpu(const sm90::Call& call) {
+  if (call.inputs->hidden_states.shape[0] > 0) {
+    sm90::FindBackend()->Forward(call);
+  }
+}
+
 void CheckWorkspace(const Plan& plan, const Workspace& workspace) {
   HOPYARD_CHECK(static_cast<int64_t>(workspace.bytes) >= plan.workspace_bytes(), kOutOfMemory)
       << "workspace has " << workspace.bytes << " bytes; the plan needs " << plan.workspace_bytes()
@@ -132,13 +149,23 @@ void CheckWorkspace(const Plan& plan, const Workspace& workspace) {
 }  // namespace
 
 void Forward(const Plan& plan, const Weights& weights, const MoeInputs& inputs,
-             const MoeOutputs& outputs, Workspace workspace, Stream /*stream*/) {
+             const MoeOutputs& outputs, Workspace workspace, Stream stream) {
   const MoeSpec& spec = plan.spec();
   HOPYARD_CHECK(weights.spec() == spec, kInvalidArgument)
       << "weights were made for another layer: got {" << ToString(weights.spec()) << "}; wanted {"
       << ToString(spec) << "}";
-  spec::ValidateForward(spec, plan.options().max_tokens, inputs, outputs);
+  HOPYARD_CHECK(IsSame(weights.device(), plan.device()), kInvalidArgument)
+      << "weights are on " << NameOf(weights.device()) << "; wanted " << NameOf(plan.device())
+      << ", the plan's device: copy them there, or make a plan for their device";
+  spec::Place place;
+  place.device = plan.device();
+  spec::ValidateForward(spec, plan.options().max_tokens, inputs, outputs, place);
   CheckWorkspace(plan, workspace);
+  if (place.device.kind == DeviceKind::kCuda) {
+    ForwardOnGpu({&plan.impl(), &weights.impl(), &inputs, &outputs,
+                  static_cast<uint8_t*>(workspace.data), stream.handle});
+    return;
+  }
   const int64_t tokens = inputs.num_tokens.defined() ? *inputs.num_tokens.as<const int32_t>()
                                                      : inputs.hidden_states.shape[0];
   ForwardPass pass;

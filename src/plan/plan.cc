@@ -10,7 +10,8 @@
 #include "core/error.h"
 #include "core/parallel.h"
 #include "core/shape.h"
-#include "plan/plan_impl.h"
+#include "gemm/cpu/dot.h"
+#include "plan/backend_sm90.h"
 #include "spec/validate.h"
 #include "stages/3_gemm1/gemm1.h"
 
@@ -79,17 +80,29 @@ void ChooseCpuKernel(const MoeSpec& spec, const PlanOptions& options, Explanatio
   out.supported = chosen && tactic_known;
 }
 
+void CheckDevice(Device device) {
+  HOPYARD_CHECK(device.kind <= DeviceKind::kCuda, kInvalidArgument)
+      << "device.kind=" << static_cast<int>(device.kind) << " is not a DeviceKind; wanted 0 .. "
+      << static_cast<int>(DeviceKind::kCuda);
+  HOPYARD_CHECK(device.kind == DeviceKind::kCpu || device.index >= 0, kInvalidArgument)
+      << "device.index=" << device.index << "; wanted 0 or more, CUDA's number of the GPU";
+}
+
 // The decision without the workspace cap.
 Explanation ChooseKernel(const MoeSpec& spec, Device device, const PlanOptions& options) {
   CheckOptions(options);
+  CheckDevice(device);
   spec::ValidateSpec(spec);
   Explanation out;
   out.reason = spec::UnsupportedReason(spec);
   if (!out.reason.empty()) {
     return out;
   }
-  if (device.kind != DeviceKind::kCpu) {
-    out.reason = "this build has no CUDA backend; plan for the CPU";
+  const sm90::Backend* const backend = sm90::FindBackend();
+  if (device.kind == DeviceKind::kCuda && backend == nullptr) {
+    out.reason =
+        "this build has no CUDA backend; plan for the CPU, or configure the build with "
+        "HOPYARD_CUDA=ON";
     return out;
   }
   if (options.max_tokens > std::numeric_limits<int32_t>::max() / spec.slots_per_token()) {
@@ -97,6 +110,9 @@ Explanation ChooseKernel(const MoeSpec& spec, Device device, const PlanOptions& 
                  std::to_string(spec.slots_per_token()) +
                  " slots pass 2^31 rows; split the batch over several calls";
     return out;
+  }
+  if (device.kind == DeviceKind::kCuda) {
+    return backend->Choose(spec, options);
   }
   ChooseCpuKernel(spec, options, out);
   return out;
@@ -106,25 +122,35 @@ int ThreadsOf(const PlanOptions& options) {
   return options.num_threads > 0 ? options.num_threads : MaxThreads();
 }
 
-int64_t BytesFor(const MoeSpec& spec, const PlanOptions& options, int64_t tokens) {
-  return MakeWorkspaceLayout(spec, tokens, ThreadsOf(options)).bytes;
-}
+// A supported layer on a device: what the size of its workspace depends on.
+struct Sizing {
+  const MoeSpec& spec;
+  Device device;
+  const PlanOptions& options;
+
+  [[nodiscard]] int64_t Bytes(int64_t tokens) const {
+    if (device.kind == DeviceKind::kCpu) {
+      return MakeWorkspaceLayout(spec, tokens, ThreadsOf(options)).bytes;
+    }
+    const sm90::Backend* const backend = sm90::FindBackend();
+    return backend->WorkspaceBytes(*backend->MakePlan(spec, options, tokens));
+  }
+};
 
 // Empty, or why not even one token at a time fits under the cap.
-std::string CapReason(const MoeSpec& spec, const PlanOptions& options) {
-  if (options.workspace_cap == 0 || BytesFor(spec, options, 1) <= options.workspace_cap) {
+std::string CapReason(const Sizing& sizing) {
+  const int64_t cap = sizing.options.workspace_cap;
+  if (cap == 0 || sizing.Bytes(1) <= cap) {
     return {};
   }
-  return "workspace_cap=" + std::to_string(options.workspace_cap) + " bytes; one token needs " +
-         std::to_string(BytesFor(spec, options, 1)) +
-         ": raise the cap to at least that, or 0 (none)";
+  return "workspace_cap=" + std::to_string(cap) + " bytes; one token needs " +
+         std::to_string(sizing.Bytes(1)) + ": raise the cap to at least that, or 0 (none)";
 }
 
 // The most tokens that one pass handles; one fits.
-int64_t TokensPerChunk(const MoeSpec& spec, const PlanOptions& options) {
-  const auto fits = [&](int64_t tokens) {
-    return BytesFor(spec, options, tokens) <= options.workspace_cap;
-  };
+int64_t TokensPerChunk(const Sizing& sizing) {
+  const PlanOptions& options = sizing.options;
+  const auto fits = [&](int64_t tokens) { return sizing.Bytes(tokens) <= options.workspace_cap; };
   if (options.workspace_cap == 0 || fits(options.max_tokens)) {
     return options.max_tokens;
   }
@@ -141,7 +167,7 @@ int64_t TokensPerChunk(const MoeSpec& spec, const PlanOptions& options) {
 
 Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& options) {
   Explanation out = ChooseKernel(spec, device, options);
-  const std::string reason = out.supported ? CapReason(spec, options) : std::string();
+  const std::string reason = out.supported ? CapReason({spec, device, options}) : std::string();
   if (reason.empty()) {
     return out;
   }
@@ -213,10 +239,10 @@ Device Plan::device() const {
   return impl().device;
 }
 int64_t Plan::workspace_bytes() const {
-  return impl().layout.bytes;
+  return impl().workspace_bytes;
 }
 int64_t Plan::tokens_per_chunk() const {
-  return impl().layout.tokens;
+  return impl().tokens_per_chunk;
 }
 const Explanation& Plan::Explain() const {
   return impl().explanation;
@@ -226,24 +252,41 @@ const Plan::Impl& Plan::impl() const {
   return *impl_;
 }
 
-Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {
-  auto impl = std::make_shared<Plan::Impl>();
-  impl->explanation = ChooseKernel(spec, device, options);
-  HOPYARD_CHECK(impl->explanation.supported, kUnsupported) << impl->explanation.reason;
-  const std::string cap_reason = CapReason(spec, options);
-  HOPYARD_CHECK(cap_reason.empty(), kInvalidArgument) << cap_reason;
-  impl->spec = spec;
-  impl->options = options;
-  impl->device = device;
-  impl->num_threads = ThreadsOf(options);
+namespace {
+
+void PlanForCpu(Plan::Impl* impl) {
+  impl->num_threads = ThreadsOf(impl->options);
   for (const Isa isa : kAllIsas) {
     for (const Candidate& candidate : impl->explanation.candidates) {
-      if (candidate.chosen && candidate.kernel == KernelName(isa, spec.weights)) {
+      if (candidate.chosen && candidate.kernel == KernelName(isa, impl->spec.weights)) {
         impl->isa = isa;
       }
     }
   }
-  impl->layout = MakeWorkspaceLayout(spec, TokensPerChunk(spec, options), impl->num_threads);
+  impl->layout = MakeWorkspaceLayout(impl->spec, impl->tokens_per_chunk, impl->num_threads);
+  impl->workspace_bytes = impl->layout.bytes;
+}
+
+}  // namespace
+
+Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {
+  auto impl = std::make_shared<Plan::Impl>();
+  impl->explanation = ChooseKernel(spec, device, options);
+  HOPYARD_CHECK(impl->explanation.supported, kUnsupported) << impl->explanation.reason;
+  const Sizing sizing = {spec, device, options};
+  const std::string cap_reason = CapReason(sizing);
+  HOPYARD_CHECK(cap_reason.empty(), kInvalidArgument) << cap_reason;
+  impl->spec = spec;
+  impl->options = options;
+  impl->device = device;
+  impl->tokens_per_chunk = TokensPerChunk(sizing);
+  if (device.kind == DeviceKind::kCuda) {
+    const sm90::Backend* const backend = sm90::FindBackend();
+    impl->sm90 = backend->MakePlan(spec, options, impl->tokens_per_chunk);
+    impl->workspace_bytes = backend->WorkspaceBytes(*impl->sm90);
+  } else {
+    PlanForCpu(impl.get());
+  }
   Plan plan;
   plan.impl_ = std::move(impl);
   return plan;

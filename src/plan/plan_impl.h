@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "hopyard/permute.h"
 #include "hopyard/plan.h"
@@ -10,8 +11,12 @@
 
 namespace hopyard {
 
-// Byte offsets of everything that one pass over `tokens` tokens keeps in the workspace: the one
-// place that knows, used for the size query and for carving.
+namespace sm90 {
+struct LayerPlan;
+}  // namespace sm90
+
+// Byte offsets of everything that one pass of the CPU over `tokens` tokens keeps in the workspace:
+// the one place that knows, used for the size query and for carving.
 struct WorkspaceLayout {
   int64_t tokens = 0;
   int64_t slots = 0;     // tokens * slots_per_token
@@ -49,7 +54,10 @@ struct Plan::Impl {
   Device device;
   Isa isa = Isa::kScalar;
   int num_threads = 1;
-  WorkspaceLayout layout;
+  int64_t tokens_per_chunk = 0;
+  int64_t workspace_bytes = 0;
+  WorkspaceLayout layout;                       // CPU
+  std::shared_ptr<const sm90::LayerPlan> sm90;  // GPU
   Explanation explanation;
 };
 

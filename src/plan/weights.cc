@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hopyard/weights.h"
 
-#include <cstring>
 #include <utility>
 
 #include "core/error.h"
 #include "core/shape.h"
 #include "formats/codes.h"
 #include "formats/format_rules.h"
-#include "plan/weights_impl.h"
+#include "plan/backend_sm90.h"
 #include "spec/validate.h"
 
 namespace hopyard {
 namespace {
 
-using gemm::cpu::ExpertRef;
-using gemm::cpu::MatrixRef;
+using gemm::ExpertRef;
+using gemm::MatrixRef;
 
 // The view of expert e, from the stacked tensor or the list.
 TensorView ViewOf(const TensorView& all, const std::vector<TensorView>& each, int64_t expert) {
@@ -127,7 +126,7 @@ spec::SliceTarget RulesOf(const MatrixRef& target, int64_t stored_rows) {
   rules.bias_dtype = target.bias_dtype;
   rules.rows_before = target.position_begin;
   rules.rows_after = stored_rows - target.rows - target.position_begin;
-  rules.global_scale = target.global_scale;
+  rules.has_global_scale = target.global_scale != nullptr;
   return rules;
 }
 
@@ -171,52 +170,101 @@ int64_t StoredRows(const Weights::Impl& impl, const WeightSlice& slice, const Ma
   return part && group.gemm1.defined() ? impl.spec.gemm1_rows() : target.rows;
 }
 
-void WriteValues(const MatrixRef& target, const WeightSlice& slice) {
-  const formats::WeightFormatRule rule = formats::RuleOf(target.format);
-  const TensorView& values = slice.values;
-  const int64_t per_byte = rule.codes_per_byte;
-  const int64_t size = SizeOf(rule.code_dtype);
-  const auto* source = values.as<const uint8_t>();
-  for (int64_t r = 0; r < values.shape[0]; ++r) {
-    for (int64_t c = 0; c < values.shape[1]; ++c) {
-      const uint8_t* from = source + (r * values.strides[0] + c * values.strides[1]) * size;
-      uint8_t* to = ValueAddress(target, slice.row_begin + r, slice.col_begin + c * per_byte);
-      std::memcpy(to, from, static_cast<size_t>(size));
+gemm::SliceWrite WriteOf(gemm::SlicePart part, const MatrixRef& target, const WeightSlice& slice,
+                         const TensorView& source) {
+  gemm::SliceWrite write;
+  write.target = target;
+  write.rule = formats::RuleOf(target.format);
+  write.part = part;
+  write.row_begin = slice.row_begin;
+  write.col_begin = slice.col_begin;
+  write.size = SizeOf(source.dtype);
+  write.rows = source.shape[0];
+  write.cols = source.ndim == 2 ? source.shape[1] : 1;
+  write.source = source.as<const uint8_t>();
+  write.row_stride = source.strides[0] * write.size;
+  write.col_stride = source.ndim == 2 ? source.strides[1] * write.size : 0;
+  return write;
+}
+
+// The parts that a checked slice writes by element; the global scale is not one of them.
+std::vector<sm90::PartWrite> WritesOf(const MatrixRef& target, const WeightSlice& slice) {
+  std::vector<sm90::PartWrite> writes;
+  const auto add = [&](gemm::SlicePart part, const TensorView& source) {
+    if (source.defined()) {
+      writes.push_back(
+          {WriteOf(part, target, slice, source), source.device.kind == DeviceKind::kCpu});
     }
+  };
+  add(gemm::SlicePart::kValues, slice.values);
+  add(gemm::SlicePart::kScales, slice.scales);
+  add(gemm::SlicePart::kBias, slice.bias);
+  return writes;
+}
+
+// The device that the weights lie on, by one of the tensors that every layer has. Without a GPU
+// backend it can only be the CPU.
+spec::Place PlaceOf(const WeightsDesc& desc) {
+  const MatrixSet& set = desc.routed.gemm2;
+  const Device device =
+      set.values_per_expert.empty() ? set.values.device : set.values_per_expert.front().device;
+  const sm90::Backend* const backend = sm90::FindBackend();
+  spec::Place place;
+  if (device.kind == DeviceKind::kCpu || backend == nullptr) {
+    return place;
+  }
+  place.device = device;
+  place.whose = "the weights'";
+  place.read = [](void* to, const void* from, int64_t bytes) {
+    sm90::FindBackend()->Read(to, from, bytes);
+  };
+  return place;
+}
+
+// The global scale as it stands, where the slice has one to compare it with.
+float StoredGlobalScale(const spec::Place& place, const MatrixRef& target,
+                        const WeightSlice& slice) {
+  if (target.global_scale == nullptr || !slice.global_scale.defined()) {
+    return 0.0F;
+  }
+  return place.Read(TensorView::Contiguous(target.global_scale, DType::kFloat32, {1}, place.device),
+                    1)[0];
+}
+
+void UpdateCpu(const WeightSlice& slice, const MatrixRef& target, int64_t stored_rows) {
+  spec::SliceTarget rules = RulesOf(target, stored_rows);
+  rules.global_scale = StoredGlobalScale({}, target, slice);
+  spec::ValidateSlice(slice, rules);
+  for (const sm90::PartWrite& part : WritesOf(target, slice)) {
+    WriteSliceCpu(part.write);
+  }
+  if (slice.global_scale.defined()) {
+    *target.global_scale = *slice.global_scale.as<float>();
   }
 }
 
-// Scales of the blocks that the slice covers; row_begin and col_begin lie on block boundaries.
-void WriteScales(const MatrixRef& target, const WeightSlice& slice) {
-  const formats::WeightFormatRule rule = formats::RuleOf(target.format);
-  const TensorView& scales = slice.scales;
-  const int64_t row_block = rule.scale_block_rows;
-  const int64_t col_block = rule.per_row_scale ? 1 : rule.scale_block;
-  const int64_t row_phase =
-      row_block > 1 ? (target.row_origin + target.position_begin + slice.row_begin) % row_block : 0;
-  const int64_t col_phase = (target.col_origin + slice.col_begin) % col_block;
-  const int64_t size = SizeOf(rule.scale_dtype);
-  const int64_t num_cols = rule.per_row_scale ? 1 : scales.shape[1];
-  for (int64_t r = 0; r < scales.shape[0]; ++r) {
-    for (int64_t c = 0; c < num_cols; ++c) {
-      // The first element of block (r, c): blocks after the first start where the phase ends.
-      const int64_t row = slice.row_begin + (r == 0 ? 0 : r * row_block - row_phase);
-      const int64_t col = slice.col_begin + (c == 0 ? 0 : c * col_block - col_phase);
-      const int64_t offset =
-          r * scales.strides[0] + (rule.per_row_scale ? 0 : c * scales.strides[1]);
-      std::memcpy(ScaleAddress(target, row, col), scales.as<const uint8_t>() + offset * size,
-                  static_cast<size_t>(size));
-    }
+void UpdateSm90(const Weights::Impl& impl, const WeightSlice& slice, const MatrixRef& target,
+                int64_t stored_rows, Stream stream) {
+  const sm90::Backend* const backend = sm90::FindBackend();
+  spec::Place place = PlaceOf(impl.desc);
+  place.or_host = true;
+  if (slice.global_scale.defined()) {
+    backend->Wait(place.device.index);  // both of those that are compared have been written
   }
-}
-
-void WriteBias(const MatrixRef& target, const WeightSlice& slice) {
-  const int64_t size = SizeOf(target.bias_dtype);
-  for (int64_t r = 0; r < slice.bias.shape[0]; ++r) {
-    std::memcpy(static_cast<uint8_t*>(target.bias) + StoredRow(target, slice.row_begin + r) * size,
-                slice.bias.as<const uint8_t>() + r * slice.bias.strides[0] * size,
-                static_cast<size_t>(size));
+  spec::SliceTarget rules = RulesOf(target, stored_rows);
+  rules.global_scale = StoredGlobalScale(place, target, slice);
+  spec::ValidateSlice(slice, rules, place);
+  sm90::Update update;
+  update.expert = slice.expert;
+  update.part = slice.part;
+  update.parts = WritesOf(target, slice);
+  float scale = 0.0F;
+  if (slice.global_scale.defined()) {
+    scale = place.Read(slice.global_scale, 1)[0];
+    update.global_scale = &scale;
+    update.global_scale_target = target.global_scale;
   }
+  backend->Write(impl, update, stream.handle);
 }
 
 int64_t MatrixBytes(const MatrixRef& ref) {
@@ -237,8 +285,14 @@ Weights::Weights(const MoeSpec& spec, WeightsDesc desc) : impl_(std::make_shared
   spec::ValidateSpec(spec);
   const std::string unsupported = spec::UnsupportedReason(spec);
   HOPYARD_CHECK(unsupported.empty(), kUnsupported) << unsupported;
-  spec::ValidateWeights(spec, desc);
+  const spec::Place place = PlaceOf(desc);
+  const bool on_gpu = place.device.kind == DeviceKind::kCuda;
+  if (on_gpu) {
+    sm90::FindBackend()->Wait(place.device.index);  // whatever fills the weights is done
+  }
+  spec::ValidateWeights(spec, desc, place);
   impl_->spec = spec;
+  impl_->device = place.device;
   impl_->desc = std::move(desc);
   const WeightsDesc& kept = impl_->desc;
   for (int64_t e = 0; e < spec.num_local_experts(); ++e) {
@@ -248,6 +302,9 @@ Weights::Weights(const MoeSpec& spec, WeightsDesc desc) : impl_(std::make_shared
     impl_->experts.push_back(ResolveExpert(spec, kept.shared, spec.shared.weights, e));
   }
   impl_->gemm1_input_scale = kept.routed.gemm1_input_scale.as<float>();
+  if (on_gpu) {
+    impl_->sm90 = sm90::FindBackend()->MakeWeights(*impl_);
+  }
 }
 
 const MoeSpec& Weights::spec() const {
@@ -256,6 +313,10 @@ const MoeSpec& Weights::spec() const {
 
 const WeightsDesc& Weights::desc() const {
   return impl().desc;
+}
+
+Device Weights::device() const {
+  return impl().device;
 }
 
 const Weights::Impl& Weights::impl() const {
@@ -269,7 +330,7 @@ int64_t Weights::bytes_per_expert() const {
   return MatrixBytes(expert.gate) + MatrixBytes(expert.down) + (gated ? MatrixBytes(expert.up) : 0);
 }
 
-void Weights::Update(const WeightSlice& slice) {
+void Weights::Update(const WeightSlice& slice, Stream stream) {
   HOPYARD_CHECK(impl_ != nullptr, kInvalidArgument) << "weights are empty; construct them first";
   HOPYARD_CHECK(!impl_->desc.read_only, kInvalidArgument)
       << "weights are a read-only view (a mapped checkpoint); load them into memory of your own to "
@@ -279,18 +340,11 @@ void Weights::Update(const WeightSlice& slice) {
       << "slice.expert=" << slice.expert << "; wanted 0 .. " << impl_->experts.size() - 1
       << " (local slots, then shared experts)";
   const MatrixRef target = TargetOf(*impl_, slice);
-  spec::ValidateSlice(slice, RulesOf(target, StoredRows(*impl_, slice, target)));
-  if (slice.values.defined()) {
-    WriteValues(target, slice);
-  }
-  if (slice.scales.defined()) {
-    WriteScales(target, slice);
-  }
-  if (slice.bias.defined()) {
-    WriteBias(target, slice);
-  }
-  if (slice.global_scale.defined()) {
-    *target.global_scale = *slice.global_scale.as<float>();
+  const int64_t stored_rows = StoredRows(*impl_, slice, target);
+  if (impl_->device.kind == DeviceKind::kCpu) {
+    UpdateCpu(slice, target, stored_rows);
+  } else {
+    UpdateSm90(*impl_, slice, target, stored_rows, stream);
   }
 }
 

@@ -164,6 +164,25 @@ void CheckLocal(const MoeSpec& spec) {
   }
 }
 
+std::string NameOf(const Device& device) {
+  return device.kind == DeviceKind::kCpu ? "the CPU" : "cuda:" + std::to_string(device.index);
+}
+
+void CheckDevice(const Place& place, const TensorView& tensor, const char* name) {
+  const bool on_host = tensor.device.kind == DeviceKind::kCpu;
+  const std::string cuda = "a CUDA tensor (" + NameOf(tensor.device) + ')';
+  if (place.device.kind == DeviceKind::kCpu) {
+    HOPYARD_CHECK(on_host, kInvalidArgument)
+        << name << " is " << cuda << "; wanted host memory, " << place.whose
+        << " device is the CPU: copy it to the host";
+    return;
+  }
+  HOPYARD_CHECK((on_host && place.or_host) || tensor.device == place.device, kInvalidArgument)
+      << name << " is " << (on_host ? "in host memory" : cuda) << "; wanted memory of "
+      << NameOf(place.device) << (place.or_host ? " or of the host" : "") << ", " << place.whose
+      << " device: copy it there";
+}
+
 void CheckShared(const MoeSpec& spec) {
   HOPYARD_CHECK(spec.shared.count >= 0 && spec.shared.count <= kMaxTopK - spec.top_k,
                 kInvalidArgument)
@@ -182,13 +201,11 @@ std::string ShapeString(const TensorView& tensor) {
   return ListString(tensor.shape, tensor.ndim);
 }
 
-void CheckMemory(const TensorView& tensor, const char* name) {
+void Place::CheckMemory(const TensorView& tensor, const char* name) const {
   HOPYARD_CHECK(HasRank(tensor) && ElementsFit(tensor), kInvalidArgument)
       << name << " has shape " << ShapeString(tensor) << "; wanted at most " << TensorView::kMaxDims
       << " dimensions, none negative, and fewer than 2^60 elements";
-  HOPYARD_CHECK(tensor.device.kind == DeviceKind::kCpu, kInvalidArgument)
-      << name << " is a CUDA tensor (cuda:" << tensor.device.index
-      << "); wanted host memory, the plan's device is the CPU: copy it to the host";
+  CheckDevice(*this, tensor, name);
   HOPYARD_CHECK(tensor.data != nullptr || tensor.numel() == 0, kInvalidArgument)
       << name << " has a null pointer, but shape " << ShapeString(tensor)
       << "; wanted allocated memory";
@@ -202,6 +219,20 @@ void CheckMemory(const TensorView& tensor, const char* name) {
 }
 
 void CheckTensor(const TensorView& tensor, const TensorRule& rule) {
+  Place{}.CheckTensor(tensor, rule);
+}
+
+std::vector<float> Place::Read(const TensorView& tensor, int64_t count) const {
+  std::vector<float> values(static_cast<size_t>(count));
+  if (tensor.device.kind == DeviceKind::kCpu) {
+    std::copy_n(tensor.as<const float>(), count, values.begin());
+  } else {
+    read(values.data(), tensor.data, count * SizeOf(DType::kFloat32));
+  }
+  return values;
+}
+
+void Place::CheckTensor(const TensorView& tensor, const TensorRule& rule) const {
   HOPYARD_CHECK(tensor.defined(), kInvalidArgument)
       << rule.name << " is missing; wanted " << DTypesString(rule) << ' ' << ShapeString(rule);
   const bool dtype_ok =

@@ -15,7 +15,7 @@ void CheckAbsent(const TensorView& tensor, const char* name, const char* why) {
       << name << " is given, but " << why << "; leave it absent";
 }
 
-void CheckHidden(const MoeSpec& spec, const MoeInputs& inputs) {
+void CheckHidden(const MoeSpec& spec, const MoeInputs& inputs, const Place& place) {
   const TensorView& hidden = inputs.hidden_states;
   HOPYARD_CHECK(hidden.defined(), kInvalidArgument)
       << "hidden_states is missing; wanted bf16 [T, " << spec.hidden_size << "]";
@@ -27,7 +27,7 @@ void CheckHidden(const MoeSpec& spec, const MoeInputs& inputs) {
          "bf16";
   const int64_t tokens = hidden.shape[0];
   if (hidden.dtype == DType::kBf16) {
-    CheckTensor(hidden, {"hidden_states", {DType::kBf16}, {tokens, spec.hidden_size}});
+    place.CheckTensor(hidden, {"hidden_states", {DType::kBf16}, {tokens, spec.hidden_size}});
     CheckAbsent(inputs.hidden_scales, "hidden_scales", "hidden_states is bf16");
     CheckAbsent(inputs.token_scales, "token_scales", "hidden_states is bf16");
     return;
@@ -36,14 +36,14 @@ void CheckHidden(const MoeSpec& spec, const MoeInputs& inputs) {
   const char* scales = "hidden_scales";
   switch (spec.activations) {
     case ActivationFormat::kBf16:
-      CheckTensor(hidden, {"hidden_states", {DType::kBf16}, {tokens, h}});
+      place.CheckTensor(hidden, {"hidden_states", {DType::kBf16}, {tokens, h}});
       return;
     case ActivationFormat::kNvFp4:
     case ActivationFormat::kNvFp4PerToken:
-      CheckTensor(hidden, {"hidden_states", {DType::kBf16, DType::kUint8}, {tokens, h / 2}});
-      CheckTensor(inputs.hidden_scales, {scales, {DType::kE4m3}, {tokens, CeilDiv(h, 16)}});
+      place.CheckTensor(hidden, {"hidden_states", {DType::kBf16, DType::kUint8}, {tokens, h / 2}});
+      place.CheckTensor(inputs.hidden_scales, {scales, {DType::kE4m3}, {tokens, CeilDiv(h, 16)}});
       if (spec.activations == ActivationFormat::kNvFp4PerToken) {
-        CheckTensor(inputs.token_scales, {"token_scales", {DType::kFloat32}, {tokens}});
+        place.CheckTensor(inputs.token_scales, {"token_scales", {DType::kFloat32}, {tokens}});
       } else {
         CheckAbsent(inputs.token_scales, "token_scales",
                     "nvfp4 activations have one static global scale in the weights");
@@ -52,28 +52,28 @@ void CheckHidden(const MoeSpec& spec, const MoeInputs& inputs) {
     default:
       break;
   }
-  CheckTensor(hidden, {"hidden_states", {DType::kBf16, DType::kE4m3}, {tokens, h}});
+  place.CheckTensor(hidden, {"hidden_states", {DType::kBf16, DType::kE4m3}, {tokens, h}});
   CheckAbsent(inputs.token_scales, "token_scales", "only nvfp4_per_token activations have them");
   if (spec.activations == ActivationFormat::kFp8Block128) {
-    CheckTensor(inputs.hidden_scales, {scales, {DType::kFloat32}, {tokens, CeilDiv(h, 128)}});
+    place.CheckTensor(inputs.hidden_scales, {scales, {DType::kFloat32}, {tokens, CeilDiv(h, 128)}});
   } else if (spec.activations == ActivationFormat::kFp8PerToken) {
-    CheckTensor(inputs.hidden_scales, {scales, {DType::kFloat32}, {tokens}});
+    place.CheckTensor(inputs.hidden_scales, {scales, {DType::kFloat32}, {tokens}});
   } else if (spec.activations == ActivationFormat::kMxFp8) {
-    CheckTensor(inputs.hidden_scales, {scales, {DType::kE8m0}, {tokens, CeilDiv(h, 32)}});
+    place.CheckTensor(inputs.hidden_scales, {scales, {DType::kE8m0}, {tokens, CeilDiv(h, 32)}});
   } else {
     CheckAbsent(inputs.hidden_scales, scales, "fp8_per_tensor has one static scale in the weights");
   }
 }
 
-void CheckLogits(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens) {
-  CheckTensor(inputs.logits,
-              {"logits", {DType::kFloat32, DType::kBf16}, {tokens, spec.num_experts}});
+void CheckLogits(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens, const Place& place) {
+  place.CheckTensor(inputs.logits,
+                    {"logits", {DType::kFloat32, DType::kBf16}, {tokens, spec.num_experts}});
   if (inputs.routing_bias.defined()) {
     HOPYARD_CHECK(spec.routing.use_bias, kInvalidArgument)
         << "routing_bias is given, but the routing rule (" << ToString(spec.routing)
         << ") uses none; leave it absent or set routing.use_bias";
-    CheckTensor(inputs.routing_bias,
-                {"routing_bias", {DType::kFloat32, DType::kBf16}, {spec.num_experts}});
+    place.CheckTensor(inputs.routing_bias,
+                      {"routing_bias", {DType::kFloat32, DType::kBf16}, {spec.num_experts}});
   }
 }
 
@@ -120,41 +120,45 @@ void CheckMode(RoutingInput mode) {
       << static_cast<int>(RoutingInput::kHash);
 }
 
-void CheckRoutingInput(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens) {
+void CheckRoutingInput(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens,
+                       const Place& place) {
   const int64_t k = spec.top_k;
   CheckMode(inputs.routing);
   CheckUnusedFields(inputs);
   switch (inputs.routing) {
     case RoutingInput::kPacked:
-      CheckTensor(inputs.packed_ids, {"packed_ids", {DType::kInt32}, {tokens, k}});
+      place.CheckTensor(inputs.packed_ids, {"packed_ids", {DType::kInt32}, {tokens, k}});
       return;
     case RoutingInput::kUnpacked:
-      CheckTensor(inputs.expert_ids, {"expert_ids", {DType::kInt32}, {tokens, k}});
-      CheckTensor(inputs.expert_weights,
-                  {"expert_weights", {DType::kFloat32, DType::kBf16}, {tokens, k}});
+      place.CheckTensor(inputs.expert_ids, {"expert_ids", {DType::kInt32}, {tokens, k}});
+      place.CheckTensor(inputs.expert_weights,
+                        {"expert_weights", {DType::kFloat32, DType::kBf16}, {tokens, k}});
       return;
     case RoutingInput::kReplay:
-      CheckTensor(inputs.expert_ids, {"expert_ids", {DType::kInt16, DType::kInt32}, {tokens, k}});
+      place.CheckTensor(inputs.expert_ids,
+                        {"expert_ids", {DType::kInt16, DType::kInt32}, {tokens, k}});
       break;
     case RoutingInput::kHash:
-      CheckTensor(inputs.token_ids, {"token_ids", {DType::kInt32, DType::kInt64}, {tokens}});
-      CheckTensor(inputs.token_to_experts, {"token_to_experts", {DType::kInt32}, {-1, k}});
+      place.CheckTensor(inputs.token_ids, {"token_ids", {DType::kInt32, DType::kInt64}, {tokens}});
+      place.CheckTensor(inputs.token_to_experts, {"token_to_experts", {DType::kInt32}, {-1, k}});
       break;
     default:
       break;
   }
-  CheckLogits(spec, inputs, tokens);
+  CheckLogits(spec, inputs, tokens, place);
 }
 
-void CheckOptionalInputs(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens) {
+void CheckOptionalInputs(const MoeSpec& spec, const MoeInputs& inputs, int64_t tokens,
+                         const Place& place) {
   if (spec.local.kind == ExpertMap::Kind::kTable) {
-    CheckTensor(inputs.expert_table, {"expert_table", {DType::kInt32}, {spec.num_experts}});
+    place.CheckTensor(inputs.expert_table, {"expert_table", {DType::kInt32}, {spec.num_experts}});
   } else {
     CheckAbsent(inputs.expert_table, "expert_table", "spec.local is not a table");
   }
   if (spec.shared.per_token_weight && spec.shared.count > 0) {
-    CheckTensor(inputs.shared_weights,
-                {"shared_weights", {DType::kFloat32, DType::kBf16}, {tokens, spec.shared.count}});
+    place.CheckTensor(
+        inputs.shared_weights,
+        {"shared_weights", {DType::kFloat32, DType::kBf16}, {tokens, spec.shared.count}});
   } else {
     CheckAbsent(inputs.shared_weights, "shared_weights",
                 "the spec has no shared experts with per-token weights");
@@ -163,85 +167,92 @@ void CheckOptionalInputs(const MoeSpec& spec, const MoeInputs& inputs, int64_t t
     HOPYARD_CHECK(IsGated(spec.activation.kind), kUnsupported)
         << "gemm1_delta requires a gated activation; got " << ToString(spec.activation.kind)
         << ": merge the adapter into the weights (Weights::Update)";
-    CheckTensor(inputs.gemm1_delta,
-                {"gemm1_delta", {DType::kBf16}, {tokens, spec.top_k, spec.gemm1_rows()}});
+    place.CheckTensor(inputs.gemm1_delta,
+                      {"gemm1_delta", {DType::kBf16}, {tokens, spec.top_k, spec.gemm1_rows()}});
   }
   if (inputs.num_tokens.defined()) {
     inputs.num_tokens.ndim == 0
-        ? CheckTensor(inputs.num_tokens, {"num_tokens", {DType::kInt32}, {}})
-        : CheckTensor(inputs.num_tokens, {"num_tokens", {DType::kInt32}, {1}});
+        ? place.CheckTensor(inputs.num_tokens, {"num_tokens", {DType::kInt32}, {}})
+        : place.CheckTensor(inputs.num_tokens, {"num_tokens", {DType::kInt32}, {1}});
+    if (place.device.kind != DeviceKind::kCpu) {
+      return;  // the kernels clamp it
+    }
     const int32_t count = *inputs.num_tokens.as<int32_t>();
     HOPYARD_CHECK(count >= 0 && count <= tokens, kInvalidArgument)
         << "num_tokens=" << count << "; wanted 0 .. " << tokens << ", the rows of hidden_states";
   }
 }
 
-void CheckReplay(const MoeSpec& spec, const TensorView& replay, int64_t tokens) {
+void CheckReplay(const MoeSpec& spec, const TensorView& replay, int64_t tokens,
+                 const Place& place) {
   if (!replay.defined()) {
     return;
   }
-  CheckTensor(replay, {"replay", {DType::kInt16}, {-1, spec.top_k}});
+  place.CheckTensor(replay, {"replay", {DType::kInt16}, {-1, spec.top_k}});
   HOPYARD_CHECK(replay.shape[0] >= tokens, kInvalidArgument)
       << "replay has " << replay.shape[0] << " rows; wanted at least " << tokens
       << ", one per token";
 }
 
-void CheckOutputs(const MoeSpec& spec, const MoeOutputs& outputs, int64_t tokens) {
+void CheckOutputs(const MoeSpec& spec, const MoeOutputs& outputs, int64_t tokens,
+                  const Place& place) {
   const int64_t slots = spec.slots_per_token();
   HOPYARD_CHECK(outputs.output.defined() || outputs.rows.defined(), kInvalidArgument)
       << "outputs have neither output nor rows; give one of them, or nothing is computed";
   HOPYARD_CHECK(!outputs.accumulate || outputs.output.defined(), kInvalidArgument)
       << "outputs.accumulate is set, but output is missing; give the tensor to add to";
   if (outputs.output.defined()) {
-    CheckTensor(outputs.output, {"output", {DType::kBf16}, {tokens, -1}});
+    place.CheckTensor(outputs.output, {"output", {DType::kBf16}, {tokens, -1}});
     HOPYARD_CHECK(outputs.output.shape[1] >= 1 && outputs.output.shape[1] <= spec.hidden_size,
                   kInvalidArgument)
         << "output has " << outputs.output.shape[1] << " columns; wanted 1 .. " << spec.hidden_size;
   }
-  CheckReplay(spec, outputs.replay, tokens);
+  CheckReplay(spec, outputs.replay, tokens, place);
   if (outputs.expert_load.defined()) {
-    CheckTensor(outputs.expert_load,
-                {"expert_load", {DType::kInt32, DType::kInt64}, {spec.num_experts}});
+    place.CheckTensor(outputs.expert_load,
+                      {"expert_load", {DType::kInt32, DType::kInt64}, {spec.num_experts}});
   }
   if (outputs.routing_weights.defined()) {
-    CheckTensor(outputs.routing_weights, {"routing_weights", {DType::kFloat32}, {tokens, slots}});
+    place.CheckTensor(outputs.routing_weights,
+                      {"routing_weights", {DType::kFloat32}, {tokens, slots}});
   }
   if (outputs.routing_ids.defined()) {
-    CheckTensor(outputs.routing_ids, {"routing_ids", {DType::kInt32}, {tokens, slots}});
+    place.CheckTensor(outputs.routing_ids, {"routing_ids", {DType::kInt32}, {tokens, slots}});
   }
   if (outputs.rows.defined()) {
-    CheckTensor(outputs.rows, {"rows", {DType::kBf16}, {tokens * slots, spec.hidden_size}});
+    place.CheckTensor(outputs.rows, {"rows", {DType::kBf16}, {tokens * slots, spec.hidden_size}});
     HOPYARD_CHECK(outputs.slot_to_row.defined(), kInvalidArgument)
         << "slot_to_row is missing; wanted i32 [" << tokens << ", " << slots
         << "], rows are of no use without it";
   }
   if (outputs.slot_to_row.defined()) {
-    CheckTensor(outputs.slot_to_row, {"slot_to_row", {DType::kInt32}, {tokens, slots}});
+    place.CheckTensor(outputs.slot_to_row, {"slot_to_row", {DType::kInt32}, {tokens, slots}});
   }
   if (outputs.gemm1_activation.defined()) {
-    CheckTensor(outputs.gemm1_activation,
-                {"gemm1_activation", {DType::kBf16}, {tokens * slots, spec.intermediate_size}});
+    place.CheckTensor(
+        outputs.gemm1_activation,
+        {"gemm1_activation", {DType::kBf16}, {tokens * slots, spec.intermediate_size}});
   }
 }
 
 }  // namespace
 
 void ValidateForward(const MoeSpec& spec, int64_t max_tokens, const MoeInputs& inputs,
-                     const MoeOutputs& outputs) {
+                     const MoeOutputs& outputs, const Place& place) {
   HOPYARD_CHECK(inputs.struct_size == sizeof(MoeInputs), kInvalidArgument)
       << "MoeInputs.struct_size=" << inputs.struct_size << "; this library knows "
       << sizeof(MoeInputs) << ": compile against its headers";
   HOPYARD_CHECK(outputs.struct_size == sizeof(MoeOutputs), kInvalidArgument)
       << "MoeOutputs.struct_size=" << outputs.struct_size << "; this library knows "
       << sizeof(MoeOutputs) << ": compile against its headers";
-  CheckHidden(spec, inputs);
+  CheckHidden(spec, inputs, place);
   const int64_t tokens = inputs.hidden_states.shape[0];
   HOPYARD_CHECK(tokens <= max_tokens, kInvalidArgument)
       << "hidden_states has " << tokens
       << " tokens; the plan was made for max_tokens=" << max_tokens << ", make a larger plan";
-  CheckRoutingInput(spec, inputs, tokens);
-  CheckOptionalInputs(spec, inputs, tokens);
-  CheckOutputs(spec, outputs, tokens);
+  CheckRoutingInput(spec, inputs, tokens, place);
+  CheckOptionalInputs(spec, inputs, tokens, place);
+  CheckOutputs(spec, outputs, tokens, place);
 }
 
 }  // namespace hopyard::spec

@@ -24,13 +24,13 @@ int64_t EndOf(int64_t begin, int64_t extent) {
   return begin > kMax - extent ? kMax : begin + extent;
 }
 
-void CheckValues(const WeightSlice& slice, const SliceTarget& target) {
+void CheckValues(const WeightSlice& slice, const SliceTarget& target, const Place& place) {
   const formats::WeightFormatRule rule = formats::RuleOf(target.format);
   const TensorView& values = slice.values;
   HOPYARD_CHECK(values.dtype == rule.code_dtype && values.ndim == 2, kInvalidArgument)
       << "slice.values is " << ToString(values.dtype) << ' ' << ShapeString(values)
       << "; wanted a matrix of " << ToString(rule.code_dtype);
-  CheckMemory(values, "slice.values");
+  place.CheckMemory(values, "slice.values");
   const int64_t rows = values.shape[0];
   const int64_t cols = values.shape[1] * rule.codes_per_byte;
   HOPYARD_CHECK(slice.col_begin % rule.codes_per_byte == 0, kInvalidArgument)
@@ -130,7 +130,7 @@ void CheckScaleBlocks(const WeightSlice& slice, const SliceTarget& target) {
   }
 }
 
-void CheckScales(const WeightSlice& slice, const SliceTarget& target) {
+void CheckScales(const WeightSlice& slice, const SliceTarget& target, const Place& place) {
   const formats::WeightFormatRule rule = formats::RuleOf(target.format);
   const TensorView& scales = slice.scales;
   HOPYARD_CHECK(rule.scale_block > 0 || rule.per_row_scale, kInvalidArgument)
@@ -139,7 +139,7 @@ void CheckScales(const WeightSlice& slice, const SliceTarget& target) {
                 kInvalidArgument)
       << "slice.scales is " << ToString(scales.dtype) << ' ' << ShapeString(scales) << "; wanted "
       << ToString(rule.scale_dtype) << (rule.per_row_scale ? " [rows]" : " matrix");
-  CheckMemory(scales, "slice.scales");
+  place.CheckMemory(scales, "slice.scales");
   HOPYARD_CHECK(rule.scale_block_rows == 1 || !target.interleaved, kUnsupported)
       << "slice.scales of " << ToString(target.format)
       << " cover gate and up rows together where the two are interleaved; update kGemm1";
@@ -163,14 +163,14 @@ void CheckScales(const WeightSlice& slice, const SliceTarget& target) {
   CheckScaleBlocks(slice, target);
 }
 
-void CheckBias(const WeightSlice& slice, const SliceTarget& target) {
+void CheckBias(const WeightSlice& slice, const SliceTarget& target, const Place& place) {
   const TensorView& bias = slice.bias;
   HOPYARD_CHECK(target.has_bias, kInvalidArgument)
       << "slice.bias is given, but these weights have no bias";
   HOPYARD_CHECK(bias.dtype == target.bias_dtype && bias.ndim == 1, kInvalidArgument)
       << "slice.bias is " << ToString(bias.dtype) << ' ' << ShapeString(bias) << "; wanted "
       << ToString(target.bias_dtype) << " [rows]";
-  CheckMemory(bias, "slice.bias");
+  place.CheckMemory(bias, "slice.bias");
   HOPYARD_CHECK(IsWithin(slice.row_begin, bias.shape[0], target.rows), kInvalidArgument)
       << "slice.bias " << ShapeString(bias) << " at row " << slice.row_begin << " is not within ["
       << target.rows << "]";
@@ -181,43 +181,43 @@ void CheckBias(const WeightSlice& slice, const SliceTarget& target) {
 
 // A global scale multiplies the whole stored matrix of the expert, also what the slice leaves
 // alone.
-void CheckGlobalScale(const WeightSlice& slice, const SliceTarget& target) {
-  HOPYARD_CHECK(target.global_scale != nullptr, kInvalidArgument)
+void CheckGlobalScale(const WeightSlice& slice, const SliceTarget& target, const Place& place) {
+  HOPYARD_CHECK(target.has_global_scale, kInvalidArgument)
       << "slice.global_scale is given, but these weights have no global scales";
-  CheckTensor(slice.global_scale, {"slice.global_scale", {DType::kFloat32}, {1}});
-  const float scale = *slice.global_scale.as<const float>();
+  place.CheckTensor(slice.global_scale, {"slice.global_scale", {DType::kFloat32}, {1}});
+  const float scale = place.Read(slice.global_scale, 1).front();
   HOPYARD_CHECK(std::isfinite(scale), kInvalidArgument)
       << "slice.global_scale holds " << scale << "; wanted a finite number";
-  if (scale == *target.global_scale) {
+  if (scale == target.global_scale) {
     return;
   }
   HOPYARD_CHECK(target.rows_before + target.rows_after == 0, kUnsupported)
       << "slice.global_scale holds " << scale << ", but gate and up share the one that holds "
-      << *target.global_scale << "; set it by a slice of kGemm1";
+      << target.global_scale << "; set it by a slice of kGemm1";
   const bool alone = !slice.values.defined() && !slice.scales.defined();
   const bool whole =
       slice.values.defined() && slice.values.shape[0] == target.rows &&
       slice.values.shape[1] * formats::RuleOf(target.format).codes_per_byte == target.cols;
   HOPYARD_CHECK(alone || whole, kInvalidArgument)
       << "slice.global_scale holds " << scale << ", but what the slice leaves unwritten was made "
-      << "for " << *target.global_scale
+      << "for " << target.global_scale
       << "; give values of the whole matrix, or the global scale in a slice of its own";
 }
 
 }  // namespace
 
-void ValidateSlice(const WeightSlice& slice, const SliceTarget& target) {
+void ValidateSlice(const WeightSlice& slice, const SliceTarget& target, const Place& place) {
   if (slice.values.defined()) {
-    CheckValues(slice, target);
+    CheckValues(slice, target, place);
   }
   if (slice.scales.defined()) {
-    CheckScales(slice, target);
+    CheckScales(slice, target, place);
   }
   if (slice.bias.defined()) {
-    CheckBias(slice, target);
+    CheckBias(slice, target, place);
   }
   if (slice.global_scale.defined()) {
-    CheckGlobalScale(slice, target);
+    CheckGlobalScale(slice, target, place);
   }
 }
 

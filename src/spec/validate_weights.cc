@@ -16,6 +16,7 @@ struct MatrixRule {
   int64_t rows = 0;
   int64_t cols = 0;
   WeightFormat format = WeightFormat::kBf16;
+  const Place* place = nullptr;
 };
 
 // The view of one expert, or of all with the leading dimension removed.
@@ -31,8 +32,9 @@ TensorView OneExpert(const TensorView& all) {
 
 // Checks `all` ([experts, ...]) or `each` (experts entries) with `check(view of one expert)`.
 template <class Check>
-void ForEachExpert(const std::string& name, int64_t experts, const TensorView& all,
+void ForEachExpert(const std::string& name, const MatrixRule& rule, const TensorView& all,
                    const std::vector<TensorView>& each, Check&& check) {
+  const int64_t experts = rule.experts;
   HOPYARD_CHECK(!(all.defined() && !each.empty()), kInvalidArgument)
       << name << " is given both as one tensor and per expert; give one of them";
   if (!each.empty()) {
@@ -40,14 +42,14 @@ void ForEachExpert(const std::string& name, int64_t experts, const TensorView& a
         << name << " has " << each.size() << " per-expert tensors; wanted " << experts
         << ", one per local expert";
     for (size_t e = 0; e < each.size(); ++e) {
-      CheckMemory(each[e], (name + '[' + std::to_string(e) + ']').c_str());
+      rule.place->CheckMemory(each[e], (name + '[' + std::to_string(e) + ']').c_str());
       check(each[e]);
     }
     return;
   }
   HOPYARD_CHECK(all.defined(), kInvalidArgument)
       << name << " is missing; wanted one tensor of " << experts << " experts, or one per expert";
-  CheckMemory(all, name.c_str());
+  rule.place->CheckMemory(all, name.c_str());
   HOPYARD_CHECK(all.ndim >= 2 && all.shape[0] == experts, kInvalidArgument)
       << name << " has shape " << ShapeString(all) << "; wanted " << experts
       << " local experts as the first dimension";
@@ -124,7 +126,7 @@ void CheckScales(const MatrixSet& set, const MatrixRule& rule) {
     rows = CeilDiv(origin + rule.rows, format.scale_block_rows);
     cols = CeilDiv(set.col_origin + rule.cols, format.scale_block);
   }
-  ForEachExpert(name, rule.experts, set.scales, set.scales_per_expert, [&](const TensorView& view) {
+  ForEachExpert(name, rule, set.scales, set.scales_per_expert, [&](const TensorView& view) {
     HOPYARD_CHECK(view.dtype == format.scale_dtype, kInvalidArgument)
         << name << " is " << ToString(view.dtype) << "; " << ToString(rule.format) << " wants "
         << ToString(format.scale_dtype);
@@ -179,24 +181,25 @@ void CheckLayout(const MatrixSet& set, const MatrixRule& rule) {
 
 void CheckMatrix(const MatrixSet& set, const MatrixRule& rule) {
   CheckLayout(set, rule);
-  ForEachExpert(rule.name + ".values", rule.experts, set.values, set.values_per_expert,
+  ForEachExpert(rule.name + ".values", rule, set.values, set.values_per_expert,
                 [&](const TensorView& view) { CheckValues(view, set, rule); });
   CheckScales(set, rule);
   const std::string bias_name = rule.name + ".bias";
   if (set.bias.defined() || !set.bias_per_expert.empty()) {
-    ForEachExpert(
-        bias_name, rule.experts, set.bias, set.bias_per_expert, [&](const TensorView& view) {
-          CheckTensor(view, {bias_name.c_str(), {DType::kFloat32, DType::kBf16}, {rule.rows}});
-        });
+    ForEachExpert(bias_name, rule, set.bias, set.bias_per_expert, [&](const TensorView& view) {
+      rule.place->CheckTensor(view,
+                              {bias_name.c_str(), {DType::kFloat32, DType::kBf16}, {rule.rows}});
+    });
   }
   const std::string global_name = rule.name + ".global_scales";
   if (set.global_scales.defined()) {
     HOPYARD_CHECK(formats::RuleOf(rule.format).global_scale, kInvalidArgument)
         << global_name << " is given, but " << ToString(rule.format)
         << " has none; leave it absent";
-    CheckTensor(set.global_scales, {global_name.c_str(), {DType::kFloat32}, {rule.experts}});
-    const auto* scales = set.global_scales.as<const float>();
-    for (int64_t e = 0; e < rule.experts; ++e) {
+    rule.place->CheckTensor(set.global_scales,
+                            {global_name.c_str(), {DType::kFloat32}, {rule.experts}});
+    const std::vector<float> scales = rule.place->Read(set.global_scales, rule.experts);
+    for (size_t e = 0; e < scales.size(); ++e) {
       HOPYARD_CHECK(std::isfinite(scales[e]), kInvalidArgument)
           << global_name << '[' << e << "] holds " << scales[e] << "; wanted a finite number";
     }
@@ -218,6 +221,7 @@ struct GroupRule {
   const char* name = "";
   int64_t experts = 0;
   WeightFormat format = WeightFormat::kBf16;
+  const Place* place = nullptr;
 };
 
 void CheckGroup(const MoeSpec& spec, const ExpertMatrices& group, const GroupRule& rule) {
@@ -237,19 +241,20 @@ void CheckGroup(const MoeSpec& spec, const ExpertMatrices& group, const GroupRul
         << name << " has gate and up, but activation " << ToString(spec.activation.kind)
         << " is not gated; give gemm1 [experts, intermediate_size, hidden_size]";
     CheckUnread(group.gemm1, name + ".gemm1", "gate and up are given apart");
-    CheckMatrix(group.gate, {name + ".gate", rule.experts, inter, hidden, rule.format});
-    CheckMatrix(group.up, {name + ".up", rule.experts, inter, hidden, rule.format});
+    CheckMatrix(group.gate, {name + ".gate", rule.experts, inter, hidden, rule.format, rule.place});
+    CheckMatrix(group.up, {name + ".up", rule.experts, inter, hidden, rule.format, rule.place});
   } else {
     CheckUnread(group.gate, name + ".gate", "gemm1 holds gate and up");
     CheckUnread(group.up, name + ".up", "gemm1 holds gate and up");
-    CheckMatrix(group.gemm1,
-                {name + ".gemm1", rule.experts, spec.gemm1_rows(), hidden, rule.format});
+    CheckMatrix(group.gemm1, {name + ".gemm1", rule.experts, spec.gemm1_rows(), hidden, rule.format,
+                              rule.place});
   }
-  CheckMatrix(group.gemm2, {name + ".gemm2", rule.experts, hidden, inter, rule.format});
+  CheckMatrix(group.gemm2, {name + ".gemm2", rule.experts, hidden, inter, rule.format, rule.place});
 }
 
-void CheckInputScale(const MoeSpec& spec, const TensorView& scale, const std::string& name,
-                     int64_t experts) {
+void CheckInputScale(const MoeSpec& spec, const TensorView& scale, const MatrixRule& rule) {
+  const std::string& name = rule.name;
+  const int64_t experts = rule.experts;
   const bool needed = spec.activations == ActivationFormat::kFp8PerTensor ||
                       spec.activations == ActivationFormat::kNvFp4;
   HOPYARD_CHECK(scale.defined() || !needed, kInvalidArgument)
@@ -263,9 +268,10 @@ void CheckInputScale(const MoeSpec& spec, const TensorView& scale, const std::st
     return;
   }
   const bool one = scale.ndim == 1 && scale.shape[0] == 1;
-  CheckTensor(scale, {name.c_str(), {DType::kFloat32}, {one ? 1 : experts}});
-  for (int64_t i = 0; i < scale.numel(); ++i) {
-    const float value = scale.as<const float>()[i];
+  rule.place->CheckTensor(scale, {name.c_str(), {DType::kFloat32}, {one ? 1 : experts}});
+  const std::vector<float> values = rule.place->Read(scale, scale.numel());
+  for (size_t i = 0; i < values.size(); ++i) {
+    const float value = values[i];
     HOPYARD_CHECK(std::isfinite(value) && value > 0.0F, kInvalidArgument)
         << name << '[' << i << "] holds " << value
         << "; wanted a finite number above 0, the step that codes are multiplied by";
@@ -274,16 +280,25 @@ void CheckInputScale(const MoeSpec& spec, const TensorView& scale, const std::st
 
 void CheckInputScales(const MoeSpec& spec, const ExpertMatrices& group, const GroupRule& rule) {
   const std::string name = std::string("weights.") + rule.name;
-  CheckInputScale(spec, group.gemm1_input_scale, name + ".gemm1_input_scale", 1);
-  CheckInputScale(spec, group.gemm2_input_scale, name + ".gemm2_input_scale", rule.experts);
+  MatrixRule scale;
+  scale.place = rule.place;
+  scale.name = name + ".gemm1_input_scale";
+  scale.experts = 1;
+  CheckInputScale(spec, group.gemm1_input_scale, scale);
+  scale.name = name + ".gemm2_input_scale";
+  scale.experts = rule.experts;
+  CheckInputScale(spec, group.gemm2_input_scale, scale);
 }
 
 // All experts read the same quantised hidden states.
-void CheckOneHiddenScale(const WeightsDesc& desc) {
-  const auto* routed = desc.routed.gemm1_input_scale.as<const float>();
-  const auto* shared = desc.shared.gemm1_input_scale.as<const float>();
-  HOPYARD_CHECK(routed == nullptr || shared == nullptr || *routed == *shared, kInvalidArgument)
-      << "weights.shared.gemm1_input_scale holds " << *shared << "; wanted " << *routed
+void CheckOneHiddenScale(const WeightsDesc& desc, const Place& place) {
+  if (!desc.routed.gemm1_input_scale.defined()) {
+    return;
+  }
+  const float routed = place.Read(desc.routed.gemm1_input_scale, 1).front();
+  const float shared = place.Read(desc.shared.gemm1_input_scale, 1).front();
+  HOPYARD_CHECK(routed == shared, kInvalidArgument)
+      << "weights.shared.gemm1_input_scale holds " << shared << "; wanted " << routed
       << ", the routed experts' scale: hidden states are quantised once";
 }
 
@@ -301,21 +316,21 @@ void CheckNoShared(const ExpertMatrices& unused) {
 
 }  // namespace
 
-void ValidateWeights(const MoeSpec& spec, const WeightsDesc& desc) {
+void ValidateWeights(const MoeSpec& spec, const WeightsDesc& desc, const Place& place) {
   HOPYARD_CHECK(desc.struct_size == sizeof(WeightsDesc), kInvalidArgument)
       << "WeightsDesc.struct_size=" << desc.struct_size << "; this library knows "
       << sizeof(WeightsDesc) << ": compile against its headers";
-  const GroupRule routed = {"routed", spec.num_local_experts(), spec.weights};
+  const GroupRule routed = {"routed", spec.num_local_experts(), spec.weights, &place};
   CheckGroup(spec, desc.routed, routed);
   CheckInputScales(spec, desc.routed, routed);
   if (spec.shared.count == 0) {
     CheckNoShared(desc.shared);
     return;
   }
-  const GroupRule shared = {"shared", spec.shared.count, spec.shared.weights};
+  const GroupRule shared = {"shared", spec.shared.count, spec.shared.weights, &place};
   CheckGroup(spec, desc.shared, shared);
   CheckInputScales(spec, desc.shared, shared);
-  CheckOneHiddenScale(desc);
+  CheckOneHiddenScale(desc, place);
 }
 
 }  // namespace hopyard::spec

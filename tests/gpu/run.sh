@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 readonly BIN=build/cuda/bin
 readonly LIMIT=${1:-120}
 # Too many launches for a sanitizer.
-readonly SMALL='-*FourHundred*:*EveryMethod*:*HasTheIntegers*:*EdgeSegments*:*ManyTiles*:*AgreesWith*:*Repeated*'
+readonly SMALL='-*FourHundred*:*EveryMethod*:*HasTheIntegers*:*EdgeSegments*:*ManyTiles*:*AgreesWith*:*Repeated*:*EveryActivation*:*EveryKernel*:*EveryRank*:*EveryLayout*:*SlicesFrom*:*MatchesOracle*'
 
 if ! nvidia-smi -L; then
   echo "tests/gpu/run.sh: no GPU here" >&2

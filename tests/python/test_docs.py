@@ -17,7 +17,7 @@ EXAMPLE = re.compile(r"^\|[^|]*\| (?:bad|no|`k\w+`) \| `([^`]+)` \|$", re.MULTIL
 
 
 def sources_of_tests() -> list[str]:
-    paths = [*ROOT.glob("tests/*_test.cc"), *ROOT.glob("src/**/*_test.cc")]
+    paths = [*ROOT.glob("tests/**/*_test.cc"), *ROOT.glob("src/**/*_test.cc")]
     return [path.read_text(encoding="utf-8") for path in paths]
 
 

@@ -13,8 +13,6 @@
 namespace hopyard::gemm::cpu {
 namespace {
 
-constexpr int64_t kKBlockBytes = 128;  // BlockMajorK: bytes of K per block (spec 1.1)
-
 Code CodeOf(WeightFormat format) {
   switch (format) {
     case WeightFormat::kBf16:
@@ -32,47 +30,6 @@ Code CodeOf(WeightFormat format) {
 // Bytes of the first `cols` codes of a row.
 int64_t CodeBytes(const formats::WeightFormatRule& rule, int64_t cols) {
   return cols * SizeOf(rule.code_dtype) / rule.codes_per_byte;
-}
-
-inline uint8_t* ValueAt(const MatrixRef& matrix, const formats::WeightFormatRule& rule, int64_t row,
-                        int64_t col) {
-  const int64_t stored = StoredRow(matrix, row);
-  const int64_t byte = CodeBytes(rule, col);
-  switch (matrix.major) {
-    case MajorOrder::kKMajor:
-      return matrix.values + stored * matrix.value_stride + byte;
-    case MajorOrder::kMnMajor:
-      return matrix.values + col * matrix.value_stride + stored * SizeOf(rule.code_dtype);
-    case MajorOrder::kBlockKMajor:
-      return matrix.values + byte / kKBlockBytes * matrix.value_stride + stored * kKBlockBytes +
-             byte % kKBlockBytes;
-  }
-  return nullptr;
-}
-
-uint8_t* ScaleAt(const MatrixRef& matrix, const formats::WeightFormatRule& rule, int64_t row,
-                 int64_t col) {
-  if (matrix.scales == nullptr) {
-    return nullptr;
-  }
-  const int64_t size = SizeOf(rule.scale_dtype);
-  if (rule.per_row_scale) {
-    return matrix.scales + StoredRow(matrix, row) * matrix.scale_stride * size;
-  }
-  if (rule.scale_block == 0) {
-    return nullptr;
-  }
-  // Scales of 128-row blocks follow the order before the row map, which stays within such a block.
-  const int64_t scale_row =
-      rule.scale_block_rows > 1
-          ? (matrix.row_origin + matrix.position_begin + row * matrix.position_step) /
-                rule.scale_block_rows
-          : StoredRow(matrix, row);
-  const int64_t scale_col = (matrix.col_origin + col) / rule.scale_block;
-  const int64_t index = matrix.scale_layout == ScaleLayout::kLinear
-                            ? scale_row * matrix.scale_stride + scale_col
-                            : formats::SwizzledOffset(scale_row, scale_col, matrix.scale_stride);
-  return matrix.scales + index * size;
 }
 
 float DecodeScale(DType dtype, const uint8_t* address) {
@@ -121,12 +78,12 @@ void FillBlockScales(const MatrixRef& matrix, const formats::WeightFormatRule& r
   const int64_t block = rule.scale_block;
   const int64_t count = CeilDiv(matrix.col_origin % block + matrix.cols, block);
   if (matrix.scale_layout == ScaleLayout::kLinear) {
-    DecodeScales(rule.scale_dtype, ScaleAt(matrix, rule, row, 0), count, out);
+    DecodeScales(rule.scale_dtype, ScaleAddress(matrix, rule, row, 0), count, out);
     return;
   }
   for (int64_t b = 0; b < count; ++b) {
     const int64_t col = std::max<int64_t>(0, b * block - matrix.col_origin % block);
-    out[b] = DecodeScale(rule.scale_dtype, ScaleAt(matrix, rule, row, col));
+    out[b] = DecodeScale(rule.scale_dtype, ScaleAddress(matrix, rule, row, col));
   }
 }
 
@@ -135,7 +92,7 @@ void DecodeSlowly(const MatrixRef& matrix, const formats::WeightFormatRule& rule
                   float* out) {
   for (int64_t col = 0; col < matrix.cols; ++col) {
     const int64_t even = col - col % rule.codes_per_byte;
-    const uint8_t* address = ValueAt(matrix, rule, row, even);
+    const uint8_t* address = ValueAddress(matrix, rule, row, even);
     const int shift = static_cast<int>(4 * (col - even));
     const auto nibble = static_cast<uint8_t>((*address >> shift) & 15);
     float value = 0.0F;
@@ -152,7 +109,7 @@ void DecodeSlowly(const MatrixRef& matrix, const formats::WeightFormatRule& rule
       default:
         value = formats::DecodeE4m3(*address);
     }
-    const float scale = DecodeScale(rule.scale_dtype, ScaleAt(matrix, rule, row, col));
+    const float scale = DecodeScale(rule.scale_dtype, ScaleAddress(matrix, rule, row, col));
     out[col] = value * scale;
   }
   std::fill(out + matrix.cols, out + RoundUp(matrix.cols, kLanes), 0.0F);
@@ -161,10 +118,11 @@ void DecodeSlowly(const MatrixRef& matrix, const formats::WeightFormatRule& rule
 // MN-major rows are columns in memory: a whole block of them shares each cache line that is read.
 void CopyMnMajor(const BlockArgs& args, uint16_t* copies, int64_t pitch) {
   const MatrixRef& matrix = *args.matrix;
+  const formats::WeightFormatRule rule = formats::RuleOf(matrix.format);
   const int64_t step = matrix.position_step;
   if (args.num_rows == kFeatureBlock && matrix.row_map == RowMap::kNatural && step <= 2) {
     GatherArgs gather;
-    gather.source = ValueAddress(matrix, args.row_begin, 0);
+    gather.source = ValueAddress(matrix, rule, args.row_begin, 0);
     gather.stride = matrix.value_stride;
     gather.step = static_cast<int>(step);
     gather.offset = static_cast<int>(matrix.position_begin % step);
@@ -175,7 +133,7 @@ void CopyMnMajor(const BlockArgs& args, uint16_t* copies, int64_t pitch) {
     return;
   }
   for (int r = 0; r < args.num_rows; ++r) {
-    const uint8_t* source = ValueAddress(matrix, args.row_begin + r, 0);
+    const uint8_t* source = ValueAddress(matrix, rule, args.row_begin + r, 0);
     for (int64_t k = 0; k < matrix.cols; ++k) {
       std::memcpy(copies + r * pitch + k, source + k * matrix.value_stride, sizeof(uint16_t));
     }
@@ -185,7 +143,7 @@ void CopyMnMajor(const BlockArgs& args, uint16_t* copies, int64_t pitch) {
 void CopyBlockMajor(const MatrixRef& matrix, const formats::WeightFormatRule& rule, int64_t row,
                     uint8_t* copy) {
   const int64_t bytes = CodeBytes(rule, matrix.cols);
-  const uint8_t* source = ValueAt(matrix, rule, row, 0);
+  const uint8_t* source = ValueAddress(matrix, rule, row, 0);
   for (int64_t begin = 0; begin < bytes; begin += kKBlockBytes) {
     std::memcpy(copy + begin, source, static_cast<size_t>(std::min(kKBlockBytes, bytes - begin)));
     source += matrix.value_stride;
@@ -213,7 +171,7 @@ Code FetchRows(const BlockArgs& args, RowRef* rows) {
     ref.scales = &kOne;
     ref.scale = global;
     if (rule.per_row_scale) {
-      ref.scale *= DecodeScale(DType::kFloat32, ScaleAt(matrix, rule, row, 0));
+      ref.scale *= DecodeScale(DType::kFloat32, ScaleAddress(matrix, rule, row, 0));
     }
     if (cut_steps) {
       DecodeSlowly(matrix, rule, row, copy);
@@ -227,7 +185,7 @@ Code FetchRows(const BlockArgs& args, RowRef* rows) {
       ref.scales = scales;
     }
     if (matrix.major == MajorOrder::kKMajor) {
-      ref.codes = ValueAt(matrix, rule, row, 0);
+      ref.codes = ValueAddress(matrix, rule, row, 0);
       continue;
     }
     ref.codes = copy;
@@ -239,32 +197,6 @@ Code FetchRows(const BlockArgs& args, RowRef* rows) {
 }
 
 }  // namespace
-
-int64_t StoredRow(const MatrixRef& matrix, int64_t row) {
-  const int64_t position = matrix.position_begin + row * matrix.position_step;
-  switch (matrix.row_map) {
-    case RowMap::kNatural:
-      return position;
-    // Old position within a block -> stored position (spec 5.2).
-    case RowMap::kShuffled64: {
-      const int64_t old = position % 16;
-      return position - old + 8 * (old % 2) + old / 2;
-    }
-    case RowMap::kShuffled128: {
-      const int64_t old = position % 32;
-      return position - old + 8 * (old % 4) + old / 4;
-    }
-  }
-  return position;
-}
-
-uint8_t* ValueAddress(const MatrixRef& matrix, int64_t row, int64_t col) {
-  return ValueAt(matrix, formats::RuleOf(matrix.format), row, col);
-}
-
-uint8_t* ScaleAddress(const MatrixRef& matrix, int64_t row, int64_t col) {
-  return ScaleAt(matrix, formats::RuleOf(matrix.format), row, col);
-}
 
 float BiasAt(const MatrixRef& matrix, int64_t row) {
   if (matrix.bias == nullptr) {

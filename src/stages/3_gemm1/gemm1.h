@@ -16,8 +16,8 @@ namespace hopyard {
 // What GEMM stages share: the segments of rows, per-thread scratch, the kernels.
 struct RowGroups {
   const gemm::cpu::KernelTable* kernels = nullptr;
-  const gemm::cpu::ExpertRef* experts = nullptr;  // by segment: local experts, then shared ones
-  const int32_t* active = nullptr;                // segments that have rows
+  const gemm::ExpertRef* experts = nullptr;  // by segment: local experts, then shared ones
+  const int32_t* active = nullptr;           // segments that have rows
   int num_active = 0;
   const int32_t* expert_offsets = nullptr;  // [segments + 1]
   const int32_t* row_to_slot = nullptr;     // [rows]

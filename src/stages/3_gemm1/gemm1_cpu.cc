@@ -18,6 +18,7 @@ int64_t GemmScratchFloats(const MoeSpec& spec) {
 namespace gemm1 {
 namespace {
 
+using gemm::cpu::BiasAt;
 using gemm::cpu::kFeatureBlock;
 using gemm::cpu::TokenChunk;
 

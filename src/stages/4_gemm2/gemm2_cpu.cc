@@ -8,12 +8,13 @@
 namespace hopyard::gemm2 {
 namespace {
 
+using gemm::cpu::BiasAt;
 using gemm::cpu::kFeatureBlock;
 using gemm::cpu::TokenChunk;
 
 void RunTask(const Args& args, const FeatureTask& task, float* scratch) {
   const MoeSpec& spec = *args.spec;
-  const gemm::cpu::MatrixRef& matrix = args.groups.experts[task.segment].down;
+  const gemm::MatrixRef& matrix = args.groups.experts[task.segment].down;
   float bias[kFeatureBlock] = {};
   for (int f = 0; f < task.num_features; ++f) {
     bias[f] = BiasAt(matrix, task.feature_begin + f);

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <utility>
+
+#include "device/cuda_check.h"
+#include "device/memory.h"
+
+namespace hopyard::device {
+
+CurrentDevice::CurrentDevice(int index) {
+  HOPYARD_CUDA(cudaGetDevice(&previous_));
+  if (previous_ != index) {
+    HOPYARD_CUDA(cudaSetDevice(index));
+    changed_ = true;
+  }
+}
+
+CurrentDevice::~CurrentDevice() {
+  if (changed_) {
+    // It was current before: a failure here is one of the device, and the next call reports it.
+    static_cast<void>(cudaSetDevice(previous_));
+  }
+}
+
+Buffer::Buffer(int64_t bytes) {
+  if (bytes == 0) {
+    return;
+  }
+  const cudaError_t status = cudaMalloc(&memory_, static_cast<size_t>(bytes));
+  if (status == cudaErrorMemoryAllocation) {
+    // Not a lasting error of the device: later calls must not find it.
+    static_cast<void>(cudaGetLastError());
+  }
+  HOPYARD_CHECK(status != cudaErrorMemoryAllocation, kOutOfMemory)
+      << "the device has no " << bytes << " bytes left for what describes the weights to its "
+      << "kernels; free some of its memory";
+  HOPYARD_CUDA(status);
+}
+
+Buffer::Buffer(Buffer&& other) noexcept : memory_(std::exchange(other.memory_, nullptr)) {}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  std::swap(memory_, other.memory_);
+  return *this;
+}
+
+Buffer::~Buffer() {
+  // At exit the driver may be gone already, and the memory with it.
+  static_cast<void>(cudaFree(memory_));
+}
+
+void Copy(void* to, const void* from, int64_t bytes) {
+  HOPYARD_CUDA(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault));
+}
+
+void CopyAsync(void* to, const void* from, int64_t bytes, void* stream) {
+  HOPYARD_CUDA(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault,
+                               static_cast<cudaStream_t>(stream)));
+}
+
+void Synchronize(void* stream) {
+  HOPYARD_CUDA(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+}
+
+void SynchronizeDevice() {
+  HOPYARD_CUDA(cudaDeviceSynchronize());
+}
+
+}  // namespace hopyard::device

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Hopper backend as Plan, Weights and Forward see it: they hold what it makes, and know nothing
+// of kernels. A build without CUDA has none.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "hopyard/forward.h"
+
+#include "gemm/slice_write.h"
+#include "plan/plan_impl.h"
+#include "plan/weights_impl.h"
+
+namespace hopyard::sm90 {
+
+// One part of a slice on its way into weights on the device.
+struct PartWrite {
+  gemm::SliceWrite write;
+  bool source_on_host = false;
+};
+
+// A slice of Weights::Update whose arguments have been checked.
+struct Update {
+  int64_t expert = 0;  // segment
+  WeightPart part = WeightPart::kGemm1;
+  std::vector<PartWrite> parts;
+  const float* global_scale = nullptr;  // on the host; null: none
+  float* global_scale_target = nullptr;
+};
+
+struct Call {
+  const Plan::Impl* plan = nullptr;
+  const Weights::Impl* weights = nullptr;
+  const MoeInputs* inputs = nullptr;
+  const MoeOutputs* outputs = nullptr;
+  uint8_t* workspace = nullptr;
+  void* stream = nullptr;  // cudaStream_t
+};
+
+class Backend {
+ public:
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+  virtual ~Backend() = default;
+
+  // Kernels of a valid spec, whatever the workspace. Needs no GPU, like all of a plan.
+  [[nodiscard]] virtual Explanation Choose(const MoeSpec& spec,
+                                           const PlanOptions& options) const = 0;
+  // The plan of passes over up to `tokens` tokens. Precondition: Choose supports the spec.
+  [[nodiscard]] virtual std::shared_ptr<const LayerPlan> MakePlan(const MoeSpec& spec,
+                                                                  const PlanOptions& options,
+                                                                  int64_t tokens) const = 0;
+  [[nodiscard]] virtual int64_t WorkspaceBytes(const LayerPlan& plan) const = 0;
+  // What describes `weights` to the kernels. Error{kUnsupported} names a layout they cannot read.
+  [[nodiscard]] virtual std::shared_ptr<const DeviceWeights> MakeWeights(
+      const Weights::Impl& weights) const = 0;
+  // Writes into the weights in stream order.
+  virtual void Write(const Weights::Impl& weights, const Update& update, void* stream) const = 0;
+  // One call of the layer with checked arguments and at least one token.
+  virtual void Forward(const Call& call) const = 0;
+  // Waits until device `index` has done all that it was given.
+  virtual void Wait(int index) const = 0;
+  // Copies device memory to the host.
+  virtual void Read(void* to, const void* from, int64_t bytes) const = 0;
+};
+
+// Null in a build without it.
+[[nodiscard]] const Backend* FindBackend();
+
+}  // namespace hopyard::sm90

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a plan for Hopper fixes: the formats between the stages, the kernels for every number of
+// tokens, the workspace. Host arithmetic: no GPU is asked.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "hopyard/permute.h"
+#include "hopyard/plan.h"
+
+#include "gemm/sm90/operands.h"
+
+namespace hopyard::sm90 {
+
+// How a group of experts (routed or shared) reads its rows.
+struct GroupFormats {
+  WeightFormat weights = WeightFormat::kBf16;
+  gemm::sm90::LayerOperands operands;
+  // GEMM1 writes BF16, which a pass of its own rounds to operands.h.
+  bool rounds_apart = false;
+};
+[[nodiscard]] GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights);
+
+struct GroupKernels {
+  int gemm1 = -1;  // gemm::sm90::KernelAt
+  int gemm2 = -1;
+};
+
+// Kernels of passes with at most `max_tokens` tokens.
+struct TileChoice {
+  int tile = 0;  // rows of a tile, for all GEMMs of a pass
+  int64_t max_tokens = 0;
+  GroupKernels routed;
+  GroupKernels shared;
+};
+
+struct KernelChoice {
+  Explanation explanation;
+  std::vector<TileChoice> tiles;  // ascending; the last takes any number of tokens
+};
+[[nodiscard]] KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options);
+
+// The choice for a pass over `tokens` tokens.
+[[nodiscard]] const TileChoice& ChoiceFor(const std::vector<TileChoice>& tiles, int64_t tokens);
+
+// Byte offsets of what a pass over up to `tokens` tokens keeps in the workspace: the one place that
+// knows, used for the size query and for carving.
+struct Layout {
+  int64_t tokens = 0;
+  int64_t slots = 0;     // tokens * slots_per_token
+  int64_t segments = 0;  // local experts + shared experts
+  int64_t max_tiles = 0;
+
+  int64_t num_tokens = 0;      // i32 [1] live tokens of the pass
+  int64_t ids = 0;             // i32 [tokens, top_k] global
+  int64_t weights = 0;         // f32 [tokens, top_k]
+  int64_t slot_weights = 0;    // f32 [tokens, slots_per_token]
+  int64_t local_slots = 0;     // i32 [tokens, slots_per_token]
+  int64_t expert_offsets = 0;  // i32 [segments + 1]
+  int64_t expert_counts = 0;   // i32 [segments]
+  int64_t slot_to_row = 0;     // i32 [slots]
+  int64_t row_to_slot = 0;
+  int64_t row_to_token = 0;
+  int64_t tiles = 0;  // i32 3 * [max_tiles] + 2: tile_expert, begin, end, num_tiles, num_rows
+  int64_t permute_scratch = 0;
+  int64_t x = 0;  // [tokens] rows of x_bytes
+  int64_t x_bytes = 0;
+  int64_t shared_x = 0;  // the same for shared experts; x where they read the same rows
+  int64_t shared_x_bytes = 0;
+  int64_t x_block_scales = 0;  // f32 [tokens, ceil(hidden / 128)]
+  int64_t x_row_scales = 0;    // f32 [tokens]
+  int64_t activation = 0;      // bf16 [slots, activation_pitch], where h is rounded apart
+  int64_t activation_pitch = 0;
+  int64_t h = 0;  // [slots] rows of h_bytes, in the formats of their groups
+  int64_t h_bytes = 0;
+  int64_t h_block_scales = 0;  // f32 [slots, ceil(intermediate / 128)]
+  int64_t h_row_scales = 0;    // f32 [slots]
+  int64_t y = 0;               // bf16 [slots, hidden]
+  int64_t bytes = 0;
+};
+[[nodiscard]] Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles,
+                                int64_t tokens);
+
+[[nodiscard]] PermuteOptions PermuteOptionsFor(const MoeSpec& spec, int tile);
+
+struct LayerPlan {
+  GroupFormats routed;
+  GroupFormats shared;  // those of `routed` without shared experts
+  std::vector<TileChoice> tiles;
+  Layout layout;
+};
+
+}  // namespace hopyard::sm90

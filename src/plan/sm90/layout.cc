@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "core/shape.h"
+#include "formats/format_rules.h"
+#include "plan/sm90/layer_plan.h"
+#include "stages/2_permute/permute_sm90.h"
+
+namespace hopyard::sm90 {
+namespace {
+
+using gemm::sm90::KOrder;
+using gemm::sm90::RowFormat;
+
+constexpr int64_t kAlignment = 256;
+
+// Bytes from row to row: whole pieces of 16 bytes, and whole groups of K where its order is not the
+// natural one.
+int64_t RowBytes(const RowFormat& rows, int64_t cols) {
+  const int64_t unit = rows.order == KOrder::kNatural ? 16 : gemm::sm90::kKGroup;
+  return RoundUp(cols, unit) * SizeOf(rows.dtype);
+}
+
+// The most tiles that a pass over 1 .. `tokens` tokens lists, whichever kernels it takes.
+int64_t MostTiles(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int64_t tokens) {
+  int64_t most = 0;
+  int64_t first = 1;
+  for (const TileChoice& choice : tiles) {
+    if (first > tokens) {
+      break;
+    }
+    const int64_t last = std::min(choice.max_tokens, tokens);
+    most = std::max(most,
+                    MaxTiles(last * spec.slots_per_token(), PermuteOptionsFor(spec, choice.tile)));
+    first = last + 1;
+  }
+  return most;
+}
+
+}  // namespace
+
+GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights) {
+  GroupFormats formats;
+  formats.weights = weights;
+  formats.operands = gemm::sm90::OperandsOf(weights, spec.activations);
+  const bool quantised = formats.operands.h.format != Format::kBf16;
+  formats.rounds_apart = quantised && (!formats.operands.fused_h || !IsGated(spec.activation.kind));
+  return formats;
+}
+
+PermuteOptions PermuteOptionsFor(const MoeSpec& spec, int tile) {
+  PermuteOptions options;
+  options.num_local_experts = spec.num_local_experts() + spec.shared.count;
+  options.tile = tile;
+  return options;
+}
+
+Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int64_t tokens) {
+  const GroupFormats routed = FormatsOf(spec, spec.weights);
+  const GroupFormats shared = spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights) : routed;
+  Layout layout;
+  layout.tokens = tokens;
+  layout.slots = tokens * spec.slots_per_token();
+  layout.segments = spec.num_local_experts() + spec.shared.count;
+  layout.max_tiles = MostTiles(spec, tiles, tokens);
+  layout.x_bytes = RowBytes(routed.operands.x, spec.hidden_size);
+  layout.shared_x_bytes = RowBytes(shared.operands.x, spec.hidden_size);
+  layout.activation_pitch = routed.rounds_apart ? RoundUp(spec.intermediate_size, 16) : 0;
+  // One pitch for the rows of both groups, which lie among each other; it is a whole number of
+  // groups of K of the wider type.
+  layout.h_bytes = std::max(RowBytes(routed.operands.h, spec.intermediate_size),
+                            RowBytes(shared.operands.h, spec.intermediate_size));
+  if (routed.operands.h != shared.operands.h) {
+    layout.h_bytes = RoundUp(layout.h_bytes, int64_t{2} * gemm::sm90::kKGroup);
+  }
+  const bool x_blocks = routed.operands.x.format == Format::kFp8Block1x128;
+  const bool h_blocks = routed.operands.h.format == Format::kFp8Block1x128;
+  const bool per_token = spec.activations == ActivationFormat::kNvFp4PerToken;
+  const bool x_rows = per_token || routed.operands.x.format == Format::kFp8PerRow;
+  const auto take = [&layout](int64_t bytes) {
+    const int64_t offset = layout.bytes;
+    layout.bytes += RoundUp(bytes, kAlignment);
+    return offset;
+  };
+  layout.num_tokens = take(4);
+  layout.ids = take(tokens * spec.top_k * 4);
+  layout.weights = take(tokens * spec.top_k * 4);
+  layout.slot_weights = take(layout.slots * 4);
+  layout.local_slots = take(layout.slots * 4);
+  layout.expert_offsets = take((layout.segments + 1) * 4);
+  layout.expert_counts = take(layout.segments * 4);
+  layout.slot_to_row = take(layout.slots * 4);
+  layout.row_to_slot = take(layout.slots * 4);
+  layout.row_to_token = take(layout.slots * 4);
+  layout.tiles = take((3 * layout.max_tiles + 2) * 4);
+  layout.permute_scratch = take(
+      4 * permute::PermuteScratchInts(layout.slots, PermuteOptionsFor(spec, tiles.front().tile)));
+  layout.x = take(tokens * layout.x_bytes);
+  layout.shared_x =
+      routed.operands.x == shared.operands.x ? layout.x : take(tokens * layout.shared_x_bytes);
+  layout.x_block_scales = take(x_blocks ? tokens * CeilDiv(spec.hidden_size, 128) * 4 : 0);
+  layout.x_row_scales = take(x_rows ? tokens * 4 : 0);
+  layout.activation = take(layout.slots * layout.activation_pitch * 2);
+  layout.h = take(layout.slots * layout.h_bytes);
+  layout.h_block_scales =
+      take(h_blocks ? layout.slots * CeilDiv(spec.intermediate_size, 128) * 4 : 0);
+  layout.h_row_scales = take(per_token ? layout.slots * 4 : 0);
+  layout.y = take(layout.slots * spec.hidden_size * 2);
+  return layout;
+}
+
+}  // namespace hopyard::sm90

@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward on a GPU in every pair of formats: against the oracle, against the CPU where results are
+// exact, and against itself where only the way of calling differs.
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "tests/gpu/runner_sm90.h"
+
+namespace hopyard::test {
+namespace {
+
+size_t Index(int64_t i) {
+  return static_cast<size_t>(i);
+}
+
+WeightSource SourceOf(const MoeSpec& spec) {
+  WeightSource source;
+  source.spec = spec;
+  source.bias = true;
+  return source;
+}
+
+// Sizes of whole scale blocks that end inside the groups of 64 and 128 in which kernels think.
+MoeSpec OddSpec(const FormatPair& pair) {
+  MoeSpec spec = SmallSpec(pair.weights, pair.activations);
+  spec.hidden_size = 416;
+  spec.intermediate_size = 160;
+  spec.activation.alpha.all = 1.25F;
+  spec.activation.limit.all = 2.0F;
+  return spec;
+}
+
+class GpuForward : public ::testing::TestWithParam<FormatPair> {
+ protected:
+  [[nodiscard]] MoeSpec Spec() const {
+    return SmallSpec(GetParam().weights, GetParam().activations);
+  }
+};
+
+TEST_P(GpuForward, MatchesOracle) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  for (const int64_t tokens : {1, 7, 33}) {
+    LayerInputs inputs(layer.spec(), tokens);
+    layer.RunAndJudge(inputs.Logits());
+  }
+  LayerInputs many(layer.spec(), 700);
+  layer.RunAndJudge(many.Logits(DType::kBf16), {}, {0, 1, 350, 698, 699});
+}
+
+TEST_P(GpuForward, OddSizesMatchOracle) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(OddSpec(GetParam())));
+  for (const int64_t tokens : {3, 65}) {
+    LayerInputs inputs(layer.spec(), tokens);
+    layer.RunAndJudge(inputs.Logits(), {}, {0, tokens / 2, tokens - 1});
+  }
+}
+
+TEST_P(GpuForward, EveryActivationMatchesOracle) {
+  HOPYARD_NEEDS_GPU();
+  using K = ActivationKind;
+  for (const K kind :
+       {K::kGeGlu, K::kGeGluTanh, K::kSiTu, K::kRelu2, K::kSilu, K::kGelu, K::kIdentity}) {
+    MoeSpec spec = Spec();
+    spec.activation.kind = kind;
+    if (kind == K::kSiTu) {
+      spec.activation.alpha.all = 4.0F;
+      spec.activation.beta.all = 25.0F;
+    }
+    WeightSource source = SourceOf(spec);
+    source.gain = 0.5F;  // squares stay below the largest code of a static scale
+    TwinLayer layer(source);
+    LayerInputs inputs(spec, 19);
+    SCOPED_TRACE(std::string(ToString(kind)));
+    layer.RunAndJudge(inputs.Logits());
+  }
+}
+
+// The expert named by a slot acts with its own parameters; shared experts take the common ones.
+TEST_P(GpuForward, ParametersOfExpertsMatchOracle) {
+  HOPYARD_NEEDS_GPU();
+  MoeSpec spec = Spec();
+  spec.shared = {1, false, 0.5F, spec.weights};
+  for (int e = 0; e < spec.num_experts; ++e) {
+    spec.activation.alpha.each.push_back(1.0F + 0.1F * static_cast<float>(e));
+    spec.activation.beta.each.push_back(0.2F * static_cast<float>(e));
+    spec.activation.limit.each.push_back(0.5F + 0.25F * static_cast<float>(e));
+  }
+  spec.activation.limit.all = 0.75F;
+  TwinLayer layer(SourceOf(spec));
+  LayerInputs inputs(spec, 23);
+  layer.RunAndJudge(inputs.Logits());
+}
+
+TEST_P(GpuForward, EveryKernelMatchesOracle) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  LayerInputs inputs(layer.spec(), 41);
+  inputs.Logits();
+  PlanOptions options;
+  options.max_tokens = 41;
+  int ran = 0;
+  for (const Candidate& candidate : Explain(layer.spec(), kGpu, options).candidates) {
+    RunOptions run;
+    run.plan.tactic = candidate.kernel;
+    run.plan.max_tokens = 41;
+    if (Explain(layer.spec(), kGpu, run.plan).supported) {
+      SCOPED_TRACE(candidate.kernel);
+      layer.Judge(inputs, layer.Run(inputs, run));
+      ++ran;
+    }
+  }
+  EXPECT_GT(ran, 0);
+}
+
+// Codes and scales instead of BF16 hidden states.
+TEST_P(GpuForward, QuantisedHiddenStatesMatchOracle) {
+  HOPYARD_NEEDS_GPU();
+  if (GetParam().activations == ActivationFormat::kBf16) {
+    return;  // has no codes
+  }
+  TwinLayer layer(SourceOf(OddSpec(GetParam())));
+  LayerInputs inputs(layer.spec(), 21);
+  layer.RunAndJudge(inputs.Logits().QuantizeHidden());
+}
+
+TEST_P(GpuForward, RepeatedCallsGiveTheSameBits) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  LayerInputs inputs(layer.spec(), 130);
+  inputs.Logits();
+  const RunResult first = layer.Run(inputs);
+  for (int i = 0; i < 3; ++i) {
+    const RunResult again = layer.Run(inputs);
+    EXPECT_TRUE(SameBits(again.output, first.output));
+    EXPECT_TRUE(SameBits(again.activation, first.activation));
+  }
+}
+
+TEST_P(GpuForward, UnfinalisedRowsSumToTheOutput) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  LayerInputs inputs(layer.spec(), 17);
+  const RunResult full = layer.Run(inputs.Logits());
+  EXPECT_TRUE(SameBits(FinalizeByHand(layer.spec(), full, 17), full.output));
+  RunOptions rows;
+  rows.no_output = true;
+  rows.extras = false;
+  EXPECT_TRUE(SameBits(layer.Run(inputs, rows).rows, full.rows));
+  RunOptions bare;
+  bare.extras = false;
+  EXPECT_TRUE(SameBits(layer.Run(inputs, bare).output, full.output));
+}
+
+TEST_P(GpuForward, NarrowAndAccumulatedOutputs) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  LayerInputs inputs(layer.spec(), 9);
+  const RunResult whole = layer.Run(inputs.Logits());
+  RunOptions narrow;
+  narrow.width = 101;
+  const RunResult cut = layer.Run(inputs, narrow);
+  for (int64_t i = 0; i < 9 * 101; ++i) {
+    ASSERT_EQ(cut.output[Index(i)],
+              whole.output[Index(i / 101 * layer.spec().hidden_size + i % 101)]);
+  }
+  RunOptions twice;
+  twice.accumulate = true;
+  twice.initial.assign(whole.output.size(), 0);
+  EXPECT_TRUE(SameBits(layer.Run(inputs, twice).output, whole.output)) << "added to zeros";
+}
+
+// Chunks may take other tiles, whose sums are rounded apart only where they are cut apart.
+TEST_P(GpuForward, ChunksUnderAWorkspaceCapMatchOracle) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  LayerInputs inputs(layer.spec(), 61);
+  inputs.Logits();
+  PlanOptions eleven;
+  eleven.max_tokens = 11;
+  RunOptions capped;
+  capped.plan.max_tokens = 61;
+  capped.plan.workspace_cap = MakePlan(layer.spec(), kGpu, eleven).workspace_bytes();
+  const Plan plan = MakePlan(layer.spec(), kGpu, capped.plan);
+  EXPECT_EQ(plan.tokens_per_chunk(), 11);
+  EXPECT_LE(plan.workspace_bytes(), capped.plan.workspace_cap);
+  const RunResult result = layer.Run(inputs, capped);
+  EXPECT_TRUE(MatchesOracle(layer.spec(), layer.cpu(), inputs.get(), result));
+  EXPECT_TRUE(SameBits(FinalizeByHand(layer.spec(), result, 61), result.output));
+  const RunResult whole = layer.Run(inputs);
+  EXPECT_TRUE(SameBits(result.ids, whole.ids));
+  EXPECT_TRUE(SameBits(result.load, whole.load));
+}
+
+TEST_P(GpuForward, NumTokensOnTheDeviceLeavesTheTailUntouched) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  constexpr int64_t kTokens = 37;
+  LayerInputs inputs(layer.spec(), kTokens);
+  const RunResult whole = layer.Run(inputs.Logits());
+  RunOptions capped;
+  PlanOptions ten;
+  ten.max_tokens = 10;
+  capped.plan.workspace_cap = MakePlan(layer.spec(), kGpu, ten).workspace_bytes();
+  const auto slots = layer.spec().top_k;
+  for (const int32_t count : {0, 1, 10, 23, 37}) {
+    inputs.NumTokens(count);
+    const RunResult part = layer.Run(inputs);
+    const auto end = Index(count * layer.spec().hidden_size);
+    for (size_t i = 0; i < part.output.size(); ++i) {
+      ASSERT_EQ(part.output[i], i < end ? whole.output[i] : 0xFFFF) << count << " tokens, " << i;
+    }
+    for (const RunResult& result : {part, layer.Run(inputs, capped)}) {
+      EXPECT_TRUE(std::all_of(result.output.begin() + static_cast<int64_t>(end),
+                              result.output.end(), [](uint16_t bits) { return bits == 0xFFFF; }));
+      for (size_t i = 0; i < result.ids.size(); ++i) {
+        const bool live = i < Index(int64_t{count} * slots);
+        ASSERT_EQ(result.ids[i], live ? whole.ids[i] : -1);
+        ASSERT_EQ(result.replay[i], live ? whole.replay[i] : -1);
+        ASSERT_EQ(std::isnan(result.weights[i]), !live);
+        ASSERT_EQ(result.slot_to_row[i] >= 0, live);
+      }
+    }
+  }
+}
+
+// Captured at capacity, replayed with other numbers of tokens.
+TEST_P(GpuForward, ACapturedCallTakesAnyNumberOfTokens) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  constexpr int64_t kTokens = 29;
+  const int64_t hidden = layer.spec().hidden_size;
+  LayerInputs inputs(layer.spec(), kTokens);
+  const RunResult whole = layer.Run(inputs.Logits());
+  inputs.NumTokens(0);
+  PlanOptions options;
+  options.max_tokens = kTokens;
+  const Plan plan = MakePlan(layer.spec(), kGpu, options);
+  DeviceMirror mirror;
+  const MoeInputs on_gpu = mirror.Copy(inputs.get());
+  const DeviceArray<uint16_t> output(kTokens * hidden);
+  const DeviceArray<uint8_t> workspace(plan.workspace_bytes());
+  MoeOutputs outputs;
+  outputs.output = TensorView::Contiguous(output.get(), DType::kBf16, {kTokens, hidden}, kGpu);
+  cudaStream_t stream = nullptr;
+  HOPYARD_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  HOPYARD_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  Forward(plan, layer.gpu(), on_gpu, outputs,
+          {workspace.get(), static_cast<size_t>(plan.workspace_bytes())}, {stream});
+  cudaGraph_t graph = nullptr;
+  HOPYARD_CUDA(cudaStreamEndCapture(stream, &graph));
+  cudaGraphExec_t exec = nullptr;
+  HOPYARD_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  for (const int32_t count : {29, 0, 5, 29, 1}) {
+    HOPYARD_CUDA(cudaMemset(output.get(), 0xFF, Index(kTokens * hidden * 2)));
+    HOPYARD_CUDA(cudaMemcpy(on_gpu.num_tokens.data, &count, 4, cudaMemcpyHostToDevice));
+    HOPYARD_CUDA(cudaDeviceSynchronize());
+    HOPYARD_CUDA(cudaGraphLaunch(exec, stream));
+    std::vector<uint16_t> wanted = whole.output;
+    std::fill(wanted.begin() + count * hidden, wanted.end(), uint16_t{0xFFFF});
+    EXPECT_TRUE(SameBits(output.Download(), wanted)) << count << " tokens";
+  }
+  HOPYARD_CUDA(cudaGraphExecDestroy(exec));
+  HOPYARD_CUDA(cudaGraphDestroy(graph));
+  HOPYARD_CUDA(cudaStreamDestroy(stream));
+}
+
+TEST_P(GpuForward, NoTokensDoNothing) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  LayerInputs inputs(layer.spec(), 0);
+  const RunResult result = layer.Run(inputs.Logits());
+  EXPECT_TRUE(result.output.empty());
+  for (const int32_t count : result.load) {
+    EXPECT_EQ(count, 0);
+  }
+}
+
+// LoRA deltas and router weights on the input, beside a bias and shared experts.
+TEST_P(GpuForward, AdjustedInputsMatchOracle) {
+  HOPYARD_NEEDS_GPU();
+  MoeSpec spec = Spec();
+  spec.shared = {1, false, 0.5F, spec.weights};
+  TwinLayer plain(SourceOf(spec));
+  LayerInputs inputs(spec, 13);
+  plain.RunAndJudge(inputs.Logits().Delta());
+  spec.router_weight_on_input = true;
+  spec.routing = RoutingRule::Llama4();
+  spec.top_k = 1;
+  TwinLayer weighted(SourceOf(spec));
+  LayerInputs others(spec, 13);
+  weighted.RunAndJudge(others.Logits());
+}
+
+// The value before its quantisation, which every format rounds from the same BF16 products.
+TEST_P(GpuForward, Gemm1ActivationIsThatOfTheCpu) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  LayerInputs inputs(layer.spec(), 12);
+  inputs.Logits();
+  const RunResult got = layer.Run(inputs);
+  const std::vector<double> wanted = FromBf16(layer.RunOnCpu(inputs).activation);
+  Judged judged{FromBf16(got.activation), wanted, wanted, layer.spec().intermediate_size};
+  // The CPU's own rounding is all there is to compare with.
+  const Tolerance tolerance = ToleranceOf(GetParam().activations);
+  judged.plain[0] += tolerance.worst_row * Rms(wanted) * 4.0;
+  EXPECT_TRUE(Accurate(judged, tolerance));
+}
+
+INSTANTIATE_TEST_SUITE_P(Pairs, GpuForward, ::testing::ValuesIn(SupportedPairs()),
+                         [](const auto& test) { return ToString(test.param); });
+
+}  // namespace
+}  // namespace hopyard::test

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weights on a GPU: every layout gives the same bits or is refused by name, and an update is a
+// fresh load.
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "tests/gpu/runner_sm90.h"
+#include "tests/refit.h"
+
+namespace hopyard::test {
+namespace {
+
+bool IsInterleaved(RowOrder order) {
+  return order == RowOrder::kInterleavedGateUp || order == RowOrder::kInterleavedUpGate;
+}
+
+std::vector<WeightLayout> Layouts() {
+  std::vector<WeightLayout> layouts;
+  for (const RowOrder order : {RowOrder::kUpGate, RowOrder::kGateUp, RowOrder::kInterleavedGateUp,
+                               RowOrder::kInterleavedUpGate}) {
+    WeightLayout layout;
+    layout.order = order;
+    layouts.push_back(layout);
+    layout.map = RowMap::kShuffled128;
+    layout.scales = ScaleLayout::kSwizzled128x4;
+    layout.bias_dtype = DType::kBf16;
+    layouts.push_back(layout);
+    layout.map = RowMap::kShuffled64;
+    layout.scales = ScaleLayout::kLinear;
+    layout.major = MajorOrder::kBlockKMajor;
+    layouts.push_back(layout);
+  }
+  WeightLayout layout;
+  layout.separate = true;
+  layout.per_expert = true;
+  layouts.push_back(layout);
+  layout.map = RowMap::kShuffled128;
+  layout.scales = ScaleLayout::kSwizzled128x4;
+  layouts.push_back(layout);
+  layout = {};
+  layout.padding = 48;  // whole pieces of 16 bytes
+  layouts.push_back(layout);
+  layout.separate = true;
+  layouts.push_back(layout);
+  return layouts;
+}
+
+class GpuLayout : public ::testing::TestWithParam<WeightFormat> {
+ protected:
+  GpuLayout() {
+    source_.spec = SmallSpec(GetParam(), ActivationFormat::kBf16);
+    source_.spec.num_experts = 3;
+    source_.spec.intermediate_size = CodesPerByte(GetParam()) == 2 ? 256 : 128;
+    source_.bias = true;
+  }
+  WeightSource source_;
+};
+
+TEST_P(GpuLayout, EveryLayoutGivesTheSameBits) {
+  HOPYARD_NEEDS_GPU();
+  LayerInputs inputs(source_.spec, 21);
+  inputs.Logits();
+  const RunResult wanted = TwinLayer(source_).Run(inputs);
+  for (const WeightLayout& layout : Layouts()) {
+    SCOPED_TRACE(ToString(layout));
+    source_.layout = layout;
+    TwinLayer layer(source_);
+    const RunResult got = layer.Run(inputs);
+    if (GetParam() == WeightFormat::kFp8Block128 && IsInterleaved(layout.order)) {
+      // Blocks of 128 fused rows mix gate and up here: other scales, so other values.
+      layer.Judge(inputs, got);
+    } else {
+      EXPECT_TRUE(SameBits(got.output, wanted.output));
+    }
+  }
+}
+
+// The copy engine reads pieces of 16 bytes: other strides are refused, with the field's name.
+TEST_P(GpuLayout, RowsOffSixteenBytesAreRefusedByName) {
+  HOPYARD_NEEDS_GPU();
+  source_.layout.padding = 40;
+  const Caught caught = CatchError([&] { TwinLayer layer(source_); });
+  EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
+  EXPECT_EQ(caught.message.rfind("weights.routed.", 0), 0U) << caught.message;
+}
+
+// MN-major matrices either run, or are refused with the field's name.
+TEST(GpuWeights, MnMajorRunsOrIsRefusedByName) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
+  source.layout.major = MajorOrder::kMnMajor;
+  LayerInputs inputs(source.spec, 9);
+  inputs.Logits();
+  try {
+    TwinLayer layer(source);
+    layer.RunAndJudge(inputs);
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::kUnsupported);
+    EXPECT_EQ(error.message().rfind("weights.routed.gemm1.values", 0), 0U) << error.message();
+  }
+}
+
+// A shard begins on a scale block of columns.
+TEST(GpuWeights, ShardsWithinScaleBlocks) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = SmallSpec(WeightFormat::kFp8Block128, ActivationFormat::kBf16);
+  source.layout.separate = true;
+  source.shard_of = 512;
+  source.shard_begin = 256;
+  LayerInputs inputs(source.spec, 9);
+  inputs.Logits();
+  TwinLayer(source).RunAndJudge(inputs);
+  source.shard_begin = 64;
+  const Caught caught = CatchError([&] { TwinLayer layer(source); });
+  EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
+  EXPECT_EQ(
+      caught.message,
+      "weights.routed.gemm2.col_origin=64; the GPU reads rows from the start of a scale block: "
+      "wanted 0, cut shards on multiples of 128 columns");
+}
+
+TEST(GpuWeights, ExpertsOfOtherStridesAreRefusedByName) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = SmallSpec(WeightFormat::kMxFp8, ActivationFormat::kBf16);
+  source.spec.num_experts = 2;
+  source.layout.per_expert = true;
+  const LayerWeights storage(source);
+  DeviceMirror mirror;
+  WeightsDesc desc = mirror.Copy(storage.desc());
+  const DeviceArray<uint8_t> wide(int64_t{128} * 256);
+  TensorView& scales = desc.routed.gemm2.scales_per_expert.at(1);
+  scales.data = wide.get();
+  scales.strides[0] = 5;
+  const Caught caught = CatchError([&] { const Weights weights(source.spec, desc); });
+  EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
+  EXPECT_EQ(
+      caught.message,
+      "weights.routed.gemm2.scales[1] has 5 elements from row to row; the GPU wants 4, as for "
+      "expert 0: copy them to one layout");
+}
+
+INSTANTIATE_TEST_SUITE_P(Formats, GpuLayout,
+                         ::testing::Values(WeightFormat::kBf16, WeightFormat::kFp8Block128,
+                                           WeightFormat::kFp8PerTensor,
+                                           WeightFormat::kFp8PerChannel, WeightFormat::kMxFp8,
+                                           WeightFormat::kNvFp4, WeightFormat::kMxFp4,
+                                           WeightFormat::kMxInt4),
+                         [](const auto& test) { return std::string(ToString(test.param)); });
+
+class GpuUpdate : public ::testing::TestWithParam<UpdateCase> {
+ protected:
+  GpuUpdate() {
+    source_.spec = SmallSpec(GetParam().format, ActivationFormat::kBf16);
+    // Products in FP8 read the rows' exponents, which an update must renew.
+    if (GetParam().format == WeightFormat::kMxFp4) {
+      source_.spec.activations = ActivationFormat::kFp8PerToken;
+    }
+    source_.spec.num_experts = 2;
+    source_.spec.intermediate_size = CodesPerByte(GetParam().format) == 2 ? 256 : 128;
+    source_.spec.shared = {1, false, 1.0F, GetParam().format};
+    source_.bias = true;
+    source_.layout = GetParam().layout;
+  }
+
+  // Rows of MXFP4 weights whose exponents differ a lot from those before.
+  void Refresh() {
+    source_.seed = 99;
+    source_.gain = 8.0F;
+  }
+
+  WeightSource source_;
+};
+
+TEST_P(GpuUpdate, SlicesFromHostAndDeviceEqualAFreshLoad) {
+  HOPYARD_NEEDS_GPU();
+  LayerInputs inputs(source_.spec, 11);
+  inputs.Logits();
+  TwinLayer live(source_);
+  const RunResult before = live.Run(inputs);
+  Refresh();
+  TwinLayer fresh(source_);
+  const RunResult wanted = fresh.Run(inputs);
+  EXPECT_FALSE(SameBits(before.output, wanted.output));
+  cudaStream_t stream = nullptr;
+  HOPYARD_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  int count = 0;
+  const auto update = [&](const WeightSlice& slice) {
+    if (++count % 2 == 0) {
+      live.gpu().Update(slice, {stream});
+      return;
+    }
+    DeviceMirror mirror;
+    live.gpu().Update(mirror.Copy(slice), {stream});
+    HOPYARD_CUDA(cudaStreamSynchronize(stream));
+  };
+  Refit refit(4);
+  refit.AddParts(fresh.storage(), 3, source_.layout.separate);
+  refit.Apply(HasGlobalScale(GetParam().format), update);
+  HOPYARD_CUDA(cudaStreamSynchronize(stream));
+  EXPECT_TRUE(SameBits(live.Run(inputs).output, wanted.output));
+  HOPYARD_CUDA(cudaStreamDestroy(stream));
+}
+
+// MN-major matrices have a test of their own above.
+std::vector<UpdateCase> GpuUpdateCases() {
+  std::vector<UpdateCase> cases = UpdateCases();
+  std::erase_if(
+      cases, [](const UpdateCase& update) { return update.layout.major == MajorOrder::kMnMajor; });
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, GpuUpdate, ::testing::ValuesIn(GpuUpdateCases()),
+                         [](const auto& test) { return ToString(test.param); });
+
+}  // namespace
+}  // namespace hopyard::test
