@@ -9,6 +9,7 @@
 
 #include "core/host_device.h"
 #include "formats/format_rules.h"
+#include "formats/row_map.h"
 #include "formats/rows.h"
 
 namespace hopyard::gemm {
@@ -44,21 +45,8 @@ struct ExpertRef {
 
 // Index of natural row j in values, bias and row-wise scales.
 [[nodiscard]] HOPYARD_HOST_DEVICE int64_t StoredRow(const MatrixRef& matrix, int64_t row) {
-  const int64_t position = matrix.position_begin + row * matrix.position_step;
-  switch (matrix.row_map) {
-    case RowMap::kNatural:
-      return position;
-    // Old position within a block -> stored position (spec 5.2).
-    case RowMap::kShuffled64: {
-      const int64_t old = position % 16;
-      return position - old + 8 * (old % 2) + old / 2;
-    }
-    case RowMap::kShuffled128: {
-      const int64_t old = position % 32;
-      return position - old + 8 * (old % 4) + old / 4;
-    }
-  }
-  return position;
+  return formats::StoredPosition(matrix.row_map,
+                                 matrix.position_begin + row * matrix.position_step);
 }
 
 inline constexpr int64_t kKBlockBytes = 128;  // BlockMajorK: bytes of K per block (spec 1.1)

@@ -196,11 +196,10 @@ struct GatedFormula {
 template <class Store>
 __device__ __forceinline__ void WithGatedFormula(const GroupedGemmArgs& args, int expert,
                                                  Store&& store) {
-  const int segment = args.segment_begin + expert;
   activation::Parameters parameters;
-  parameters.alpha = args.alpha != nullptr ? args.alpha[segment] : 1.0F;
-  parameters.beta = args.beta != nullptr ? args.beta[segment] : 0.0F;
-  parameters.limit = args.limit != nullptr ? args.limit[segment] : INFINITY;
+  parameters.alpha = args.alpha != nullptr ? args.alpha[expert] : 1.0F;
+  parameters.beta = args.beta != nullptr ? args.beta[expert] : 0.0F;
+  parameters.limit = args.limit != nullptr ? args.limit[expert] : INFINITY;
   switch (args.activation) {
     case ActivationKind::kSwiGlu:
       return store([&](float g, float u) { return SwiGlu(parameters, g, u); });

@@ -69,7 +69,7 @@ struct GroupedGemmArgs {
   int32_t segment_begin = 0;
   int32_t segment_end = 0;
   ActivationKind activation = ActivationKind::kIdentity;
-  const float* alpha = nullptr;  // [segments]; null: the kind's neutral value
+  const float* alpha = nullptr;  // [experts of this launch]; null: the kind's neutral value
   const float* beta = nullptr;
   const float* limit = nullptr;
 

@@ -35,7 +35,7 @@ RowFormat RowsFor(WeightFormat weights, Format format) {
 LayerOperands OperandsOf(WeightFormat weights, ActivationFormat activations) {
   return {RowsFor(weights, formats::InputFormat(activations)),
           RowsFor(weights, formats::IntermediateFormat(activations)),
-          activations != ActivationFormat::kNvFp4PerToken};
+          formats::IntermediateFormat(activations) == Format::kBf16};
 }
 
 bool IsPromoted(WeightFormat weights, const RowFormat& x) {

@@ -11,7 +11,7 @@ struct LayerOperands {
   RowFormat x;  // of GEMM1
   RowFormat h;  // of GEMM2
   // GEMM1 writes h itself; otherwise it writes bf16 rows that are rounded to h in a pass of their
-  // own, since h's scale needs the maximum of a whole row.
+  // own.
   bool fused_h = true;
 };
 

@@ -47,10 +47,12 @@ struct Source {
   const MatrixSet* set = nullptr;
   std::vector<MatrixRef> experts;
   bool row_exponents = false;
+  bool swizzled = false;  // tiles go to the tensor cores as they are
 };
 
-MapShape ShapeOf(const MatrixRef& ref) {
+MapShape ShapeOf(const MatrixRef& ref, bool swizzled) {
   MapShape shape;
+  shape.swizzled = swizzled;
   shape.format = ref.format;
   shape.values = ref.values;
   shape.rows = ref.rows;
@@ -99,20 +101,11 @@ void CheckUniform(const Source& source) {
       << " elements from row to row; the GPU wants 1: copy them to contiguous memory";
 }
 
-// Rows that one step of the map's row coordinate covers: a shuffled map counts whole blocks, of
-// which every position_step-th row is one of this matrix's.
-int32_t RowUnit(const MatrixRef& ref) {
-  const int32_t block = ref.row_map == RowMap::kShuffled128  ? 32
-                        : ref.row_map == RowMap::kShuffled64 ? 16
-                                                             : 1;
-  return std::max<int32_t>(1, block / static_cast<int32_t>(ref.position_step));
-}
-
 void MakeMaps(const Source& source, GroupMatrix* out, Uploader* uploader) {
   const MatrixSet& set = *source.set;
   const auto experts = static_cast<int64_t>(source.experts.size());
   const std::string name = source.name + ".values";
-  out->shape = ShapeOf(source.experts.front());
+  out->shape = ShapeOf(source.experts.front(), source.swizzled);
   out->shape.experts = experts;
   if (HasOneMap(set)) {
     out->shape.expert_stride = experts > 1 ? set.values.strides[0] * SizeOf(set.values.dtype) : 0;
@@ -122,7 +115,7 @@ void MakeMaps(const Source& source, GroupMatrix* out, Uploader* uploader) {
   }
   std::vector<TensorMap> maps;
   for (int64_t e = 0; e < experts; ++e) {
-    const MapShape shape = ShapeOf(source.experts[static_cast<size_t>(e)]);
+    const MapShape shape = ShapeOf(source.experts[static_cast<size_t>(e)], source.swizzled);
     CheckReadable(shape, name + '[' + std::to_string(e) + ']');
     maps.push_back(MakeTensorMap(shape));
   }
@@ -156,7 +149,7 @@ GroupMatrix MakeMatrix(const Source& source, Uploader* uploader) {
   out.args.scale_row_origin = first.row_origin;
   out.args.bias_dtype = first.bias_dtype;
   out.args.k_blocks_last = first.major == MajorOrder::kBlockKMajor ? 1 : 0;
-  out.args.row_unit = RowUnit(first);
+  out.args.row_unit = RowUnitOf(out.shape);
   if (source.row_exponents) {
     out.row_exponents = uploader->Array<uint8_t>(experts * first.rows);
   }
@@ -227,6 +220,7 @@ Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploade
     one.name = std::string("weights.") + source.name + '.' + field;
     one.set = &set;
     one.row_exponents = mxfp4 && rows.dtype == DType::kE4m3;
+    one.swizzled = gemm::sm90::IsSwizzled(source.weights, rows);
     for (int32_t s = group.segment_begin; s < group.segment_end; ++s) {
       one.experts.push_back(weights.experts[static_cast<size_t>(s)].*part);
     }

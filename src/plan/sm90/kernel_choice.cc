@@ -26,10 +26,8 @@ struct Role {
   int forced = -1;  // the kernel that options.tactic names
 };
 
-bool Fits(const KernelInfo& info, const Role& role) {
-  return info.weights == role.weights && info.x.dtype == role.rows.dtype &&
-         info.x.order == role.rows.order && info.gated == role.gated &&
-         info.promoted == gemm::sm90::IsPromoted(role.weights, role.rows);
+bool Fits(int index, const Role& role) {
+  return gemm::sm90::Runs(index, role.weights, role.rows, role.gated);
 }
 
 // GEMM1, GEMM2, and the same of shared experts where their weights have another format.
@@ -52,7 +50,7 @@ int KernelFor(const Role& role, int tile) {
     return KernelAt(role.forced).tokens == tile ? role.forced : -1;
   }
   for (int i = 0; i < NumKernels(); ++i) {
-    if (KernelAt(i).tokens == tile && Fits(KernelAt(i), role)) {
+    if (KernelAt(i).tokens == tile && Fits(i, role)) {
       return i;
     }
   }
@@ -62,7 +60,7 @@ int KernelFor(const Role& role, int tile) {
 // Index of the role's kernel of that name, or -1.
 int FindKernel(const Role& role, const std::string& name) {
   for (int i = 0; i < NumKernels(); ++i) {
-    if (KernelAt(i).name == name && Fits(KernelAt(i), role)) {
+    if (KernelAt(i).name == name && Fits(i, role)) {
       return i;
     }
   }
@@ -88,7 +86,7 @@ std::string ForceTactic(const std::string& tactic, std::vector<Role>* roles) {
   std::string reason = "tactic '" + tactic + "' is no kernel of this layer's " + unknown.name +
                        " on the GPU (wanted one of GEMM1, or GEMM1+GEMM2); known:";
   for (int i = 0; i < NumKernels(); ++i) {
-    if (Fits(KernelAt(i), unknown)) {
+    if (Fits(i, unknown)) {
       reason += ' ' + std::string(KernelAt(i).name);
     }
   }
@@ -190,7 +188,7 @@ std::vector<Candidate> ListCandidates(const std::vector<Role>& roles,
     Candidate candidate;
     candidate.kernel = KernelAt(i).name;
     for (const Role& role : roles) {
-      if (Fits(KernelAt(i), role)) {
+      if (Fits(i, role)) {
         const Verdict verdict = Judge(i, role, tiles, options);
         candidate.chosen = candidate.chosen || verdict.chosen;
         candidate.reason +=
@@ -209,7 +207,7 @@ std::string NoTileReason(const MoeSpec& spec, const std::vector<Role>& roles,
   for (const Role& role : roles) {
     bool any = false;
     for (int i = 0; i < NumKernels(); ++i) {
-      any = any || Fits(KernelAt(i), role);
+      any = any || Fits(i, role);
     }
     if (!any) {
       return "this build has no GPU kernel for " + std::string(role.name) + " of " +

@@ -90,6 +90,7 @@ GroupedGemmArgs TilesOf(const GroupPass& group) {
   const Pass& pass = group.pass;
   const Layout& layout = pass.layout();
   GroupedGemmArgs args;
+  args.weights = group.formats.weights;
   args.segment_begin = group.weights.segment_begin;
   args.segment_end = group.weights.segment_end;
   args.tile_expert = pass.At<const int32_t>(layout.tiles);
@@ -110,6 +111,7 @@ void SetAdjustments(const Pass& pass, GroupedGemmArgs* args) {
   args->delta = pass.Rows<const uint16_t>(pass.call->inputs->gemm1_delta);
   args->slots_per_token = spec.slots_per_token();
   args->delta_slots = spec.top_k;
+  args->gated_delta = IsGated(spec.activation.kind) ? 1 : 0;
 }
 
 void RunGemm1(const GroupPass& group) {
