@@ -123,12 +123,18 @@ struct TokenRows {
   }
 };
 
+// Stages between the copies' start and the hand-over. A consumer keeps one stage while it waits for
+// the next, so at least two must be outside the lag. Short rings want their stages early (H100,
+// 2026-11).
+template <class Row>
+inline constexpr int kLag = Row::kConfig.stages > 5 ? (Row::kConfig.stages > 6 ? 5 : 4) : 1;
+
 // Token rows are written by threads: their pieces have landed and are fenced for the tensor cores
 // kLag stages later, when the stage is handed over.
 template <class Row>
 __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) {
   constexpr GemmConfig kConfig = Row::kConfig;
-  constexpr int kLag = kConfig.stages > 5 ? 5 : 1;
+  static_assert(kLag<Row> + 2 <= kConfig.stages);
   const int k_blocks = KBlocks<Row>(args);
   RingPosition<kConfig.stages> fill;
   RingPosition<kConfig.stages> hand_over;
@@ -146,9 +152,9 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
       rows.Issue(args, shared, fill.stage, block);
       hopyard::sm90::CommitPieces();
       fill.Advance();
-      if (++lag > kLag) {
+      if (++lag > kLag<Row>) {
         --lag;
-        hopyard::sm90::WaitPieces<kLag>();
+        hopyard::sm90::WaitPieces<kLag<Row>>();
         hopyard::sm90::FenceAsyncProxy();
         shared.Full(hand_over.stage).Arrive();
         hand_over.Advance();
