@@ -108,6 +108,10 @@ constexpr int FeaturesPerConsumer(const GemmConfig& config) {
 constexpr int FeaturesPerBlock(const GemmConfig& config) {
   return config.consumers * FeaturesPerConsumer(config);
 }
+// Whether blocks see whole groups of 128 features of GEMM1's output, which scales may cover.
+constexpr bool RoundsRows(const GemmConfig& config) {
+  return config.gated && config.consumers == 2;
+}
 constexpr int TileBytes(const GemmConfig& config) {
   return kTileRows * WeightRowBytes(config.family);
 }

@@ -77,7 +77,7 @@ constexpr Fp8Table MakeFp8Table() {
 }
 
 // What a row's 32 codes of a block are multiplied by.
-struct RowScale {
+struct BlockFactor {
   uint32_t first;   // BF16 x 2 of codes 0 .. 15; FP8: table of magnitudes 0 .. 3
   uint32_t second;  // of codes 16 .. 31; magnitudes 4 .. 7
 };
@@ -94,13 +94,13 @@ __device__ __forceinline__ float WidenE4m3(uint32_t code) {
 // The scale of this lane's quarter (0 .. 3) of 128 codes; `chunk` holds the row's block scales of
 // these 128. `row_exponent` and `table` (shared memory) are for FP8 products.
 template <Family kFamily>
-__device__ __forceinline__ RowScale PrepareScale(const uint32_t (&chunk)[2], int quarter,
-                                                 int row_exponent, uint32_t table) {
+__device__ __forceinline__ BlockFactor PrepareScale(const uint32_t (&chunk)[2], int quarter,
+                                                    int row_exponent, uint32_t table) {
   if constexpr (kFamily == Family::kMxFp4AsFp8) {
     const int block = static_cast<int>(chunk[0] >> (8 * quarter)) & 0xFF;
     int row = block - row_exponent - kFp8TableMin;
     row = row < 0 ? 0 : (row < kFp8TableRows ? row : kFp8TableRows - 1);
-    RowScale scale;
+    BlockFactor scale;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
                  : "=r"(scale.first), "=r"(scale.second)
                  : "r"(table + 8 * static_cast<uint32_t>(row)));
@@ -173,7 +173,7 @@ inline constexpr int kSteps = BlockK(kFamily) / (IsFp8Math(kFamily) ? 32 : 16);
 
 // This lane's 32 codes of one row, `h` = 0 or 1, into a[step][2 * i + h].
 template <Family kFamily>
-__device__ __forceinline__ void DecodeRow(uint32_t tile, int h, const RowScale& scale,
+__device__ __forceinline__ void DecodeRow(uint32_t tile, int h, const BlockFactor& scale,
                                           uint32_t (&a)[kSteps<kFamily>][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + 8 * h + lane / 4;

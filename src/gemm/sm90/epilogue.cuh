@@ -9,41 +9,15 @@
 #include "device/sm90/mbarrier.cuh"
 #include "device/sm90/numbers.cuh"
 #include "gemm/sm90/device_float.cuh"
+#include "gemm/sm90/epilogue_rounded.cuh"
 #include "gemm/sm90/mainloop.cuh"
+#include "gemm/sm90/output.cuh"
 #include "gemm/sm90/pipeline.cuh"
 #include "gemm/sm90/weight_scales.cuh"
 
 namespace hopyard::gemm::sm90 {
 
-// Where a consumer's 64 features of a tile of tokens go.
-struct OutputTile {
-  int expert;
-  int64_t row_begin;
-  int num_rows;
-  int64_t feature_begin;
-  int consumer;
-  uint32_t staging;
-  uint32_t factors;  // one per token
-};
-
-// Two BF16 values, the first in the low half; round to nearest even.
-__device__ __forceinline__ uint32_t PackBf16(float first, float second) {
-  uint32_t bits = 0;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
-  return bits;
-}
-
-// Four 8x8 matrices of 16-bit values, transposed on the way: lane 8 * m + i names row i of matrix
-// m.
-__device__ __forceinline__ void StoreTransposed(uint32_t shared, const uint32_t (&values)[4]) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
-      "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3])
-      : "memory");
-}
-
-// --- sums -> true values
-// --------------------------------------------------------------------------
+// ---- sums -> true values
 
 // The factor of a tile's token `n` and slot: everything that scales a whole row.
 __device__ __forceinline__ float TokenFactor(const GroupedGemmArgs& args, const OutputTile& tile,
@@ -179,8 +153,7 @@ __device__ __forceinline__ float2 WithDelta(const GroupedGemmArgs& args, const O
           __fadd_rn(values.y, DeltaAt(args, tile, part, h, n + 1))};
 }
 
-// --- activation
-// -----------------------------------------------------------------------------------
+// ---- activation
 
 template <ActivationKind kKind>
 struct GatedFormula {
@@ -212,93 +185,17 @@ __device__ __forceinline__ void WithGatedFormula(const GroupedGemmArgs& args, in
   }
 }
 
-// --- BF16 rows
-// ------------------------------------------------------------------------------------
-
-struct RowsOut {
-  uint16_t* out;
-  int64_t pitch;
-  int64_t features;  // that are written: whole groups of 128 where an order asks for it
-};
-
-// Token n, feature r of a staged tile: rows of 128 bytes whose 16-byte pieces are exchanged by n,
-// so that neither the writes nor the reads below meet in a bank.
-__device__ __forceinline__ uint32_t StagedAt(int n, int r) {
-  return static_cast<uint32_t>(n * 128 + (((r / 8) ^ (n % 8)) << 4) + (r % 8) * 2);
-}
-
-__device__ __forceinline__ uint4 LoadPiece(uint32_t shared) {
-  uint4 values;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(values.x), "=r"(values.y), "=r"(values.z), "=r"(values.w)
-               : "r"(shared)
-               : "memory");
-  return values;
-}
-__device__ __forceinline__ uint32_t LoadHalf(uint32_t shared) {
-  uint16_t value = 0;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(shared) : "memory");
-  return value;
-}
-
-// Writes the staged tile [num_rows][64] of this warpgroup.
-__device__ inline void StoreNatural(const RowsOut& rows, const OutputTile& tile) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int piece = thread % 8;
-  const int64_t feature = tile.feature_begin + piece * 8;
-  const int64_t left = rows.features - feature;
-  const bool whole =
-      left >= 8 && rows.pitch % 8 == 0 && reinterpret_cast<uintptr_t>(rows.out) % 16 == 0;
-  for (int n = thread / 8; n < tile.num_rows && left > 0; n += 16) {
-    const uint4 values = LoadPiece(tile.staging + StagedAt(n, piece * 8));
-    uint16_t* const target = rows.out + (tile.row_begin + n) * rows.pitch + feature;
-    if (whole) {
-      *static_cast<uint4*>(static_cast<void*>(target)) = values;
-    } else {
-      const uint32_t words[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i < left) {
-          target[i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
-        }
-      }
-    }
-  }
-}
-
-// The same in KOrder::kBf16Decoded: half a group of 128, which holds 4 neighbours of every 8. Piece
-// p = 4 j + 2 c + i of k_order.h has codes (q, h) = (0, 0), (0, 1), (1, 0), (1, 1) of the half.
-__device__ inline void StoreOrdered(const RowsOut& rows, const OutputTile& tile) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int piece = thread % 16;
-  const int first = piece / 4 * 8 + piece / 2 % 2 * 2 + piece % 2;
-  const int64_t group = tile.feature_begin / kKGroup * kKGroup;
-  const int64_t at = group + piece * 8 + (tile.feature_begin - group) / 16;
-  if (tile.feature_begin >= rows.features) {
-    return;
-  }
-  for (int n = thread / 16; n < tile.num_rows; n += 8) {
-    const auto code = [&](int f) { return LoadHalf(tile.staging + StagedAt(n, first + f)); };
-    const uint2 values{code(0) | code(4) << 16, code(32) | code(36) << 16};
-    *static_cast<uint2*>(static_cast<void*>(rows.out + (tile.row_begin + n) * rows.pitch + at)) =
-        values;
-  }
-}
-
-// What `values(j, h)` gives for tokens 8 * j + 2 * (lane % 4) and the next of feature row h:
-// staged, then written to all that ask for it. A pair of accumulators is two tokens of one feature:
-// two groups of 8 tokens and both halves of a warp's 16 features are four matrices
-// [features][tokens], stored as [tokens][features].
-template <int kTokens, class Values>
-__device__ __forceinline__ void Store(const GroupedGemmArgs& args, const OutputTile& tile,
-                                      Values&& values) {
+// Stages what `values(j, h)` gives for tokens 8 * j + 2 * (lane % 4) and the next of feature row h.
+// A pair of accumulators is two tokens of one feature: two groups of 8 tokens and both halves of a
+// warp's 16 features are four matrices [features][tokens], stored as [tokens][features].
+template <class Row, class Values>
+__device__ __forceinline__ void Stage(const OutputTile& tile, Values&& values) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
-  const int barrier = 1 + tile.consumer;
   // What was staged before has been read out.
-  hopyard::sm90::NamedBarrier(barrier, 128);
+  hopyard::sm90::NamedBarrier(1 + tile.consumer, 128);
 #pragma unroll
-  for (int j = 0; j < kTokens / 8; j += 2) {
+  for (int j = 0; j < Row::kConfig.tokens / 8; j += 2) {
     uint32_t words[4];
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
@@ -311,9 +208,19 @@ __device__ __forceinline__ void Store(const GroupedGemmArgs& args, const OutputT
     const int r = 16 * warp + 8 * (matrix % 2);
     StoreTransposed(tile.staging + StagedAt(n, r), words);
   }
-  hopyard::sm90::NamedBarrier(barrier, 128);
+}
+
+// Writes the staged features to all that ask for them.
+template <class Row>
+__device__ __forceinline__ void WriteStaged(const GroupedGemmArgs& args, const OutputTile& tile) {
+  hopyard::sm90::NamedBarrier(1 + tile.consumer, 128);
   if (args.activation_out != nullptr) {
     StoreNatural({args.activation_out, args.features, args.features}, tile);
+  }
+  if constexpr (RoundsRows(Row::kConfig)) {
+    if (args.out_format.format != Format::kBf16) {
+      return StoreRounded<Row>(args, tile);
+    }
   }
   auto* const out = static_cast<uint16_t*>(args.out);
   if (args.out_format.order == KOrder::kNatural) {
@@ -323,16 +230,15 @@ __device__ __forceinline__ void Store(const GroupedGemmArgs& args, const OutputT
   }
 }
 
-// --- a consumer's two tiles ----------------------------------------------------------------------
+// ---- a consumer's two tiles
 
 template <class Row>
 __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const OutputTile& tile,
                                            float (&gate)[kSums<Row>], float (&up)[kSums<Row>]) {
-  constexpr int kTokens = Row::kConfig.tokens;
   const TileTerms gate_terms = TermsOf<Row>(args, tile, 0);
   const TileTerms up_terms = TermsOf<Row>(args, tile, 1);
   WithGatedFormula(args, tile.expert, [&](auto&& formula) {
-    Store<kTokens>(args, tile, [&](int j, int h) {
+    Stage<Row>(tile, [&](int j, int h) {
       const int at = 4 * j + 2 * h;
       const float2 tokens = TokenFactors(tile, j);
       const float2 g =
@@ -341,12 +247,12 @@ __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const Ou
       return float2{formula(g.x, u.x), formula(g.y, u.y)};
     });
   });
+  WriteStaged<Row>(args, tile);
 }
 
 template <class Row>
 __device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const OutputTile& tile,
                                            int half, float (&sums)[kSums<Row>]) {
-  constexpr int kTokens = Row::kConfig.tokens;
   const TileTerms terms = TermsOf<Row>(args, tile, half);
   const auto value = [&](int j, int h) {
     const int at = 4 * j + 2 * h;
@@ -354,13 +260,15 @@ __device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const Ou
                      terms.Of(h, sums[at], sums[at + 1], TokenFactors(tile, j)));
   };
   if (args.activation == ActivationKind::kIdentity) {
-    return Store<kTokens>(args, tile, value);
+    Stage<Row>(tile, value);
+  } else {
+    Stage<Row>(tile, [&](int j, int h) {
+      const float2 x = value(j, h);
+      return float2{activation::Plain(args.activation, DeviceFloat{x.x}).v,
+                    activation::Plain(args.activation, DeviceFloat{x.y}).v};
+    });
   }
-  Store<kTokens>(args, tile, [&](int j, int h) {
-    const float2 x = value(j, h);
-    return float2{activation::Plain(args.activation, DeviceFloat{x.x}).v,
-                  activation::Plain(args.activation, DeviceFloat{x.y}).v};
-  });
+  WriteStaged<Row>(args, tile);
 }
 
 template <class Row>

@@ -118,6 +118,7 @@ struct KernelInfo {
   int tokens = 0;         // rows of a tile
   int features = 0;       // of a block
   bool gated = false;
+  bool rounds = false;  // can write GEMM1's output in the formats that GEMM2 then reads
 };
 [[nodiscard]] int NumKernels();
 [[nodiscard]] KernelInfo KernelAt(int index);

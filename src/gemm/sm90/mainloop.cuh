@@ -126,7 +126,7 @@ struct WeightTiles {
     if constexpr (IsDecoded(kFamily)) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        RowScale row_scale{0, 0};
+        BlockFactor row_scale{0, 0};
         if constexpr (kScaled) {
           row_scale = scales.Of(half, h, block, self.table);
         }

@@ -19,6 +19,7 @@ KernelInfo KernelAt(int index) {
   info.tokens = row.config.tokens;
   info.features = FeaturesPerBlock(row.config);
   info.gated = row.config.gated;
+  info.rounds = RoundsRows(row.config);
   return info;
 }
 

@@ -135,7 +135,7 @@ struct BlockScales {
       Load(group + 4);
     }
   }
-  __device__ __forceinline__ RowScale Of(int half, int h, int group, uint32_t table) const {
+  __device__ __forceinline__ BlockFactor Of(int half, int h, int group, uint32_t table) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     uint32_t chunk[2] = {0, 0};
 #pragma unroll
