@@ -215,8 +215,8 @@ __device__ inline void RankCounted(const PermuteSm90Args& args, int64_t chunk, i
   }
 }
 
-// All steps by one block, for at most one chunk. `counts` is the shared memory of PermuteSharedBytes,
-// `shared` that of BlockScan.
+// All steps by one block, for at most one chunk. `counts` is the shared memory of
+// PermuteSharedBytes, `shared` that of BlockScan.
 __device__ inline void PermuteOneChunk(const PermuteSm90Args& args, uint16_t* counts,
                                        RowsAndTiles* shared) {
   const int64_t live = LiveSlots(args);
