@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times what runs before the first GEMM of a layer on a Hopper GPU (route, place, permute, and the
-// rounding of hidden states where the layer's formats want it), one JSON line per model and number
-// of tokens:
+// rounding of hidden states where the layer's formats want it), one JSON line per model, number of
+// tokens and way of launching: each stage by itself or, for few tokens, the first three in one
+// block; with and without overlap of launches:
 //
 //   bench_route COMMIT [MODEL ...]
 //
@@ -15,6 +16,7 @@
 #include "bench/gpu.h"
 #include "bench/shapes.h"
 #include "core/shape.h"
+#include "fused/route_permute_sm90.h"
 #include "gemm/sm90/operands.h"
 #include "stages/1_route/route_sm90.h"
 #include "stages/2_permute/permute_sm90.h"
@@ -25,7 +27,7 @@ namespace hopyard::bench {
 namespace {
 
 constexpr int kCalls = 8;
-constexpr int64_t kTokenCounts[] = {1, 2, 4, 8, 64, 256, 1024, 4096, 16384};
+constexpr int64_t kTokenCounts[] = {1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384};
 constexpr int64_t kTile = 64;  // rows of a tile: how many tiles there are hardly matters here
 
 std::vector<float> DrawLogits(int64_t count, unsigned seed) {
@@ -35,6 +37,12 @@ std::vector<float> DrawLogits(int64_t count, unsigned seed) {
                 [&random] { return static_cast<float>(random() >> 8) * 0x1p-24F; });
   return logits;
 }
+
+struct Way {
+  bool one_block = false;
+  bool overlap = false;
+};
+constexpr Way kWays[] = {{false, false}, {false, true}, {true, false}, {true, true}};
 
 // The stages of one layer at one number of tokens, with everything that they write.
 class Head {
@@ -62,29 +70,19 @@ class Head {
   // BF16 rows in natural order are read as they come.
   [[nodiscard]] bool rounds() const { return to_ != gemm::sm90::RowFormat{}; }
 
-  void Run(const float* logits, void* stream) {
-    route::RouteSm90Args route;
-    route.rule = spec_.routing;
-    route.num_experts = spec_.num_experts;
-    route.top_k = spec_.top_k;
-    route.max_tokens = tokens_;
-    route.logits = logits;
-    route.ids = ids_.get();
-    route.weights = weights_.get();
-    route::RouteSm90(route, stream);
-    permute::PlaceSm90Args place;
-    place.num_experts = spec_.num_experts;
-    place.top_k = spec_.top_k;
-    place.shared = spec_.shared.count;
-    place.max_tokens = tokens_;
-    place.ids = ids_.get();
-    place.weights = weights_.get();
-    place.slot_weights = slot_weights_.get();
-    place.local_slots = local_slots_.get();
-    permute::PlaceSm90(place, stream);
-    Permute(stream);
+  [[nodiscard]] bool fits_one_block() const { return fused::FitsOneBlock(Args(nullptr)); }
+
+  void Run(const float* logits, bool one_block, const device::Queue& queue) const {
+    const fused::RoutePermuteArgs args = Args(logits);
+    if (one_block) {
+      fused::RoutePermuteSm90(args, queue);
+    } else {
+      route::RouteSm90(args.route, queue);
+      permute::PlaceSm90(args.place, queue);
+      permute::PermuteSm90(args.permute, queue);
+    }
     if (rounds()) {
-      RoundRows(stream);
+      RoundRows(queue);
     }
   }
 
@@ -100,7 +98,29 @@ class Head {
  private:
   [[nodiscard]] int64_t pitch() const { return RoundUp(spec_.hidden_size, 128); }
 
-  void Permute(void* stream) {
+  [[nodiscard]] fused::RoutePermuteArgs Args(const float* logits) const {
+    fused::RoutePermuteArgs args;
+    route::RouteSm90Args& route = args.route;
+    route.rule = spec_.routing;
+    route.num_experts = spec_.num_experts;
+    route.top_k = spec_.top_k;
+    route.max_tokens = tokens_;
+    route.logits = logits;
+    route.ids = ids_.get();
+    route.weights = weights_.get();
+    permute::PlaceSm90Args& place = args.place;
+    place.num_experts = spec_.num_experts;
+    place.top_k = spec_.top_k;
+    place.shared = spec_.shared.count;
+    place.max_tokens = tokens_;
+    place.ids = ids_.get();
+    place.weights = weights_.get();
+    place.slot_weights = slot_weights_.get();
+    place.local_slots = local_slots_.get();
+    args.permute = PermuteArgs();
+    return args;
+  }
+  [[nodiscard]] permute::PermuteSm90Args PermuteArgs() const {
     int32_t* next = maps_.get();
     const auto take = [&next](int64_t count) {
       int32_t* const begin = next;
@@ -123,9 +143,9 @@ class Head {
     args.tile_row_end = take(max_tiles_);
     args.num_tiles = take(1);
     args.num_rows = take(1);
-    permute::PermuteSm90(args, stream);
+    return args;
   }
-  void RoundRows(void* stream) {
+  void RoundRows(const device::Queue& queue) const {
     gemm1::RoundRowsArgs args;
     args.to = to_;
     args.row_global = spec_.activations == ActivationFormat::kNvFp4PerToken;
@@ -138,7 +158,7 @@ class Head {
     args.out_pitch = pitch();
     args.out_block_scales = scales_.get();
     args.out_row_scales = scales_.get();
-    gemm1::RoundRowsSm90(args, stream);
+    gemm1::RoundRowsSm90(args, queue);
   }
 
   MoeSpec spec_;
@@ -165,19 +185,26 @@ void BenchTokens(const Machine& machine, const ModelShape& shape, int64_t tokens
   for (unsigned i = 0; i < kCalls; ++i) {
     logits.emplace_back(DrawLogits(tokens * spec.num_experts, 100 + i));
   }
-  Head head(spec, tokens);
-  CaseResult result;
-  result.model = shape.name;
-  result.tokens = tokens;
-  result.bytes = head.Bytes();
-  result.tactic = head.rounds() ? "route, place, permute, round" : "route, place, permute";
-  result.times = TimeInGraph(kCalls, [&](int i, cudaStream_t stream) {
-    head.Run(logits[static_cast<size_t>(i)].get(), stream);
-  });
-  PrintCase(machine, result,
-            {{"weights", ToString(spec.weights)},
-             {"activations", ToString(spec.activations)},
-             {"cold_l2", false}});
+  const Head head(spec, tokens);
+  for (const Way& way : kWays) {
+    if (way.one_block && !head.fits_one_block()) {
+      continue;
+    }
+    CaseResult result;
+    result.model = shape.name;
+    result.tokens = tokens;
+    result.bytes = head.Bytes();
+    result.tactic = way.one_block ? "one block" : "route, place, permute";
+    result.tactic += head.rounds() ? ", round" : "";
+    result.times = TimeInGraph(kCalls, [&](int i, cudaStream_t stream) {
+      head.Run(logits[static_cast<size_t>(i)].get(), way.one_block, {stream, way.overlap});
+    });
+    PrintCase(machine, result,
+              {{"weights", ToString(spec.weights)},
+               {"activations", ToString(spec.activations)},
+               {"overlap_launches", way.overlap},
+               {"cold_l2", false}});
+  }
 }
 
 void BenchModel(const Machine& machine, const ModelShape& shape) {

@@ -291,6 +291,27 @@ TEST(BadPlan, Options) {
           {"workspace_cap=100", "one token needs "});
 }
 
+TEST(BadPlan, EnvironmentOfLaunches) {
+  constexpr const char* kName = "HOPYARD_OVERLAP_LAUNCHES";
+  const auto overlaps = [](bool asked) {
+    PlanOptions options = OptionsFor(4);
+    options.overlap_launches = asked;
+    return MakePlan(TinySpec(), Device{}, options).options().overlap_launches;
+  };
+  ASSERT_EQ(unsetenv(kName), 0);
+  EXPECT_TRUE(overlaps(true));
+  EXPECT_FALSE(overlaps(false));
+  ASSERT_EQ(setenv(kName, "0", 1), 0);
+  EXPECT_FALSE(overlaps(true));
+  ASSERT_EQ(setenv(kName, "1", 1), 0);
+  EXPECT_TRUE(overlaps(true));
+  EXPECT_FALSE(overlaps(false));
+  ASSERT_EQ(setenv(kName, "yes", 1), 0);
+  ExpectInvalid([&] { std::ignore = overlaps(true); },
+                {"HOPYARD_OVERLAP_LAUNCHES=yes", "wanted 0 or 1"});
+  ASSERT_EQ(unsetenv(kName), 0);
+}
+
 TEST(BadPlan, MoreRowsThanInt32) {
   for (const int64_t tokens : {int64_t{1} << 30, std::numeric_limits<int64_t>::max()}) {
     ExpectNoKernel(TinySpec(), OptionsFor(tokens), Device{},

@@ -20,6 +20,11 @@ struct PlanOptions {
   bool batch_invariant = false;  // a token's output depends on that token alone
   int64_t workspace_cap = 0;     // bytes; 0 = none. Larger batches are cut into chunks of tokens
   int num_threads = 0;           // CPU: 0 = all that OpenMP gives at MakePlan
+  // GPU: a call's kernels may be scheduled before the work ahead of them in the stream has ended,
+  // and then wait for it on the device (programmatic dependent launch). Same bits, less idle time.
+  // Kernels of the caller that are launched so ahead of a call must wait for their own
+  // predecessors. HOPYARD_OVERLAP_LAUNCHES=0, read by MakePlan, turns it off.
+  bool overlap_launches = true;
 };
 
 // One kernel candidate and what became of it.
@@ -45,6 +50,7 @@ class Plan {
  public:
   Plan();  // empty; usable only as an assignment target
   [[nodiscard]] const MoeSpec& spec() const;
+  // As given to MakePlan; overlap_launches as the environment left it.
   [[nodiscard]] const PlanOptions& options() const;
   [[nodiscard]] Device device() const;
   // Bytes that Forward needs; alignment 256; content undefined at entry. Known without a device.
@@ -61,8 +67,9 @@ class Plan {
   std::shared_ptr<const Impl> impl_;
 };
 
-// Throws Error{kInvalidArgument} for a spec that means nothing or a workspace_cap below what one
-// token needs, and Error{kUnsupported} (with Explain's reason) for a spec that no kernel runs.
+// Throws Error{kInvalidArgument} for a spec that means nothing, a workspace_cap below what one
+// token needs or an environment variable of unknown value, and Error{kUnsupported} (with Explain's
+// reason) for a spec that no kernel runs.
 Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options);
 
 // The same decision without throwing for unsupported specs and too small a workspace_cap; needs no

@@ -32,6 +32,8 @@ class PlanOptions(TypedDict, total=False):
         batch_invariant: a token's output depends on that token alone.
         workspace_cap: bytes; larger batches are cut into chunks of tokens.
         num_threads: 0 = all that OpenMP gives when the layer is made.
+        overlap_launches: GPU: a call's kernels may be scheduled before the work ahead of them has
+            ended; the environment's HOPYARD_OVERLAP_LAUNCHES=0 turns it off.
     """
 
     max_tokens: int
@@ -39,6 +41,7 @@ class PlanOptions(TypedDict, total=False):
     batch_invariant: bool
     workspace_cap: int
     num_threads: int
+    overlap_launches: bool
 
 
 @dataclass(frozen=True)

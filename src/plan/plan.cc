@@ -7,6 +7,7 @@
 
 #include "hopyard/permute.h"
 
+#include "core/environment.h"
 #include "core/error.h"
 #include "core/parallel.h"
 #include "core/shape.h"
@@ -278,6 +279,8 @@ Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {
   HOPYARD_CHECK(cap_reason.empty(), kInvalidArgument) << cap_reason;
   impl->spec = spec;
   impl->options = options;
+  impl->options.overlap_launches =
+      EnvironmentSwitch("HOPYARD_OVERLAP_LAUNCHES") && options.overlap_launches;
   impl->device = device;
   impl->tokens_per_chunk = TokensPerChunk(sizing);
   if (device.kind == DeviceKind::kCuda) {

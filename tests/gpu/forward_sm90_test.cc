@@ -143,6 +143,34 @@ TEST_P(GpuForward, RepeatedCallsGiveTheSameBits) {
   }
 }
 
+// In one chunk and in several, whose workspace each writes again, with one launch before the GEMMs
+// and with many.
+TEST_P(GpuForward, OverlappingLaunchesGiveTheSameBits) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  for (const int64_t tokens : {3, 130}) {
+    LayerInputs inputs(layer.spec(), tokens);
+    inputs.Logits();
+    PlanOptions third;
+    third.max_tokens = (tokens + 2) / 3;
+    for (const bool chunks : {false, true}) {
+      RunOptions options;
+      options.plan.overlap_launches = false;
+      options.plan.workspace_cap =
+          chunks ? MakePlan(layer.spec(), kGpu, third).workspace_bytes() : 0;
+      const RunResult apart = layer.Run(inputs, options);
+      options.plan.overlap_launches = true;
+      for (int i = 0; i < 5; ++i) {
+        const RunResult result = layer.Run(inputs, options);
+        EXPECT_TRUE(SameBits(result.output, apart.output)) << tokens << " tokens";
+        EXPECT_TRUE(SameBits(result.rows, apart.rows)) << tokens << " tokens";
+        EXPECT_TRUE(SameBits(result.slot_to_row, apart.slot_to_row)) << tokens << " tokens";
+        EXPECT_TRUE(SameBits(result.load, apart.load)) << tokens << " tokens";
+      }
+    }
+  }
+}
+
 TEST_P(GpuForward, UnfinalisedRowsSumToTheOutput) {
   HOPYARD_NEEDS_GPU();
   TwinLayer layer(SourceOf(Spec()));

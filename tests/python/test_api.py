@@ -429,6 +429,16 @@ def test_workspace_is_the_plans():
         hopyard.MoeLayer(layer.spec, layer.weights, max_tokens=-1)
 
 
+def test_overlap_of_launches_is_a_switch(monkeypatch):
+    with pytest.raises(ValueError, match="overlap_launches"):
+        layers.make(overlap_launches="no")
+    monkeypatch.setenv("HOPYARD_OVERLAP_LAUNCHES", "no")
+    with pytest.raises(ValueError, match="HOPYARD_OVERLAP_LAUNCHES=no; wanted 0 or 1"):
+        layers.make()
+    monkeypatch.setenv("HOPYARD_OVERLAP_LAUNCHES", "0")
+    layers.make()
+
+
 def write_checkpoint(directory, config, header=b"{}"):
     (directory / "config.json").write_text(json.dumps(config))
     data = len(header).to_bytes(8, "little") + header

@@ -348,3 +348,11 @@ def test_workspace_cap_gives_the_same_bits(data):
     np.testing.assert_array_equal(
         capped(data.bits, logits=data.logits), layer(data.bits, logits=data.logits)
     )
+
+
+def test_overlap_of_launches_gives_the_same_bits(data):
+    layer, _ = layers.make()
+    apart, _ = layers.make(overlap_launches=False)
+    np.testing.assert_array_equal(
+        apart(data.bits, logits=data.logits), layer(data.bits, logits=data.logits)
+    )

@@ -42,10 +42,10 @@ int Processors() {
 
 }  // namespace
 
-void RunGroupedGemm(int index, const GroupedGemmArgs& args, void* stream) {
+void RunGroupedGemm(int index, const GroupedGemmArgs& args, const device::Queue& queue) {
   static const std::array<LaunchRow, kNumRows> table = MakeLaunchTable();
   if (args.max_tiles > 0) {
-    table[static_cast<size_t>(index)](args, Processors(), stream);
+    table[static_cast<size_t>(index)](args, Processors(), queue);
   }
 }
 

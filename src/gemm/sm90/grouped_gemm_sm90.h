@@ -11,6 +11,7 @@
 #include "hopyard/tensor.h"
 #include "hopyard/weights.h"
 
+#include "device/queue.h"
 #include "gemm/sm90/k_order.h"
 
 namespace hopyard::gemm::sm90 {
@@ -160,7 +161,7 @@ struct RowExponentArgs {
 };
 void ComputeRowExponents(const RowExponentArgs& args, void* stream);
 
-// Enqueues kernel `index` on `stream` (a cudaStream_t). Throws Error{kCuda} when the launch fails.
-void RunGroupedGemm(int index, const GroupedGemmArgs& args, void* stream);
+// Enqueues kernel `index`. Throws Error{kCuda} when the launch fails.
+void RunGroupedGemm(int index, const GroupedGemmArgs& args, const device::Queue& queue);
 
 }  // namespace hopyard::gemm::sm90

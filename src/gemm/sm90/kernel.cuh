@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/sm90/dependent.cuh"
 #include "gemm/sm90/epilogue.cuh"
 #include "gemm/sm90/mainloop.cuh"
 #include "gemm/sm90/pipeline.cuh"
@@ -38,7 +39,9 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), 1)
     GroupedGemmKernel(const __grid_constant__ GroupedGemmArgs args) {
   constexpr GemmConfig kConfig = Row::kConfig;
   extern __shared__ uint8_t memory[];
+  hopyard::sm90::ReleaseDependents();
   const Shared<Row> shared(memory);
+  // What no kernel writes is prepared while those ahead still run.
   uint32_t table = 0;
   if constexpr (kConfig.family == Family::kMxFp4AsFp8) {
     static constexpr Fp8Table kTable = MakeFp8Table();
@@ -59,6 +62,7 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), 1)
     hopyard::sm90::FenceBarrierInit();
   }
   __syncthreads();
+  hopyard::sm90::AwaitPredecessors();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     Produce<Row>(args, shared);

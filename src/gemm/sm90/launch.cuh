@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "device/cuda_check.h"
+#include "device/launch.cuh"
 #include "gemm/sm90/kernel.cuh"
 #include "gemm/sm90/rows.h"
 
@@ -20,7 +20,7 @@ struct TableRow {
 };
 
 template <class Row>
-void Launch(const GroupedGemmArgs& args, int processors, void* stream) {
+void Launch(const GroupedGemmArgs& args, int processors, const device::Queue& queue) {
   constexpr GemmConfig kConfig = Row::kConfig;
   // Once per kernel and process; the attribute holds from then on.
   static const bool prepared = [] {
@@ -33,10 +33,8 @@ void Launch(const GroupedGemmArgs& args, int processors, void* stream) {
   const int64_t blocks =
       (args.features + FeaturesPerBlock(kConfig) - 1) / FeaturesPerBlock(kConfig) * args.max_tiles;
   const auto grid = static_cast<unsigned>(std::min<int64_t>(processors, blocks));
-  GroupedGemmKernel<Row>
-      <<<grid, ThreadsPerBlock(kConfig), SharedBytes(kConfig), static_cast<cudaStream_t>(stream)>>>(
-          args);
-  HOPYARD_CUDA(cudaGetLastError());
+  device::Launch(queue, {grid, ThreadsPerBlock(kConfig), SharedBytes(kConfig)},
+                 GroupedGemmKernel<Row>, args);
 }
 
 template <Family kFamily, int kIndex>

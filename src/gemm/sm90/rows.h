@@ -18,8 +18,8 @@ inline constexpr KernelRow kKernelRows[] = {
 #undef HOPYARD_GEMM_CONFIG
 };
 
-// Enqueues on a cudaStream_t with at most `processors` blocks.
-using LaunchRow = void (*)(const GroupedGemmArgs& args, int processors, void* stream);
+// Enqueues with at most `processors` blocks.
+using LaunchRow = void (*)(const GroupedGemmArgs& args, int processors, const device::Queue& queue);
 
 // Null where the row is of another family.
 LaunchRow LaunchOfBf16(int index);

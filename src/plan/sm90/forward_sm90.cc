@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "device/memory.h"
+#include "fused/route_permute_sm90.h"
 #include "plan/sm90/pass.h"
 #include "stages/1_route/route_sm90.h"
 #include "stages/2_permute/chunk_sm90.h"
@@ -29,18 +30,13 @@ const int32_t* ChunkTokens(const Pass& pass, bool only_chunk) {
   args.token_begin = pass.token_begin;
   args.max_tokens = pass.tokens;
   args.chunk_tokens = pass.At<int32_t>(pass.layout().num_tokens);
-  permute::ChunkTokensSm90(args, pass.stream());
+  permute::ChunkTokensSm90(args, pass.queue());
   return args.chunk_tokens;
 }
 
-}  // namespace
-
-void RouteTokens(const Pass& pass) {
+route::RouteSm90Args RouteArgsOf(const Pass& pass) {
   const MoeInputs& in = *pass.call->inputs;
   const MoeOutputs& out = *pass.call->outputs;
-  if (IsPrecomputed(in.routing)) {
-    return;  // PlaceSlots takes them
-  }
   const MoeSpec& spec = pass.spec();
   route::RouteSm90Args args;
   args.rule = spec.routing;
@@ -68,10 +64,10 @@ void RouteTokens(const Pass& pass) {
   args.replay = pass.Rows<int16_t>(out.replay);
   args.load = out.expert_load.data;
   args.load_dtype = out.expert_load.dtype;
-  route::RouteSm90(args, pass.stream());
+  return args;
 }
 
-void PlaceSlots(const Pass& pass) {
+permute::PlaceSm90Args PlaceArgsOf(const Pass& pass) {
   const MoeSpec& spec = pass.spec();
   const MoeInputs& in = *pass.call->inputs;
   const MoeOutputs& out = *pass.call->outputs;
@@ -103,10 +99,10 @@ void PlaceSlots(const Pass& pass) {
   args.local_slots = pass.At<int32_t>(pass.layout().local_slots);
   args.routing_ids = pass.Rows<int32_t>(out.routing_ids);
   args.routing_weights = pass.Rows<float>(out.routing_weights);
-  permute::PlaceSm90(args, pass.stream());
+  return args;
 }
 
-void PermuteSlots(const Pass& pass) {
+permute::PermuteSm90Args PermuteArgsOf(const Pass& pass) {
   const Layout& layout = pass.layout();
   permute::PermuteSm90Args args;
   args.options = PermuteOptionsFor(pass.spec(), pass.choice->tile);
@@ -125,7 +121,29 @@ void PermuteSlots(const Pass& pass) {
   args.tile_row_end = args.tile_row_begin + layout.max_tiles;
   args.num_tiles = args.tile_row_end + layout.max_tiles;
   args.num_rows = args.num_tiles + 1;
-  permute::PermuteSm90(args, pass.stream());
+  return args;
+}
+
+}  // namespace
+
+void RouteAndPermute(const Pass& pass) {
+  fused::RoutePermuteArgs args;
+  // Ids and weights that the caller computed are taken where slots are placed.
+  args.routes = !IsPrecomputed(pass.call->inputs->routing);
+  if (args.routes) {
+    args.route = RouteArgsOf(pass);
+  }
+  args.place = PlaceArgsOf(pass);
+  args.permute = PermuteArgsOf(pass);
+  if (fused::FitsOneBlock(args)) {
+    fused::RoutePermuteSm90(args, pass.queue());
+    return;
+  }
+  if (args.routes) {
+    route::RouteSm90(args.route, pass.queue());
+  }
+  permute::PlaceSm90(args.place, pass.queue());
+  permute::PermuteSm90(args.permute, pass.queue());
 }
 
 void Finish(const Pass& pass, const uint16_t* y) {
@@ -141,7 +159,7 @@ void Finish(const Pass& pass, const uint16_t* y) {
     args.slots_per_token = spec.slots_per_token();
     args.num_tokens = pass.num_tokens;
     args.out = pass.Rows<int32_t>(out.slot_to_row);
-    permute::CopyRowMapSm90(args, pass.stream());
+    permute::CopyRowMapSm90(args, pass.queue());
   }
   if (!out.output.defined()) {
     return;
@@ -157,7 +175,7 @@ void Finish(const Pass& pass, const uint16_t* y) {
   args.width = out.output.shape[1];
   args.slots = spec.slots_per_token();
   args.accumulate = out.accumulate;
-  finalize::FinalizeSm90(args, pass.stream());
+  finalize::FinalizeSm90(args, pass.queue());
 }
 
 void RunLayer(const Call& call) {
@@ -173,9 +191,7 @@ void RunLayer(const Call& call) {
     pass.tokens = std::min(chunk, tokens - begin);
     pass.num_tokens = ChunkTokens(pass, tokens <= chunk);
     pass.choice = &ChoiceFor(pass.plan->tiles, pass.tokens);
-    RouteTokens(pass);
-    PlaceSlots(pass);
-    PermuteSlots(pass);
+    RouteAndPermute(pass);
     const uint16_t* const y = RunGemms(pass);
     Finish(pass, y);
   }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/queue.h"
 #include "plan/backend_sm90.h"
 #include "plan/sm90/device_weights.h"
 #include "plan/sm90/layer_plan.h"
@@ -22,7 +23,9 @@ struct Pass {
 
   [[nodiscard]] const MoeSpec& spec() const { return call->plan->spec; }
   [[nodiscard]] const Layout& layout() const { return plan->layout; }
-  [[nodiscard]] void* stream() const { return call->stream; }
+  [[nodiscard]] device::Queue queue() const {
+    return {call->stream, call->plan->options.overlap_launches};
+  }
   [[nodiscard]] int64_t slots() const { return tokens * spec().slots_per_token(); }
   // Rows, or slots, of the batch that lie before the chunk.
   [[nodiscard]] int64_t row_base() const { return token_begin * spec().slots_per_token(); }
@@ -42,10 +45,8 @@ struct Pass {
 // All passes of a call.
 void RunLayer(const Call& call);
 
-// Ids and weights, replay and loads; then each slot's weight and segment.
-void RouteTokens(const Pass& pass);
-void PlaceSlots(const Pass& pass);
-void PermuteSlots(const Pass& pass);
+// Ids and weights, replay and loads; each slot's weight and segment; rows and tiles.
+void RouteAndPermute(const Pass& pass);
 // Hidden states -> the operands of GEMM1; GEMM1; its output -> the operand of GEMM2; GEMM2.
 // Returns the bf16 rows.
 [[nodiscard]] const uint16_t* RunGemms(const Pass& pass);

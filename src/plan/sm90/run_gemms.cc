@@ -69,7 +69,7 @@ void RoundHidden(const Pass& pass, const RowFormat& to, void* out, int64_t row_b
   args.out_pitch = row_bytes / SizeOf(to.dtype);
   args.out_block_scales = BlockScales(pass, to, layout.x_block_scales);
   args.out_row_scales = RowScales(pass, to, layout.x_row_scales);
-  RoundRowsSm90(args, pass.stream());
+  RoundRowsSm90(args, pass.queue());
 }
 
 // Gives the group its operand of GEMM1.
@@ -153,7 +153,7 @@ void RunGemm1(const GroupPass& group) {
     args.activation_out = pass.call->outputs->gemm1_activation.as<uint16_t>() +
                           pass.row_base() * spec.intermediate_size;
   }
-  RunGroupedGemm(group.kernels.gemm1, args, pass.stream());
+  RunGroupedGemm(group.kernels.gemm1, args, pass.queue());
 }
 
 // Rounds rows [0, end of `segment`) of the activation, as the group's operand of GEMM2.
@@ -173,7 +173,7 @@ void RoundUpTo(const GroupPass& group, int64_t segment, const float* static_scal
   args.out_pitch = layout.h_bytes / SizeOf(args.to.dtype);
   args.out_block_scales = BlockScales(pass, args.to, layout.h_block_scales);
   args.out_row_scales = RowScales(pass, args.to, layout.h_row_scales);
-  RoundRowsSm90(args, pass.stream());
+  RoundRowsSm90(args, pass.queue());
 }
 
 // Where segments begin is known to the device alone. So the last segment that has a format or scale
@@ -209,7 +209,7 @@ void RunGemm2(const GroupPass& group, uint16_t* y) {
   }
   args.out = y;
   args.out_pitch = spec.hidden_size;
-  RunGroupedGemm(group.kernels.gemm2, args, pass.stream());
+  RunGroupedGemm(group.kernels.gemm2, args, pass.queue());
 }
 
 }  // namespace

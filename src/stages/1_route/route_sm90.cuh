@@ -34,6 +34,17 @@ __host__ __device__ inline int WarpScratchWords(const RouteSm90Args& args) {
   return PaddedTo32(args.num_experts) + groups + groups / 32;
 }
 
+// The part of warp `warp`; `shared` has WarpScratchWords for each.
+__device__ inline WarpScratch WarpScratchOf(const RouteSm90Args& args, int32_t* shared, int warp) {
+  int32_t* base = shared + warp * WarpScratchWords(args);
+  WarpScratch scratch{base, base + PaddedTo32(args.num_experts), nullptr};
+  if (args.rule.num_groups > 1) {
+    int32_t* kept = scratch.group_keys + PaddedTo32(args.rule.num_groups);
+    scratch.kept = static_cast<uint32_t*>(static_cast<void*>(kept));
+  }
+  return scratch;
+}
+
 // What the softmax over all experts needs.
 struct RowStats {
   float max = 0.0F;
@@ -358,23 +369,6 @@ __device__ inline void RouteTokenSm90(const RouteSm90Args& args, int64_t token,
   }
   StoreSlotSm90(args, token, id, WeighSlotSm90(args, token, id, stats));
   __syncwarp();
-}
-
-__global__ void __launch_bounds__(256) RouteKernel(const __grid_constant__ RouteSm90Args args) {
-  extern __shared__ int32_t shared[];
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  int32_t* base = shared + warp * WarpScratchWords(args);
-  WarpScratch scratch{base, base + PaddedTo32(args.num_experts), nullptr};
-  if (args.rule.num_groups > 1) {
-    int32_t* kept = scratch.group_keys + PaddedTo32(args.rule.num_groups);
-    scratch.kept = static_cast<uint32_t*>(static_cast<void*>(kept));
-  }
-  const int64_t tokens = sm90::LiveTokens(args.num_tokens, args.max_tokens);
-  const int64_t step = int64_t{gridDim.x} * warps;
-  for (int64_t token = int64_t{blockIdx.x} * warps + warp; token < tokens; token += step) {
-    RouteTokenSm90(args, token, scratch);
-  }
 }
 
 }  // namespace hopyard::route

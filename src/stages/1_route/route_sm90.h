@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "device/queue.h"
 #include "stages/1_route/route_row.h"
 
 namespace hopyard::route {
@@ -35,7 +36,7 @@ struct RouteSm90Args {
   void* load = nullptr;
 };
 
-// Enqueues the kernel on `stream` (a cudaStream_t). Throws Error{kCuda} when the launch fails.
-void RouteSm90(const RouteSm90Args& args, void* stream);
+// Enqueues the kernel. Throws Error{kCuda} when the launch fails.
+void RouteSm90(const RouteSm90Args& args, const device::Queue& queue);
 
 }  // namespace hopyard::route

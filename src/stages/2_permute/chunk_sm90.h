@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "device/queue.h"
+
 namespace hopyard::permute {
 
 // All pointers are device memory.
@@ -14,8 +16,8 @@ struct ChunkSm90Args {
   int64_t max_tokens = 0;
   int32_t* chunk_tokens = nullptr;  // out: clamp(*num_tokens - token_begin, 0, max_tokens)
 };
-// Enqueues the kernel on `stream` (a cudaStream_t). Throws Error{kCuda} when the launch fails.
-void ChunkTokensSm90(const ChunkSm90Args& args, void* stream);
+// Enqueues the kernel. Throws Error{kCuda} when the launch fails.
+void ChunkTokensSm90(const ChunkSm90Args& args, const device::Queue& queue);
 
 struct RowMapSm90Args {
   const int32_t* slot_to_row = nullptr;  // of the chunk, -1 = not local
@@ -26,6 +28,6 @@ struct RowMapSm90Args {
   int32_t* out = nullptr;               // [max_tokens, slots_per_token]
 };
 // out = slot_to_row + row_base where the slot is local. Enqueued and throwing as above.
-void CopyRowMapSm90(const RowMapSm90Args& args, void* stream);
+void CopyRowMapSm90(const RowMapSm90Args& args, const device::Queue& queue);
 
 }  // namespace hopyard::permute

@@ -2,35 +2,71 @@
 #include <algorithm>
 
 #include "core/shape.h"
-#include "device/cuda_check.h"
+#include "device/launch.cuh"
+#include "device/sm90/dependent.cuh"
 #include "stages/2_permute/permute_sm90.cuh"
 
 namespace hopyard::permute {
+namespace {
+
+__global__ void __launch_bounds__(kPermuteThreads, 4)
+    CountKernel(const __grid_constant__ PermuteSm90Args args) {
+  extern __shared__ uint16_t counts[];
+  sm90::TakeTurn();
+  const int64_t live = LiveSlots(args);
+  for (int64_t chunk = blockIdx.x; chunk * kPermuteChunk < live; chunk += gridDim.x) {
+    CountByWarp(args, chunk, live, counts);
+    SumWarps(args, chunk, counts);
+  }
+}
+
+__global__ void __launch_bounds__(kPermuteThreads, 4)
+    LayOutKernel(const __grid_constant__ PermuteSm90Args args) {
+  __shared__ RowsAndTiles shared[kPermuteThreads];
+  sm90::TakeTurn();
+  LayOutSegments(args, LiveSlots(args), shared);
+}
+
+__global__ void __launch_bounds__(kPermuteThreads, 4)
+    RankKernel(const __grid_constant__ PermuteSm90Args args) {
+  extern __shared__ uint16_t counts[];
+  sm90::TakeTurn();
+  const int64_t live = LiveSlots(args);
+  for (int64_t chunk = blockIdx.x; chunk * kPermuteChunk < live; chunk += gridDim.x) {
+    CountByWarp(args, chunk, live, counts);
+    RankCounted(args, chunk, live, counts);
+    __syncthreads();
+  }
+}
+
+__global__ void __launch_bounds__(kPermuteThreads, 4)
+    PermuteSmallKernel(const __grid_constant__ PermuteSm90Args args) {
+  extern __shared__ uint16_t counts[];
+  __shared__ RowsAndTiles shared[kPermuteThreads];
+  sm90::TakeTurn();
+  PermuteOneChunk(args, counts, shared);
+}
+
+}  // namespace
 
 int64_t PermuteScratchInts(int64_t num_slots, const PermuteOptions& options) {
   return std::max<int64_t>(1, CeilDiv(num_slots, kPermuteChunk)) * options.num_local_experts;
 }
 
-void PermuteSm90(const PermuteSm90Args& args, void* stream) {
-  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
+void PermuteSm90(const PermuteSm90Args& args, const device::Queue& queue) {
   const int64_t max_slots = args.max_tokens * args.slots_per_token;
-  // 32.5 KiB at 2048 routed and 32 shared experts.
-  const size_t shared_bytes = sizeof(uint16_t) * kPermuteWarps * args.options.num_local_experts;
+  const auto shared_bytes = static_cast<size_t>(PermuteSharedBytes(args));
   if (max_slots <= kPermuteChunk) {
-    PermuteSmallKernel<<<1, kPermuteThreads, shared_bytes, cuda_stream>>>(args);
-    HOPYARD_CUDA(cudaGetLastError());
+    device::Launch(queue, {1, kPermuteThreads, shared_bytes}, PermuteSmallKernel, args);
     return;
   }
   // Blocks beyond this many take further chunks in strides.
   constexpr int64_t kMaxBlocks = 132 * 8;
   const auto blocks =
       static_cast<unsigned>(std::min(kMaxBlocks, CeilDiv(max_slots, kPermuteChunk)));
-  CountKernel<<<blocks, kPermuteThreads, shared_bytes, cuda_stream>>>(args);
-  HOPYARD_CUDA(cudaGetLastError());
-  LayOutKernel<<<1, kPermuteThreads, 0, cuda_stream>>>(args);
-  HOPYARD_CUDA(cudaGetLastError());
-  RankKernel<<<blocks, kPermuteThreads, shared_bytes, cuda_stream>>>(args);
-  HOPYARD_CUDA(cudaGetLastError());
+  device::Launch(queue, {blocks, kPermuteThreads, shared_bytes}, CountKernel, args);
+  device::Launch(queue, {1, kPermuteThreads}, LayOutKernel, args);
+  device::Launch(queue, {blocks, kPermuteThreads, shared_bytes}, RankKernel, args);
 }
 
 }  // namespace hopyard::permute

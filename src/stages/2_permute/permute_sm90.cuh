@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Three steps: count the slots of every chunk per expert, lay out segments and tiles, rank the
-// slots of every chunk. Each step is a function of a whole block; small batches run them in one
-// block.
+// slots of every chunk. Each step is a function of a whole block of kPermuteThreads; small batches
+// run them in one block.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,11 @@ namespace hopyard::permute {
 
 inline constexpr int kPermuteThreads = 256;
 inline constexpr int kPermuteWarps = kPermuteThreads / 32;
+
+// Of the counters per warp and segment: 32.5 KiB at 2048 routed and 32 shared experts.
+__host__ __device__ inline int PermuteSharedBytes(const PermuteSm90Args& args) {
+  return static_cast<int>(sizeof(uint16_t)) * kPermuteWarps * args.options.num_local_experts;
+}
 
 __device__ __forceinline__ int64_t LiveSlots(const PermuteSm90Args& args) {
   return sm90::LiveTokens(args.num_tokens, args.max_tokens) * args.slots_per_token;
@@ -30,15 +35,18 @@ __device__ __forceinline__ int32_t SegmentOf(const PermuteSm90Args& args, int64_
   return segment >= 0 && segment < args.options.num_local_experts ? segment : -1;
 }
 
-// Slots [begin, end) that a warp of this block ranks: an eighth of the chunk.
+// Slots [begin, end) that a warp of this block ranks: an even share of the chunk's live ones, in
+// whole rounds of the warp. A live count below the last warps' shares leaves them none.
 struct WarpRange {
   int64_t begin;
   int64_t end;
 
   __device__ WarpRange(int64_t chunk, int64_t live) {
-    constexpr int64_t kSlots = kPermuteChunk / kPermuteWarps;
-    begin = chunk * kPermuteChunk + static_cast<int64_t>(threadIdx.x) / 32 * kSlots;
-    end = begin + kSlots < live ? begin + kSlots : live;
+    const int64_t first = chunk * kPermuteChunk;
+    const int64_t slots = live - first < kPermuteChunk ? live - first : kPermuteChunk;
+    const int64_t share = RoundUp(CeilDiv(slots, kPermuteWarps), 32);
+    begin = first + static_cast<int64_t>(threadIdx.x) / 32 * share;
+    end = begin + share < first + slots ? begin + share : first + slots;
   }
 };
 
@@ -65,10 +73,9 @@ __device__ inline void CountByWarp(const PermuteSm90Args& args, int64_t chunk, i
   __syncthreads();
 }
 
-// Step 1: chunk_counts[chunk][segment].
-__device__ inline void CountChunk(const PermuteSm90Args& args, int64_t chunk, int64_t live,
-                                  uint16_t* counts) {
-  CountByWarp(args, chunk, live, counts);
+// Step 1: chunk_counts[chunk][segment], the sums of what CountByWarp left.
+__device__ inline void SumWarps(const PermuteSm90Args& args, int64_t chunk,
+                                const uint16_t* counts) {
   const int segments = args.options.num_local_experts;
   for (int s = static_cast<int>(threadIdx.x); s < segments; s += kPermuteThreads) {
     int32_t sum = 0;
@@ -169,10 +176,10 @@ __device__ inline void LayOutSegments(const PermuteSm90Args& args, int64_t live,
   __syncthreads();
 }
 
-// Step 3: the rows of a chunk's slots, in slot order within each segment.
-__device__ inline void RankChunk(const PermuteSm90Args& args, int64_t chunk, int64_t live,
-                                 uint16_t* counts) {
-  CountByWarp(args, chunk, live, counts);
+// Step 3: the rows of a chunk's slots, in slot order within each segment. Uses up what CountByWarp
+// left.
+__device__ inline void RankCounted(const PermuteSm90Args& args, int64_t chunk, int64_t live,
+                                   uint16_t* counts) {
   const int segments = args.options.num_local_experts;
   for (int s = static_cast<int>(threadIdx.x); s < segments; s += kPermuteThreads) {
     uint16_t before = 0;
@@ -208,43 +215,18 @@ __device__ inline void RankChunk(const PermuteSm90Args& args, int64_t chunk, int
   }
 }
 
-__global__ void __launch_bounds__(kPermuteThreads, 4)
-    CountKernel(const __grid_constant__ PermuteSm90Args args) {
-  extern __shared__ uint16_t counts[];
-  const int64_t live = LiveSlots(args);
-  for (int64_t chunk = blockIdx.x; chunk * kPermuteChunk < live; chunk += gridDim.x) {
-    CountChunk(args, chunk, live, counts);
-  }
-}
-
-__global__ void __launch_bounds__(kPermuteThreads, 4)
-    LayOutKernel(const __grid_constant__ PermuteSm90Args args) {
-  __shared__ RowsAndTiles shared[kPermuteThreads];
-  LayOutSegments(args, LiveSlots(args), shared);
-}
-
-__global__ void __launch_bounds__(kPermuteThreads, 4)
-    RankKernel(const __grid_constant__ PermuteSm90Args args) {
-  extern __shared__ uint16_t counts[];
-  const int64_t live = LiveSlots(args);
-  for (int64_t chunk = blockIdx.x; chunk * kPermuteChunk < live; chunk += gridDim.x) {
-    RankChunk(args, chunk, live, counts);
-    __syncthreads();
-  }
-}
-
-// All steps for at most one chunk.
-__global__ void __launch_bounds__(kPermuteThreads, 4)
-    PermuteSmallKernel(const __grid_constant__ PermuteSm90Args args) {
-  extern __shared__ uint16_t counts[];
-  __shared__ RowsAndTiles shared[kPermuteThreads];
+// All steps by one block, for at most one chunk. `counts` is the shared memory of
+// PermuteSharedBytes, `shared` that of BlockScan.
+__device__ inline void PermuteOneChunk(const PermuteSm90Args& args, uint16_t* counts,
+                                       RowsAndTiles* shared) {
   const int64_t live = LiveSlots(args);
   if (live > 0) {
-    CountChunk(args, 0, live, counts);
+    CountByWarp(args, 0, live, counts);
+    SumWarps(args, 0, counts);
   }
   LayOutSegments(args, live, shared);
   if (live > 0) {
-    RankChunk(args, 0, live, counts);
+    RankCounted(args, 0, live, counts);
   }
 }
 

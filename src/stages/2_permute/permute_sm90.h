@@ -7,6 +7,8 @@
 
 #include "hopyard/permute.h"
 
+#include "device/queue.h"
+
 namespace hopyard::permute {
 
 // Slots that one block ranks; 16-bit counters suffice within it.
@@ -35,7 +37,7 @@ struct PermuteSm90Args {
 // Elements of chunk_counts.
 [[nodiscard]] int64_t PermuteScratchInts(int64_t num_slots, const PermuteOptions& options);
 
-// Enqueues the kernels on `stream` (a cudaStream_t). Throws Error{kCuda} when a launch fails.
-void PermuteSm90(const PermuteSm90Args& args, void* stream);
+// Enqueues the kernels. Throws Error{kCuda} when a launch fails.
+void PermuteSm90(const PermuteSm90Args& args, const device::Queue& queue);
 
 }  // namespace hopyard::permute

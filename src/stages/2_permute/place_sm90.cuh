@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One thread per slot: a thread keeps its place within a token and strides over tokens.
+// A slot by one thread: what the caller or the routing chose, and where it is computed.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,6 @@
 #include "stages/2_permute/place_sm90.h"
 
 namespace hopyard::permute {
-
-inline constexpr int kPlaceThreads = 128;
 
 // A slot's logical expert (-1: skipped) and router weight.
 struct Choice {
@@ -92,24 +90,6 @@ __device__ __forceinline__ void PlaceSlot(const PlaceSm90Args& args, int64_t tok
   }
   if (args.routing_weights != nullptr) {
     args.routing_weights[out] = choice.weight;
-  }
-}
-
-// Precondition: at most kPlaceThreads slots a token.
-__global__ void __launch_bounds__(kPlaceThreads)
-    PlaceKernel(const __grid_constant__ PlaceSm90Args args) {
-  const int slots = args.top_k + args.shared;
-  const int tokens_per_block = kPlaceThreads / slots;
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread >= tokens_per_block * slots) {
-    return;
-  }
-  const int slot = thread % slots;
-  const int64_t tokens = sm90::LiveTokens(args.num_tokens, args.max_tokens);
-  const int64_t step = int64_t{gridDim.x} * tokens_per_block;
-  for (int64_t token = int64_t{blockIdx.x} * tokens_per_block + thread / slots; token < tokens;
-       token += step) {
-    PlaceSlot(args, token, slot);
   }
 }
 

@@ -9,6 +9,8 @@
 #include "hopyard/spec.h"
 #include "hopyard/tensor.h"
 
+#include "device/queue.h"
+
 namespace hopyard::permute {
 
 // Where ids and weights come from.
@@ -47,7 +49,7 @@ struct PlaceSm90Args {
   float* routing_weights = nullptr;  // [T, K + S] optional
 };
 
-// Enqueues the kernel on `stream` (a cudaStream_t). Throws Error{kCuda} when the launch fails.
-void PlaceSm90(const PlaceSm90Args& args, void* stream);
+// Enqueues the kernel. Throws Error{kCuda} when the launch fails.
+void PlaceSm90(const PlaceSm90Args& args, const device::Queue& queue);
 
 }  // namespace hopyard::permute

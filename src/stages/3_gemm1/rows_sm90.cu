@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "core/shape.h"
-#include "device/cuda_check.h"
+#include "device/launch.cuh"
 #include "stages/3_gemm1/rows_sm90.cuh"
 
 namespace hopyard::gemm1 {
@@ -25,56 +25,56 @@ int64_t BytesIn(const RoundRowsArgs& args) {
 }
 
 template <Format kFormat, DType kOut>
-void LaunchTiles(const RoundRowsLaunch& launch, cudaStream_t stream) {
+void LaunchTiles(const RoundRowsLaunch& launch, const device::Queue& queue) {
   constexpr int kWarps = kTileThreads / sm90::kWarpSize;
   const int64_t tiles = launch.args.max_rows * CeilDiv(launch.args.out_pitch, kTileCols);
   const auto blocks = static_cast<unsigned>(std::min(kMaxBlocks, CeilDiv(tiles, kWarps)));
-  RoundTilesKernel<kFormat, kOut><<<blocks, kTileThreads, 0, stream>>>(launch);
+  device::Launch(queue, {blocks, kTileThreads}, RoundTilesKernel<kFormat, kOut>, launch);
 }
 
 template <Format kFormat, DType kOut>
-void LaunchWholeRows(const RoundRowsLaunch& launch, cudaStream_t stream) {
+void LaunchWholeRows(const RoundRowsLaunch& launch, const device::Queue& queue) {
   // Few rows want a thread for every 8 columns, many rows several blocks on an SM.
   const int64_t wanted = sm90::kWarpSize * CeilDiv(launch.args.out_pitch, kTileCols);
   const int64_t most = launch.args.max_rows <= 2 * 132 ? kMaxRowThreads : 256;
   const auto threads = static_cast<unsigned>(std::min(wanted, most));
   const auto blocks = static_cast<unsigned>(std::min(kMaxBlocks, launch.args.max_rows));
-  RoundWholeRowsKernel<kFormat, kOut><<<blocks, threads, 0, stream>>>(launch);
+  device::Launch(queue, {blocks, threads}, RoundWholeRowsKernel<kFormat, kOut>, launch);
 }
 
 template <DType kOut>
-void LaunchFp8(const RoundRowsLaunch& launch, cudaStream_t stream) {
+void LaunchFp8(const RoundRowsLaunch& launch, const device::Queue& queue) {
   switch (launch.args.to.format) {
     case Format::kFp8PerTensor:
-      return LaunchTiles<Format::kFp8PerTensor, kOut>(launch, stream);
+      return LaunchTiles<Format::kFp8PerTensor, kOut>(launch, queue);
     case Format::kFp8Block1x128:
-      return LaunchTiles<Format::kFp8Block1x128, kOut>(launch, stream);
+      return LaunchTiles<Format::kFp8Block1x128, kOut>(launch, queue);
     case Format::kFp8PerRow:
-      return LaunchWholeRows<Format::kFp8PerRow, kOut>(launch, stream);
+      return LaunchWholeRows<Format::kFp8PerRow, kOut>(launch, queue);
     default:
       HOPYARD_INTERNAL(false) << ToString(launch.args.to.format) << " is no FP8 row format";
   }
 }
 
-void LaunchBf16(const RoundRowsLaunch& launch, cudaStream_t stream) {
+void LaunchBf16(const RoundRowsLaunch& launch, const device::Queue& queue) {
   switch (launch.args.to.format) {
     case Format::kBf16:
-      return LaunchTiles<Format::kBf16, DType::kBf16>(launch, stream);
+      return LaunchTiles<Format::kBf16, DType::kBf16>(launch, queue);
     case Format::kMxFp8:
-      return LaunchTiles<Format::kMxFp8, DType::kBf16>(launch, stream);
+      return LaunchTiles<Format::kMxFp8, DType::kBf16>(launch, queue);
     case Format::kNvFp4:
       if (launch.args.row_global) {
-        return LaunchWholeRows<Format::kNvFp4, DType::kBf16>(launch, stream);
+        return LaunchWholeRows<Format::kNvFp4, DType::kBf16>(launch, queue);
       }
-      return LaunchTiles<Format::kNvFp4, DType::kBf16>(launch, stream);
+      return LaunchTiles<Format::kNvFp4, DType::kBf16>(launch, queue);
     default:
-      return LaunchFp8<DType::kBf16>(launch, stream);
+      return LaunchFp8<DType::kBf16>(launch, queue);
   }
 }
 
 }  // namespace
 
-void RoundRowsSm90(const RoundRowsArgs& args, void* stream) {
+void RoundRowsSm90(const RoundRowsArgs& args, const device::Queue& queue) {
   if (args.max_rows == 0 || args.out_pitch == 0) {
     return;
   }
@@ -89,13 +89,11 @@ void RoundRowsSm90(const RoundRowsArgs& args, void* stream) {
       << "rows in a GEMM's order want 16-byte alignment and whole groups of 128";
   HOPYARD_INTERNAL(args.in_dtype == DType::kBf16 || args.to.format != Format::kBf16)
       << "BF16 rows have no codes";
-  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   if (args.to.dtype == DType::kE4m3) {
-    LaunchFp8<DType::kE4m3>(launch, cuda_stream);
+    LaunchFp8<DType::kE4m3>(launch, queue);
   } else {
-    LaunchBf16(launch, cuda_stream);
+    LaunchBf16(launch, queue);
   }
-  HOPYARD_CUDA(cudaGetLastError());
 }
 
 }  // namespace hopyard::gemm1

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "device/sm90/dependent.cuh"
 #include "device/sm90/numbers.cuh"
 #include "device/sm90/warp.cuh"
 #include "formats/codes.h"
@@ -191,6 +192,7 @@ __device__ __forceinline__ RowScale StaticScale(const RoundRowsArgs& args) {
 template <Format kFormat, DType kOut>
 __global__ void __launch_bounds__(kTileThreads)
     RoundTilesKernel(const __grid_constant__ RoundRowsLaunch launch) {
+  sm90::TakeTurn();
   const RoundRowsArgs& args = launch.args;
   const int64_t rows = sm90::LiveTokens(args.num_rows, args.max_rows);
   const auto tiles = static_cast<uint32_t>((args.out_pitch + kTileCols - 1) / kTileCols);
@@ -263,6 +265,7 @@ __device__ __forceinline__ RowScale TakeRowScale(const RoundRowsLaunch& launch, 
 template <Format kFormat, DType kOut>
 __global__ void __launch_bounds__(kMaxRowThreads, 1)
     RoundWholeRowsKernel(const __grid_constant__ RoundRowsLaunch launch) {
+  sm90::TakeTurn();
   const RoundRowsArgs& args = launch.args;
   const int64_t rows = sm90::LiveTokens(args.num_rows, args.max_rows);
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {

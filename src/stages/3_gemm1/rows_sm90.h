@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/queue.h"
 #include "gemm/sm90/grouped_gemm_sm90.h"
 
 namespace hopyard::gemm1 {
@@ -42,7 +43,7 @@ struct RoundRowsArgs {
   float* out_row_scales = nullptr;    // kFp8PerRow, or kNvFp4 with row_global: [rows]
 };
 
-// Enqueues one kernel on `stream` (a cudaStream_t). Throws Error{kCuda} when the launch fails.
-void RoundRowsSm90(const RoundRowsArgs& args, void* stream);
+// Enqueues one kernel. Throws Error{kCuda} when the launch fails.
+void RoundRowsSm90(const RoundRowsArgs& args, const device::Queue& queue);
 
 }  // namespace hopyard::gemm1

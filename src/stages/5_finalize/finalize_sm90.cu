@@ -2,12 +2,12 @@
 #include <algorithm>
 
 #include "core/shape.h"
-#include "device/cuda_check.h"
+#include "device/launch.cuh"
 #include "stages/5_finalize/finalize_sm90.cuh"
 
 namespace hopyard::finalize {
 
-void FinalizeSm90(const FinalizeSm90Args& args, void* stream) {
+void FinalizeSm90(const FinalizeSm90Args& args, const device::Queue& queue) {
   if (args.max_tokens == 0) {
     return;
   }
@@ -19,13 +19,8 @@ void FinalizeSm90(const FinalizeSm90Args& args, void* stream) {
   const int64_t items = args.max_tokens * args.width / (wide ? 8 : 1);
   const auto blocks =
       static_cast<unsigned>(std::min(kMaxBlocks, CeilDiv(items, int64_t{kFinalizeThreads})));
-  auto* const cuda_stream = static_cast<cudaStream_t>(stream);
-  if (wide) {
-    FinalizeKernel<8><<<blocks, kFinalizeThreads, 0, cuda_stream>>>(args);
-  } else {
-    FinalizeKernel<1><<<blocks, kFinalizeThreads, 0, cuda_stream>>>(args);
-  }
-  HOPYARD_CUDA(cudaGetLastError());
+  device::Launch(queue, {blocks, kFinalizeThreads}, wide ? FinalizeKernel<8> : FinalizeKernel<1>,
+                 args);
 }
 
 }  // namespace hopyard::finalize

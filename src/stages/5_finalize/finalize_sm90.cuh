@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/sm90/dependent.cuh"
 #include "device/sm90/numbers.cuh"
 #include "stages/5_finalize/finalize_sm90.h"
 
@@ -78,6 +79,7 @@ __device__ inline void FinalizeColumns(const FinalizeSm90Args& args, int64_t tok
 template <int kColumns>
 __global__ void __launch_bounds__(kFinalizeThreads)
     FinalizeKernel(const __grid_constant__ FinalizeSm90Args args) {
+  sm90::TakeTurn();
   const int64_t tokens = sm90::LiveTokens(args.num_tokens, args.max_tokens);
   const int64_t groups = args.width / kColumns;
   const int64_t step = int64_t{gridDim.x} * kFinalizeThreads;

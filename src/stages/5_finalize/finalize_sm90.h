@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "device/queue.h"
+
 namespace hopyard::finalize {
 
 // As Args of finalize.h, on the device.
@@ -20,7 +22,7 @@ struct FinalizeSm90Args {
   bool accumulate = false;
 };
 
-// Enqueues the kernel on `stream` (a cudaStream_t). Throws Error{kCuda} when the launch fails.
-void FinalizeSm90(const FinalizeSm90Args& args, void* stream);
+// Enqueues the kernel. Throws Error{kCuda} when the launch fails.
+void FinalizeSm90(const FinalizeSm90Args& args, const device::Queue& queue);
 
 }  // namespace hopyard::finalize

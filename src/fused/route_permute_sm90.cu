@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "device/launch.cuh"
+#include "device/sm90/dependent.cuh"
+#include "fused/route_permute_sm90.cuh"
+
+namespace hopyard::fused {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+// Of a block without an attribute of its own.
+constexpr int kSharedBytes = 48 * 1024;
+
+// Tokens that a warp takes, one after the other; larger batches go to the separate launches, which
+// spread them over the GPU. 2 is an estimate, to be measured (bench_route times both ways): it
+// stands for 64 tokens, up to 384 experts, whose keys leave room for all warps.
+constexpr int kRounds = 2;
+
+// Warps that there is shared memory for.
+int MostTokenWarps(const RoutePermuteArgs& args) {
+  constexpr int kMaxWarps = kMaxThreads / sm90::kWarpSize;
+  if (!args.routes) {
+    return kMaxWarps;
+  }
+  return std::min(kMaxWarps, kSharedBytes / (4 * route::WarpScratchWords(args.route)));
+}
+
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    RoutePermuteKernel(const __grid_constant__ RoutePermuteLaunch launch) {
+  extern __shared__ uint4 shared[];
+  sm90::TakeTurn();
+  RouteAndPlace(launch, static_cast<int32_t*>(static_cast<void*>(shared)));
+  __syncthreads();
+  // Later barriers are for those that stay.
+  if (threadIdx.x < permute::kPermuteThreads) {
+    Rank(launch.args.permute, shared);
+  }
+}
+
+}  // namespace
+
+bool FitsOneBlock(const RoutePermuteArgs& args) {
+  const int64_t slots = args.permute.max_tokens * args.permute.slots_per_token;
+  return args.permute.max_tokens <= int64_t{kRounds} * MostTokenWarps(args) &&
+         slots <= permute::kPermuteChunk && RankSharedBytes(args.permute) <= kSharedBytes;
+}
+
+void RoutePermuteSm90(const RoutePermuteArgs& args, const device::Queue& queue) {
+  HOPYARD_INTERNAL(FitsOneBlock(args)) << args.permute.max_tokens << " tokens for one block";
+  RoutePermuteLaunch launch{args};
+  launch.token_warps =
+      static_cast<int>(std::clamp<int64_t>(args.permute.max_tokens, 1, MostTokenWarps(args)));
+  const int threads = std::max(permute::kPermuteThreads, sm90::kWarpSize * launch.token_warps);
+  const int scratch_bytes =
+      args.routes ? 4 * launch.token_warps * route::WarpScratchWords(args.route) : 0;
+  const int shared_bytes = std::max(RankSharedBytes(args.permute), scratch_bytes);
+  device::Launch(queue, {1, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes)},
+                 RoutePermuteKernel, launch);
+}
+
+}  // namespace hopyard::fused

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// A warp per token routes it and places its slots; then the first warps rank the slots of all
+// tokens. The steps hand over through global memory, which one block sees in order.
+#pragma once
+
+#include <cstdint>
+
+#include "device/sm90/numbers.cuh"
+#include "device/sm90/warp.cuh"
+#include "fused/route_permute_sm90.h"
+#include "stages/1_route/route_sm90.cuh"
+#include "stages/2_permute/permute_sm90.cuh"
+#include "stages/2_permute/place_sm90.cuh"
+
+namespace hopyard::fused {
+
+struct RoutePermuteLaunch {
+  RoutePermuteArgs args;
+  int token_warps = 0;  // of the block's warps: those with shared memory to route
+};
+
+// Routing and ranking take turns with the block's shared memory.
+__host__ __device__ inline int RankSharedBytes(const permute::PermuteSm90Args& args) {
+  constexpr int kScanBytes = sizeof(permute::RowsAndTiles) * permute::kPermuteThreads;
+  return kScanBytes + permute::PermuteSharedBytes(args);
+}
+
+__device__ inline void RouteAndPlace(const RoutePermuteLaunch& launch, int32_t* shared) {
+  const RoutePermuteArgs& args = launch.args;
+  const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
+  if (warp >= launch.token_warps) {
+    return;
+  }
+  const route::WarpScratch scratch = route::WarpScratchOf(args.route, shared, warp);
+  const int slots = args.place.top_k + args.place.shared;
+  const int64_t tokens = sm90::LiveTokens(args.place.num_tokens, args.place.max_tokens);
+  for (int64_t token = warp; token < tokens; token += launch.token_warps) {
+    if (args.routes) {
+      // Lane j writes slot j, and reads it again just below.
+      route::RouteTokenSm90(args.route, token, scratch);
+    }
+    for (int slot = sm90::LaneId(); slot < slots; slot += sm90::kWarpSize) {
+      permute::PlaceSlot(args.place, token, slot);
+    }
+  }
+}
+
+// `shared` is 16-byte aligned.
+__device__ inline void Rank(const permute::PermuteSm90Args& args, void* shared) {
+  auto* const scan = static_cast<permute::RowsAndTiles*>(shared);
+  void* const counts = scan + permute::kPermuteThreads;
+  permute::PermuteOneChunk(args, static_cast<uint16_t*>(counts), scan);
+}
+
+}  // namespace hopyard::fused
