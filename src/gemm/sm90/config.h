@@ -133,17 +133,16 @@ constexpr int TokenScaleBytes(const GemmConfig& config) {
 constexpr int StagingBytes(const GemmConfig& config) {
   return config.consumers * config.tokens * kTileRows * 2;
 }
-// One factor per token and consumer (epilogue.cuh).
+// One factor and one row of the LoRA delta per token and consumer (epilogue.cuh).
 constexpr int FactorBytes(const GemmConfig& config) {
-  return config.consumers * config.tokens * 4;
+  return config.consumers * config.tokens * 8;
 }
 constexpr int BarrierBytes(const GemmConfig& config) {
   return 2 * config.stages * 8;
 }
-// Tiles are aligned to the 1024 bytes of a swizzle pattern; the start of shared memory need not be.
+// From a start that is aligned to the 1024 bytes of a swizzle pattern.
 constexpr int SharedBytes(const GemmConfig& config) {
-  return 1024 +
-         config.stages * (WeightBytes(config) + TokenBytes(config) + TokenScaleBytes(config)) +
+  return config.stages * (WeightBytes(config) + TokenBytes(config) + TokenScaleBytes(config)) +
          StagingBytes(config) + FactorBytes(config) + BarrierBytes(config);
 }
 constexpr int ThreadsPerBlock(const GemmConfig& config) {

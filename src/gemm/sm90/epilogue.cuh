@@ -20,8 +20,9 @@ namespace hopyard::gemm::sm90 {
 // ---- sums -> true values
 
 // The factor of a tile's token `n` and slot: everything that scales a whole row.
-__device__ __forceinline__ float TokenFactor(const GroupedGemmArgs& args, const OutputTile& tile,
-                                             int n) {
+template <class Row>
+__device__ __forceinline__ float TokenFactor(const GroupedGemmArgs& args,
+                                             const OutputTile<Row>& tile, int n) {
   if (n >= tile.num_rows) {
     return 0.0F;
   }
@@ -36,20 +37,40 @@ __device__ __forceinline__ float TokenFactor(const GroupedGemmArgs& args, const 
   return factor;
 }
 
-// Puts the factors of the tile's tokens into shared memory. The warpgroup meets at a barrier before
-// they are read.
-template <int kTokens>
-__device__ __forceinline__ void StageFactors(const GroupedGemmArgs& args, const OutputTile& tile) {
+// Row of the LoRA delta of the tile's token `n`, or -1 where it has none.
+template <class Row>
+__device__ __forceinline__ int32_t DeltaRow(const GroupedGemmArgs& args,
+                                            const OutputTile<Row>& tile, int n) {
+  if (n >= tile.num_rows) {
+    return -1;
+  }
+  const int32_t slot = args.row_to_slot[tile.row_begin + n];
+  const int32_t within = slot % args.slots_per_token;
+  return within < args.delta_slots ? slot / args.slots_per_token * args.delta_slots + within : -1;
+}
+
+// Puts what belongs to the tile's tokens into shared memory. The warpgroup meets at a barrier
+// before it is read.
+template <class Row>
+__device__ __forceinline__ void StageFactors(const GroupedGemmArgs& args,
+                                             const OutputTile<Row>& tile) {
   const int n = static_cast<int>(threadIdx.x) % 128;
   // The tile before has been read out.
-  hopyard::sm90::NamedBarrier(1 + tile.consumer, 128);
-  if (n < kTokens) {
+  tile.Barrier();
+  if (n < Row::kConfig.tokens) {
     const float factor = TokenFactor(args, tile, n);
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(tile.factors + 4U * static_cast<uint32_t>(n)),
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(tile.factors() + 4U * static_cast<uint32_t>(n)),
                  "f"(factor)
                  : "memory");
+    if (args.delta != nullptr) {
+      const int32_t row = DeltaRow(args, tile, n);
+      asm volatile(
+          "st.shared.s32 [%0], %1;" ::"r"(tile.delta_rows() + 4U * static_cast<uint32_t>(n)),
+          "r"(row)
+          : "memory");
+    }
   }
-  hopyard::sm90::NamedBarrier(1 + tile.consumer, 128);
+  tile.Barrier();
 }
 
 // What scales a weight row, and its bias.
@@ -59,8 +80,8 @@ struct RowTerms {
 };
 
 template <class Row>
-__device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args, const OutputTile& tile,
-                                            const WeightRow& at) {
+__device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args,
+                                            const OutputTile<Row>& tile, const WeightRow& at) {
   const MatrixArgs& matrix = *at.matrix;
   const ExpertPointers pointers = matrix.pointers[tile.expert];
   RowTerms terms{1.0F, 0.0F};
@@ -94,27 +115,23 @@ __device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args, const O
 }
 
 // First row of this thread in a tile; the other one is 8 further.
-__device__ __forceinline__ int64_t ThreadFeature(const OutputTile& tile) {
+template <class Row>
+__device__ __forceinline__ int64_t ThreadFeature(const OutputTile<Row>& tile) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
   return tile.feature_begin + 16 * warp + lane / 4;
 }
 
-// The LoRA delta of `part` (0 up or the only one, 1 gate) of the tile's token n and feature row h.
-__device__ __forceinline__ float DeltaAt(const GroupedGemmArgs& args, const OutputTile& tile,
-                                         int part, int h, int n) {
+// The LoRA delta of `part` (0 up or the only one, 1 gate) in row `row` of feature row h.
+template <class Row>
+__device__ __forceinline__ float DeltaAt(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
+                                         int part, int h, int32_t row) {
   const int64_t feature = ThreadFeature(tile) + 8 * h;
-  if (n >= tile.num_rows || feature >= args.features) {
+  if (row < 0 || feature >= args.features) {
     return 0.0F;
   }
-  const int32_t slot = args.row_to_slot[tile.row_begin + n];
-  const int within = slot % args.slots_per_token;
-  if (within >= args.delta_slots) {
-    return 0.0F;
-  }
-  const int64_t row = int64_t{slot / args.slots_per_token} * args.delta_slots + within;
-  const int parts = args.gated_delta != 0 ? 2 : 1;
-  return hopyard::sm90::WidenBf16(args.delta[(row * parts + part) * args.features + feature]);
+  const int64_t at = args.gated_delta != 0 ? int64_t{row} * 2 + part : int64_t{row};
+  return hopyard::sm90::WidenBf16(args.delta[at * args.features + feature]);
 }
 
 // The scales and biases of a thread's rows in one tile of sums.
@@ -128,8 +145,8 @@ struct TileTerms {
   }
 };
 template <class Row>
-__device__ __forceinline__ TileTerms TermsOf(const GroupedGemmArgs& args, const OutputTile& tile,
-                                             int half) {
+__device__ __forceinline__ TileTerms TermsOf(const GroupedGemmArgs& args,
+                                             const OutputTile<Row>& tile, int half) {
   // ThreadRow counts from the consumer's first feature.
   const int64_t first =
       Row::kConfig.gated ? tile.feature_begin : tile.feature_begin - half * kTileRows;
@@ -138,19 +155,23 @@ __device__ __forceinline__ TileTerms TermsOf(const GroupedGemmArgs& args, const 
 }
 
 // Factors of this thread's tokens 8 * j + 2 * (lane % 4) and the next.
-__device__ __forceinline__ float2 TokenFactors(const OutputTile& tile, int j) {
-  return LoadPair(tile.factors + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
+template <class Row>
+__device__ __forceinline__ float2 TokenFactors(const OutputTile<Row>& tile, int j) {
+  return LoadPair(tile.factors() + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
 }
 
 // values + delta of tokens 8 * j + 2 * (lane % 4) and the next, for layers that have one.
-__device__ __forceinline__ float2 WithDelta(const GroupedGemmArgs& args, const OutputTile& tile,
-                                            int part, int j, int h, float2 values) {
+template <class Row>
+__device__ __forceinline__ float2 WithDelta(const GroupedGemmArgs& args,
+                                            const OutputTile<Row>& tile, int part, int j, int h,
+                                            float2 values) {
   if (args.delta == nullptr) {
     return values;
   }
-  const int n = 8 * j + 2 * static_cast<int>(threadIdx.x % 4);
-  return {__fadd_rn(values.x, DeltaAt(args, tile, part, h, n)),
-          __fadd_rn(values.y, DeltaAt(args, tile, part, h, n + 1))};
+  const float2 rows =
+      LoadPair(tile.delta_rows() + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
+  return {__fadd_rn(values.x, DeltaAt(args, tile, part, h, __float_as_int(rows.x))),
+          __fadd_rn(values.y, DeltaAt(args, tile, part, h, __float_as_int(rows.y)))};
 }
 
 // ---- activation
@@ -189,11 +210,11 @@ __device__ __forceinline__ void WithGatedFormula(const GroupedGemmArgs& args, in
 // A pair of accumulators is two tokens of one feature: two groups of 8 tokens and both halves of a
 // warp's 16 features are four matrices [features][tokens], stored as [tokens][features].
 template <class Row, class Values>
-__device__ __forceinline__ void Stage(const OutputTile& tile, Values&& values) {
+__device__ __forceinline__ void Stage(const OutputTile<Row>& tile, Values&& values) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
   // What was staged before has been read out.
-  hopyard::sm90::NamedBarrier(1 + tile.consumer, 128);
+  tile.Barrier();
 #pragma unroll
   for (int j = 0; j < Row::kConfig.tokens / 8; j += 2) {
     uint32_t words[4];
@@ -206,14 +227,18 @@ __device__ __forceinline__ void Stage(const OutputTile& tile, Values&& values) {
     const int matrix = lane / 8;
     const int n = 8 * (j + matrix / 2) + lane % 8;
     const int r = 16 * warp + 8 * (matrix % 2);
-    StoreTransposed(tile.staging + StagedAt(n, r), words);
+    StoreTransposed(tile.staging() + StagedAt(n, r), words);
   }
 }
 
 // Writes the staged features to all that ask for them.
 template <class Row>
-__device__ __forceinline__ void WriteStaged(const GroupedGemmArgs& args, const OutputTile& tile) {
-  hopyard::sm90::NamedBarrier(1 + tile.consumer, 128);
+__device__ __forceinline__ void WriteStaged(const GroupedGemmArgs& args, OutputTile<Row> tile) {
+  tile.Barrier();
+  // Addresses are computed here and not among the sums, which need the registers.
+  asm volatile(""
+               : "+l"(tile.row_begin), "+l"(tile.feature_begin), "+r"(tile.num_rows),
+                 "+r"(tile.base));
   if (args.activation_out != nullptr) {
     StoreNatural({args.activation_out, args.features, args.features}, tile);
   }
@@ -233,7 +258,7 @@ __device__ __forceinline__ void WriteStaged(const GroupedGemmArgs& args, const O
 // ---- a consumer's two tiles
 
 template <class Row>
-__device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const OutputTile& tile,
+__device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
                                            float (&gate)[kSums<Row>], float (&up)[kSums<Row>]) {
   const TileTerms gate_terms = TermsOf<Row>(args, tile, 0);
   const TileTerms up_terms = TermsOf<Row>(args, tile, 1);
@@ -251,7 +276,7 @@ __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const Ou
 }
 
 template <class Row>
-__device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const OutputTile& tile,
+__device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
                                            int half, float (&sums)[kSums<Row>]) {
   const TileTerms terms = TermsOf<Row>(args, tile, half);
   const auto value = [&](int j, int h) {
@@ -272,9 +297,9 @@ __device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const Ou
 }
 
 template <class Row>
-__device__ void StoreTile(const GroupedGemmArgs& args, OutputTile tile,
+__device__ void StoreTile(const GroupedGemmArgs& args, OutputTile<Row> tile,
                           float (&acc)[2][kSums<Row>]) {
-  StageFactors<Row::kConfig.tokens>(args, tile);
+  StageFactors<Row>(args, tile);
   if constexpr (Row::kConfig.gated) {
     StoreGated<Row>(args, tile, acc[0], acc[1]);
   } else {

@@ -19,15 +19,15 @@ __device__ __forceinline__ void ConsumersBarrier() {
 
 // The 8 features of this lane: half a warp has a token's 128, 64 staged by each consumer.
 template <class Row, Format kFormat>
-__device__ __forceinline__ void RoundStaged(const GroupedGemmArgs& args, const OutputTile& tile) {
+__device__ __forceinline__ void RoundStaged(const GroupedGemmArgs& args,
+                                            const OutputTile<Row>& tile) {
   constexpr GemmConfig kConfig = Row::kConfig;
   constexpr bool kCodes = IsFp8Math(kConfig.family);
   constexpr int kBytes = kCodes ? 1 : 2;
   const int lane = static_cast<int>(threadIdx.x) % 16;
   const int64_t group = tile.feature_begin / kKGroup * kKGroup;
   const int64_t k = group + lane * kLaneCols;
-  const uint32_t staged =
-      tile.staging + static_cast<uint32_t>((lane / 8 - tile.consumer) * kConfig.tokens * 128);
+  const uint32_t staged = tile.staging(lane / 8);
   RowScale row;
   if (args.out_scale != nullptr) {
     row = StaticRowScale<kFormat>(args.out_scale[tile.expert * args.out_scale_stride]);
@@ -66,7 +66,8 @@ __device__ __forceinline__ void RoundStaged(const GroupedGemmArgs& args, const O
 
 // Call where both consumers have staged their features.
 template <class Row>
-__device__ __forceinline__ void StoreRounded(const GroupedGemmArgs& args, const OutputTile& tile) {
+__device__ __forceinline__ void StoreRounded(const GroupedGemmArgs& args,
+                                             const OutputTile<Row>& tile) {
   constexpr Family kFamily = Row::kConfig.family;
   ConsumersBarrier();
   if constexpr (kFamily == Family::kMxFp8AsBf16 || kFamily == Family::kMxFp4AsBf16) {

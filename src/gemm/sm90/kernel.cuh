@@ -22,14 +22,12 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
   while (scheduler.Next(work)) {
     float acc[2][kSums<Row>];
     Multiply<Row>(args, shared, work, self, acc);
-    OutputTile tile;
+    OutputTile<Row> tile;
     tile.expert = work.expert;
     tile.row_begin = work.row_begin;
     tile.num_rows = work.num_rows;
     tile.feature_begin = work.feature_begin + self.number * FeaturesPerConsumer(kConfig);
-    tile.consumer = self.number;
-    tile.staging = shared.Staging(self.number);
-    tile.factors = shared.Factors(self.number);
+    tile.base = shared.base;
     StoreTile<Row>(args, tile, acc);
   }
 }
@@ -38,7 +36,7 @@ template <class Row>
 __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), 1)
     GroupedGemmKernel(const __grid_constant__ GroupedGemmArgs args) {
   constexpr GemmConfig kConfig = Row::kConfig;
-  extern __shared__ uint8_t memory[];
+  extern __shared__ __align__(1024) uint8_t memory[];
   hopyard::sm90::ReleaseDependents();
   const Shared<Row> shared(memory);
   // What no kernel writes is prepared while those ahead still run.

@@ -6,19 +6,39 @@
 #include <cstdint>
 
 #include "device/sm90/mbarrier.cuh"
-#include "gemm/sm90/grouped_gemm_sm90.h"
+#include "gemm/sm90/pipeline.cuh"
 
 namespace hopyard::gemm::sm90 {
 
-// Where a consumer's 64 features of a tile of tokens go.
+// Where a consumer's 64 features of a tile of tokens go. What follows from the thread is not kept:
+// registers are short here.
+template <class Row>
 struct OutputTile {
   int expert;
   int64_t row_begin;
   int num_rows;
   int64_t feature_begin;
-  int consumer;
-  uint32_t staging;
-  uint32_t factors;  // one per token
+  uint32_t base;  // of shared memory
+
+  __device__ __forceinline__ static int consumer() {
+    return static_cast<int>(threadIdx.x) / 128 - 1;
+  }
+  __device__ __forceinline__ uint32_t staging() const { return staging(consumer()); }
+  __device__ __forceinline__ uint32_t staging(int of_consumer) const {
+    return base + Shared<Row>::kStaging +
+           static_cast<uint32_t>(of_consumer * Row::kConfig.tokens * kTileRows * 2);
+  }
+  // One per token.
+  __device__ __forceinline__ uint32_t factors() const {
+    return base + Shared<Row>::kFactors +
+           static_cast<uint32_t>(consumer() * Row::kConfig.tokens * 4);
+  }
+  __device__ __forceinline__ uint32_t delta_rows() const {
+    return factors() + static_cast<uint32_t>(Row::kConfig.consumers * Row::kConfig.tokens * 4);
+  }
+  __device__ __forceinline__ static void Barrier() {
+    hopyard::sm90::NamedBarrier(1 + consumer(), 128);
+  }
 };
 
 // Two BF16 values, the first in the low half; round to nearest even.
@@ -64,7 +84,8 @@ __device__ __forceinline__ uint32_t LoadHalf(uint32_t shared) {
 }
 
 // Writes the staged tile [num_rows][64] of this warpgroup.
-__device__ inline void StoreNatural(const RowsOut& rows, const OutputTile& tile) {
+template <class Row>
+__device__ inline void StoreNatural(const RowsOut& rows, const OutputTile<Row>& tile) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int piece = thread % 8;
   const int64_t feature = tile.feature_begin + piece * 8;
@@ -72,7 +93,7 @@ __device__ inline void StoreNatural(const RowsOut& rows, const OutputTile& tile)
   const bool whole =
       left >= 8 && rows.pitch % 8 == 0 && reinterpret_cast<uintptr_t>(rows.out) % 16 == 0;
   for (int n = thread / 8; n < tile.num_rows && left > 0; n += 16) {
-    const uint4 values = LoadPiece(tile.staging + StagedAt(n, piece * 8));
+    const uint4 values = LoadPiece(tile.staging() + StagedAt(n, piece * 8));
     uint16_t* const target = rows.out + (tile.row_begin + n) * rows.pitch + feature;
     if (whole) {
       *static_cast<uint4*>(static_cast<void*>(target)) = values;
@@ -90,7 +111,8 @@ __device__ inline void StoreNatural(const RowsOut& rows, const OutputTile& tile)
 
 // The same in KOrder::kBf16Decoded: half a group of 128, which holds 4 neighbours of every 8. Piece
 // p = 4 j + 2 c + i of k_order.h has codes (q, h) = (0, 0), (0, 1), (1, 0), (1, 1) of the half.
-__device__ inline void StoreOrdered(const RowsOut& rows, const OutputTile& tile) {
+template <class Row>
+__device__ inline void StoreOrdered(const RowsOut& rows, const OutputTile<Row>& tile) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int piece = thread % 16;
   const int first = piece / 4 * 8 + piece / 2 % 2 * 2 + piece % 2;
@@ -100,7 +122,7 @@ __device__ inline void StoreOrdered(const RowsOut& rows, const OutputTile& tile)
     return;
   }
   for (int n = thread / 16; n < tile.num_rows; n += 8) {
-    const auto code = [&](int f) { return LoadHalf(tile.staging + StagedAt(n, first + f)); };
+    const auto code = [&](int f) { return LoadHalf(tile.staging() + StagedAt(n, first + f)); };
     const uint2 values{code(0) | code(4) << 16, code(32) | code(36) << 16};
     *static_cast<uint2*>(static_cast<void*>(rows.out + (tile.row_begin + n) * rows.pitch + at)) =
         values;

@@ -26,8 +26,7 @@ struct Shared {
 
   uint32_t base;
 
-  __device__ explicit Shared(const uint8_t* memory)
-      : base((hopyard::sm90::SharedAddress(memory) + 1023U) / 1024U * 1024U) {}
+  __device__ explicit Shared(const uint8_t* memory) : base(hopyard::sm90::SharedAddress(memory)) {}
   __device__ __forceinline__ uint32_t Weights(int stage, int consumer, int half) const {
     return base + static_cast<uint32_t>(stage * WeightBytes(kConfig) +
                                         (2 * consumer + half) * TileBytes(kConfig));
