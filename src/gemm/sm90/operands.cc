@@ -35,7 +35,7 @@ RowFormat RowsFor(WeightFormat weights, Format format) {
 LayerOperands OperandsOf(WeightFormat weights, ActivationFormat activations) {
   return {RowsFor(weights, formats::InputFormat(activations)),
           RowsFor(weights, formats::IntermediateFormat(activations)),
-          formats::IntermediateFormat(activations) == Format::kBf16};
+          activations != ActivationFormat::kNvFp4PerToken};
 }
 
 bool IsPromoted(WeightFormat weights, const RowFormat& x) {

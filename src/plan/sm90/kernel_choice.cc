@@ -93,8 +93,17 @@ std::string ForceTactic(const std::string& tactic, std::vector<Role>* roles) {
   return reason;
 }
 
-// Tiles for which every role has a kernel, ascending.
-std::vector<TileChoice> CommonTiles(const std::vector<Role>& roles) {
+GroupKernels KernelsFor(const Role& first, const Role& second, int tile, bool fused) {
+  GroupKernels kernels;
+  kernels.gemm1 = KernelFor(first, tile);
+  kernels.gemm2 = KernelFor(second, tile);
+  const bool rounded = second.rows.format != Format::kBf16;
+  kernels.rounds_apart = rounded && !(fused && KernelAt(kernels.gemm1).rounds);
+  return kernels;
+}
+
+// Tiles for which every role has a kernel, ascending. `fused`: GEMM1 may round its own output.
+std::vector<TileChoice> CommonTiles(const std::vector<Role>& roles, bool fused) {
   std::vector<TileChoice> tiles;
   for (int i = 0; i < NumKernels(); ++i) {
     const int tile = KernelAt(i).tokens;
@@ -107,10 +116,14 @@ std::vector<TileChoice> CommonTiles(const std::vector<Role>& roles) {
     }
     TileChoice choice;
     choice.tile = tile;
-    choice.routed = {KernelFor(roles[0], tile), KernelFor(roles[1], tile)};
+    choice.routed = KernelsFor(roles[0], roles[1], tile, fused);
     choice.shared = choice.routed;
     if (roles.size() > 2) {
-      choice.shared = {KernelFor(roles[2], tile), KernelFor(roles[3], tile)};
+      choice.shared = KernelsFor(roles[2], roles[3], tile, fused);
+      // One pass rounds the rows of both groups.
+      const bool apart = choice.routed.rounds_apart || choice.shared.rounds_apart;
+      choice.routed.rounds_apart = apart;
+      choice.shared.rounds_apart = apart;
     }
     tiles.push_back(choice);
   }
@@ -245,7 +258,7 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options) {
   if (!explanation.reason.empty()) {
     return out;
   }
-  out.tiles = CommonTiles(roles);
+  out.tiles = CommonTiles(roles, FormatsOf(spec, spec.weights).operands.fused_h);
   if (out.tiles.empty()) {
     explanation.reason = NoTileReason(spec, roles, options);
   } else {

@@ -17,14 +17,14 @@ namespace hopyard::sm90 {
 struct GroupFormats {
   WeightFormat weights = WeightFormat::kBf16;
   gemm::sm90::LayerOperands operands;
-  // GEMM1 writes BF16, which a pass of its own rounds to operands.h.
-  bool rounds_apart = false;
 };
 [[nodiscard]] GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights);
 
 struct GroupKernels {
   int gemm1 = -1;  // gemm::sm90::KernelAt
   int gemm2 = -1;
+  // GEMM1 writes BF16, which a pass of its own rounds to operands.h.
+  bool rounds_apart = false;
 };
 
 // Kernels of passes with at most `max_tokens` tokens.
@@ -70,7 +70,7 @@ struct Layout {
   int64_t shared_x_bytes = 0;
   int64_t x_block_scales = 0;  // f32 [tokens, ceil(hidden / 128)]
   int64_t x_row_scales = 0;    // f32 [tokens]
-  int64_t activation = 0;      // bf16 [slots, activation_pitch], where h is rounded apart
+  int64_t activation = 0;      // bf16 [rows, activation_pitch], where h is rounded apart
   int64_t activation_pitch = 0;
   int64_t h = 0;  // [slots] rows of h_bytes, in the formats of their groups
   int64_t h_bytes = 0;

@@ -37,14 +37,24 @@ int64_t MostTiles(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int
   return most;
 }
 
+// The most tokens of a pass, of at most `tokens`, whose intermediate is rounded in a pass of its
+// own.
+int64_t TokensRoundedApart(const std::vector<TileChoice>& tiles, int64_t tokens) {
+  int64_t most = 0;
+  for (const TileChoice& choice : tiles) {
+    if (choice.routed.rounds_apart) {
+      most = std::max(most, std::min(choice.max_tokens, tokens));
+    }
+  }
+  return most;
+}
+
 }  // namespace
 
 GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights) {
   GroupFormats formats;
   formats.weights = weights;
   formats.operands = gemm::sm90::OperandsOf(weights, spec.activations);
-  const bool quantised = formats.operands.h.format != Format::kBf16;
-  formats.rounds_apart = quantised && (!formats.operands.fused_h || !IsGated(spec.activation.kind));
   return formats;
 }
 
@@ -65,7 +75,7 @@ Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int
   layout.max_tiles = MostTiles(spec, tiles, tokens);
   layout.x_bytes = RowBytes(routed.operands.x, spec.hidden_size);
   layout.shared_x_bytes = RowBytes(shared.operands.x, spec.hidden_size);
-  layout.activation_pitch = routed.rounds_apart ? RoundUp(spec.intermediate_size, 16) : 0;
+  layout.activation_pitch = RoundUp(spec.intermediate_size, 16);
   // One pitch for the rows of both groups, which lie among each other; it is a whole number of
   // groups of K of the wider type.
   layout.h_bytes = std::max(RowBytes(routed.operands.h, spec.intermediate_size),
@@ -100,7 +110,8 @@ Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int
       routed.operands.x == shared.operands.x ? layout.x : take(tokens * layout.shared_x_bytes);
   layout.x_block_scales = take(x_blocks ? tokens * CeilDiv(spec.hidden_size, 128) * 4 : 0);
   layout.x_row_scales = take(x_rows ? tokens * 4 : 0);
-  layout.activation = take(layout.slots * layout.activation_pitch * 2);
+  layout.activation = take(TokensRoundedApart(tiles, tokens) * spec.slots_per_token() *
+                           layout.activation_pitch * 2);
   layout.h = take(layout.slots * layout.h_bytes);
   layout.h_block_scales =
       take(h_blocks ? layout.slots * CeilDiv(spec.intermediate_size, 128) * 4 : 0);

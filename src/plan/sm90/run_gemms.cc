@@ -138,7 +138,7 @@ void RunGemm1(const GroupPass& group) {
     args.x_scale = pass.weights->gemm1_input_scale;
   }
   SetAdjustments(pass, &args);
-  if (group.formats.rounds_apart) {
+  if (group.kernels.rounds_apart) {
     args.out = pass.At<void>(layout.activation);
     args.out_pitch = layout.activation_pitch;
   } else {
@@ -237,7 +237,7 @@ const uint16_t* RunGemms(const Pass& pass) {
   if (has_shared) {
     RunGemm1(shared);
   }
-  if (routed.formats.rounds_apart) {
+  if (routed.kernels.rounds_apart) {
     if (has_shared) {
       RoundIntermediate(shared);
     }
