@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Runs every GPU test, then the small ones under each tool of compute-sanitizer, and prints one table
-# last. Needs a Hopper GPU. Builds the preset cuda-dev unless its tests are there already.
+# last. Needs a Hopper GPU. Builds the preset cuda-full unless its tests are there already.
 #
 #   tests/gpu/run.sh [SECONDS_PER_RUN]
 set -uo pipefail
@@ -17,7 +17,7 @@ if ! nvidia-smi -L; then
   exit 2
 fi
 if ! compgen -G "$BIN/*_sm90_test" >/dev/null; then
-  cmake --preset cuda-dev >/dev/null && cmake --build build/cuda --parallel "$(nproc)" || exit 2
+  cmake --preset cuda-full >/dev/null && cmake --build build/cuda --parallel "$(nproc)" || exit 2
 fi
 
 table=""

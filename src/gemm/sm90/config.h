@@ -154,4 +154,10 @@ constexpr bool IsValid(const GemmConfig& config) {
          (can_promote || !config.promoted) && SharedBytes(config) <= kMaxSharedBytes;
 }
 
+// Rows of a build with HOPYARD_KERNELS=dev, which compiles in a fraction of the time: a small and a
+// large tile, of which every pair of formats has at least one for either GEMM (config_test.cc).
+constexpr bool IsInDevSubset(const GemmConfig& config) {
+  return config.tokens == 16 || config.tokens == 64;
+}
+
 }  // namespace hopyard::gemm::sm90
