@@ -5,12 +5,12 @@
 #
 #   tests/gpu/run.sh [SECONDS_PER_RUN]
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit 2
 
 readonly BIN=build/cuda/bin
 readonly LIMIT=${1:-120}
 # Too many launches for a sanitizer.
-readonly SMALL='-*FourHundred*:*EveryMethod*:*HasTheIntegers*:*EdgeSegments*:*ManyTiles*:*AgreesWith*:*Repeated*:*EveryActivation*:*EveryKernel*:*EveryRank*:*EveryLayout*:*SlicesFrom*:*MatchesOracle*'
+readonly SMALL='-*FourHundred*:*EveryMethod*:*HasTheIntegers*:*EdgeSegments*:*ManyTiles*:*AgreesWith*:*Repeated*:*EveryActivation*:*EveryKernel*:*EveryRank*:*EveryLayout*:*SlicesFrom*:*MatchesOracle*:*GpuBig*'
 
 if ! nvidia-smi -L; then
   echo "tests/gpu/run.sh: no GPU here" >&2
