@@ -23,9 +23,10 @@ target_compile_options(
           -Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden)
 set_target_properties(hopyard_sm90 PROPERTIES CUDA_COMPILER_LAUNCHER
                                               ${CMAKE_SOURCE_DIR}/cmake/keep_ptxas.sh)
-# The table that the host chooses from is the one that the kernels are compiled from.
+# One table for the kernels, the host that chooses from it, and the tests: rows.h must mean the same
+# everywhere.
 if(HOPYARD_KERNELS STREQUAL "dev")
-  target_compile_definitions(hopyard PRIVATE HOPYARD_KERNELS_DEV)
+  target_compile_definitions(hopyard_options INTERFACE HOPYARD_KERNELS_DEV)
   target_compile_definitions(hopyard_sm90 PRIVATE HOPYARD_KERNELS_DEV)
 elseif(NOT HOPYARD_KERNELS STREQUAL "full")
   message(FATAL_ERROR "HOPYARD_KERNELS=${HOPYARD_KERNELS}; wanted full or dev")
