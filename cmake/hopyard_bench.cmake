@@ -1,7 +1,7 @@
 # GPU benchmarks: one executable per bench/*.cc, label none; run by hand on a Hopper GPU.
 if(NOT HOPYARD_CUDA)
   message(FATAL_ERROR "HOPYARD_BENCH=ON needs HOPYARD_CUDA=ON: configure with `cmake --preset "
-                      "cuda-dev`")
+                      "cuda-full`")
 endif()
 file(GLOB hopyard_benches CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/bench/*.cc)
 foreach(source IN LISTS hopyard_benches)

@@ -18,7 +18,19 @@ target_compile_options(
           -Werror=all-warnings
           # A kernel that spills or indexes registers at run time is an error, not a slow kernel.
           -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error
+          # Registers and memory of each kernel, which the launcher below keeps.
+          -Xptxas=-v
           -Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden)
+set_target_properties(hopyard_sm90 PROPERTIES CUDA_COMPILER_LAUNCHER
+                                              ${CMAKE_SOURCE_DIR}/cmake/keep_ptxas.sh)
+# One table for the kernels, the host that chooses from it, and the tests: rows.h must mean the same
+# everywhere.
+if(HOPYARD_KERNELS STREQUAL "dev")
+  target_compile_definitions(hopyard_options INTERFACE HOPYARD_KERNELS_DEV)
+  target_compile_definitions(hopyard_sm90 PRIVATE HOPYARD_KERNELS_DEV)
+elseif(NOT HOPYARD_KERNELS STREQUAL "full")
+  message(FATAL_ERROR "HOPYARD_KERNELS=${HOPYARD_KERNELS}; wanted full or dev")
+endif()
 target_sources(hopyard PRIVATE $<TARGET_OBJECTS:hopyard_sm90>)
 # cudart inside the library: the product needs a driver, not a toolkit.
 target_link_libraries(hopyard PRIVATE $<BUILD_INTERFACE:CUDA::cudart_static>)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// README's support table is generated from the rules that Explain applies: this test renders it and
-// compares. HOPYARD_UPDATE_README=1 writes it instead.
+// README's support table is generated from the rules that Explain applies and from the table of GPU
+// kernels: this test renders it and compares. HOPYARD_UPDATE_README=1 writes it instead.
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
@@ -11,6 +11,9 @@
 
 #include "hopyard/plan.h"
 #include "hopyard/spec.h"
+
+#include "formats/format_rules.h"
+#include "gemm/sm90/operands.h"
 
 namespace hopyard {
 namespace {
@@ -42,6 +45,31 @@ bool CpuRuns(WeightFormat weights, ActivationFormat activations) {
   return Explain(spec, Device{}, options).supported;
 }
 
+// Both GEMMs have a kernel, with tiles of as many rows: what a plan for a GPU asks for. The table
+// of kernels is there in a build without CUDA too.
+bool GpuRuns(WeightFormat weights, ActivationFormat activations) {
+  using gemm::sm90::KernelAt;
+  using gemm::sm90::Runs;
+  if (!formats::IsSupportedPair(weights, activations)) {
+    return false;
+  }
+  const gemm::sm90::LayerOperands operands = gemm::sm90::OperandsOf(weights, activations);
+  for (int i = 0; i < gemm::sm90::NumKernels(); ++i) {
+    for (int j = 0; Runs(i, weights, operands.x, true) && j < gemm::sm90::NumKernels(); ++j) {
+      if (Runs(j, weights, operands.h, false) && KernelAt(i).tokens == KernelAt(j).tokens) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+std::string Cell(WeightFormat weights, ActivationFormat activations) {
+  const bool cpu = CpuRuns(weights, activations);
+  const bool gpu = GpuRuns(weights, activations);
+  return cpu && gpu ? " CPU, GPU |" : cpu ? " CPU |" : gpu ? " GPU |" : " |";
+}
+
 std::string RenderTable() {
   std::ostringstream out;
   out << "| weights \\ activations |";
@@ -56,7 +84,7 @@ std::string RenderTable() {
   for (const WeightFormat weights : kWeights) {
     out << "| " << ToString(weights) << " |";
     for (const ActivationFormat activations : kActivations) {
-      out << (CpuRuns(weights, activations) ? " CPU |" : " |");
+      out << Cell(weights, activations);
     }
     out << '\n';
   }

@@ -61,12 +61,14 @@ class DeviceArray {
     return values;
   }
   [[nodiscard]] bool GuardsIntact() const {
-    std::vector<uint8_t> all(static_cast<size_t>(bytes() + 2 * kGuard));
     HOPYARD_CUDA(cudaDeviceSynchronize());
-    HOPYARD_CUDA(cudaMemcpy(all.data(), memory_, all.size(), cudaMemcpyDeviceToHost));
-    const auto poison = [](uint8_t byte) { return byte == 0xFF; };
-    return std::all_of(all.begin(), all.begin() + kGuard, poison) &&
-           std::all_of(all.end() - kGuard, all.end(), poison);
+    std::vector<uint8_t> guards(static_cast<size_t>(2 * kGuard));
+    const auto* const begin = static_cast<const uint8_t*>(memory_);
+    HOPYARD_CUDA(
+        cudaMemcpy(guards.data(), begin, static_cast<size_t>(kGuard), cudaMemcpyDeviceToHost));
+    HOPYARD_CUDA(cudaMemcpy(guards.data() + kGuard, begin + kGuard + bytes(),
+                            static_cast<size_t>(kGuard), cudaMemcpyDeviceToHost));
+    return std::all_of(guards.begin(), guards.end(), [](uint8_t byte) { return byte == 0xFF; });
   }
 
  private:

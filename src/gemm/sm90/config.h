@@ -157,4 +157,12 @@ constexpr bool IsValid(const GemmConfig& config) {
          (can_promote || !config.promoted) && SharedBytes(config) <= kMaxSharedBytes;
 }
 
+// Rows of a build with HOPYARD_KERNELS=dev, which compiles in a fraction of the time: the smallest
+// tile of every family, and a larger one, for two consumers, of a family without and one with
+// decoding. Every pair of formats then has both its GEMMs (config_test.cc).
+constexpr bool IsInDevSubset(const GemmConfig& config) {
+  const bool both = config.family == Family::kBf16 || config.family == Family::kMxFp4AsBf16;
+  return config.tokens == 16 || (both && config.tokens == 64);
+}
+
 }  // namespace hopyard::gemm::sm90

@@ -10,7 +10,7 @@ int NumKernels() {
 }
 
 KernelInfo KernelAt(int index) {
-  const KernelRow& row = kKernelRows[index];
+  const KernelRow& row = kKernelRows[static_cast<size_t>(index)];
   KernelInfo info;
   info.name = row.name;
   info.x_dtype = IsFp8Math(row.config.family) ? DType::kE4m3 : DType::kBf16;
@@ -24,7 +24,7 @@ KernelInfo KernelAt(int index) {
 }
 
 bool Runs(int index, WeightFormat weights, const RowFormat& x, bool gated) {
-  const GemmConfig& config = kKernelRows[index].config;
+  const GemmConfig& config = kKernelRows[static_cast<size_t>(index)].config;
   const KernelInfo info = KernelAt(index);
   // NVFP4 has rows of both kinds; elsewhere a promoting row runs what need not be promoted.
   const bool promotion = config.family == Family::kNvFp4AsBf16

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // configs.def as an array, and who launches each row: every family is a translation unit of its own
-// that gives an array as long, with null for the rows of others.
+// that gives null for the rows of others.
 #pragma once
+
+#include <array>
+#include <cstddef>
+#include <iterator>
+#include <string_view>
 
 #include "gemm/sm90/config.h"
 #include "gemm/sm90/grouped_gemm_sm90.h"
@@ -12,11 +17,39 @@ struct KernelRow {
   std::string_view name;
   GemmConfig config;
 };
-inline constexpr KernelRow kKernelRows[] = {
+inline constexpr KernelRow kConfigTable[] = {
 #define HOPYARD_GEMM_CONFIG(name, ...) {#name, {__VA_ARGS__}},
 #include "gemm/sm90/configs.def"
 #undef HOPYARD_GEMM_CONFIG
 };
+
+// HOPYARD_KERNELS=dev defines the macro for host and device code alike.
+constexpr bool IsBuilt([[maybe_unused]] const GemmConfig& config) {
+#ifdef HOPYARD_KERNELS_DEV
+  return IsInDevSubset(config);
+#else
+  return true;
+#endif
+}
+constexpr size_t CountBuiltRows() {
+  size_t count = 0;
+  for (const KernelRow& row : kConfigTable) {
+    count += IsBuilt(row.config) ? 1 : 0;
+  }
+  return count;
+}
+constexpr std::array<KernelRow, CountBuiltRows()> BuiltRows() {
+  std::array<KernelRow, CountBuiltRows()> rows{};
+  size_t at = 0;
+  for (const KernelRow& row : kConfigTable) {
+    if (IsBuilt(row.config)) {
+      rows[at++] = row;
+    }
+  }
+  return rows;
+}
+// The kernels of this build: indices into it are theirs everywhere.
+inline constexpr auto kKernelRows = BuiltRows();
 
 // Enqueues with at most `processors` blocks.
 using LaunchRow = void (*)(const GroupedGemmArgs& args, int processors, const device::Queue& queue);

@@ -156,8 +156,8 @@ void RunGemm1(const GroupPass& group) {
   RunGroupedGemm(group.kernels.gemm1, args, pass.queue());
 }
 
-// Rounds rows [0, end of `segment`) of the activation, as the group's operand of GEMM2.
-void RoundUpTo(const GroupPass& group, int64_t segment, const float* static_scale) {
+// Rounds the group's rows of the activation, as its operand of GEMM2.
+void RoundIntermediate(const GroupPass& group) {
   const Pass& pass = group.pass;
   const Layout& layout = pass.layout();
   gemm1::RoundRowsArgs args;
@@ -165,29 +165,18 @@ void RoundUpTo(const GroupPass& group, int64_t segment, const float* static_scal
   args.row_global = HasRowGlobal(pass.spec());
   args.in = pass.At<const void>(layout.activation);
   args.in_pitch = layout.activation_pitch;
-  args.static_scale = static_scale;
+  args.static_scale = group.weights.gemm2_input_scale;
+  args.static_scale_stride = group.weights.gemm2_input_scale_stride;
   args.max_rows = pass.slots();
-  args.num_rows = pass.At<const int32_t>(layout.expert_offsets) + segment + 1;
+  args.segment_offsets = pass.At<const int32_t>(layout.expert_offsets);
+  args.segment_begin = group.weights.segment_begin;
+  args.segment_end = group.weights.segment_end;
   args.cols = pass.spec().intermediate_size;
   args.out = pass.At<void>(layout.h);
   args.out_pitch = layout.h_bytes / SizeOf(args.to.dtype);
   args.out_block_scales = BlockScales(pass, args.to, layout.h_block_scales);
   args.out_row_scales = RowScales(pass, args.to, layout.h_row_scales);
   RoundRowsSm90(args, pass.queue());
-}
-
-// Where segments begin is known to the device alone. So the last segment that has a format or scale
-// of its own goes first and takes all rows before it along; the next one rounds those again. Only
-// static scales per expert, beside an activation without a gate, need more than one launch a group.
-void RoundIntermediate(const GroupPass& group) {
-  const Group& weights = group.weights;
-  if (weights.gemm2_input_scale_stride == 0) {
-    RoundUpTo(group, weights.segment_end - 1, weights.gemm2_input_scale);
-    return;
-  }
-  for (int64_t s = weights.segment_end - 1; s >= weights.segment_begin; --s) {
-    RoundUpTo(group, s, weights.gemm2_input_scale + (s - weights.segment_begin));
-  }
 }
 
 void RunGemm2(const GroupPass& group, uint16_t* y) {
@@ -238,10 +227,10 @@ const uint16_t* RunGemms(const Pass& pass) {
     RunGemm1(shared);
   }
   if (routed.kernels.rounds_apart) {
-    if (has_shared) {
-      RoundIntermediate(shared);
-    }
     RoundIntermediate(routed);
+  }
+  if (has_shared && shared.kernels.rounds_apart) {
+    RoundIntermediate(shared);
   }
   RunGemm2(routed, y);
   if (has_shared) {

@@ -89,6 +89,10 @@ void RoundRowsSm90(const RoundRowsArgs& args, const device::Queue& queue) {
       << "rows in a GEMM's order want 16-byte alignment and whole groups of 128";
   HOPYARD_INTERNAL(args.in_dtype == DType::kBf16 || args.to.format != Format::kBf16)
       << "BF16 rows have no codes";
+  HOPYARD_INTERNAL(args.segment_offsets == nullptr
+                       ? args.static_scale_stride == 0
+                       : args.num_rows == nullptr && args.segment_begin < args.segment_end)
+      << "scales per segment want segments, which say themselves how many rows there are";
   if (args.to.dtype == DType::kE4m3) {
     LaunchFp8<DType::kE4m3>(launch, queue);
   } else {

@@ -180,11 +180,45 @@ __device__ __forceinline__ void RoundPlace(const RoundRowsLaunch& launch, const 
   Store<kBytes>(launch, at, words);
 }
 
+// Rows of this call, half-open.
+struct RowRange {
+  int64_t begin;
+  int64_t end;
+};
+
+__device__ __forceinline__ RowRange LiveRows(const RoundRowsArgs& args) {
+  if (args.segment_offsets == nullptr) {
+    return {0, sm90::LiveTokens(args.num_rows, args.max_rows)};
+  }
+  return {args.segment_offsets[args.segment_begin],
+          sm90::LiveTokens(args.segment_offsets + args.segment_end, args.max_rows)};
+}
+
+// The segment that owns a row of LiveRows.
+struct Segment {
+  int32_t index;
+  int32_t row_end;
+};
+
+__device__ inline Segment FindSegment(const RoundRowsArgs& args, int64_t row) {
+  // offsets[low] <= row < offsets[high]: of empty segments that begin at the row, none is taken.
+  int32_t low = args.segment_begin;
+  int32_t high = args.segment_end;
+  while (high - low > 1) {
+    const int32_t middle = low + (high - low) / 2;
+    const bool above = args.segment_offsets[middle] > row;
+    high = above ? middle : high;
+    low = above ? low : middle;
+  }
+  return {low, args.segment_offsets[low + 1]};
+}
+
+// `index` counts static scales.
 template <Format kFormat>
-__device__ __forceinline__ RowScale StaticScale(const RoundRowsArgs& args) {
+__device__ __forceinline__ RowScale StaticScale(const RoundRowsArgs& args, int32_t index) {
   const bool has = kFormat == Format::kFp8PerTensor || kFormat == Format::kNvFp4;
   return has && args.in_dtype == DType::kBf16
-             ? gemm::sm90::StaticRowScale<kFormat>(*args.static_scale)
+             ? gemm::sm90::StaticRowScale<kFormat>(args.static_scale[index])
              : RowScale{};
 }
 
@@ -194,18 +228,26 @@ __global__ void __launch_bounds__(kTileThreads)
     RoundTilesKernel(const __grid_constant__ RoundRowsLaunch launch) {
   sm90::TakeTurn();
   const RoundRowsArgs& args = launch.args;
-  const int64_t rows = sm90::LiveTokens(args.num_rows, args.max_rows);
+  const RowRange rows = LiveRows(args);
   const auto tiles = static_cast<uint32_t>((args.out_pitch + kTileCols - 1) / kTileCols);
   constexpr uint32_t kWarps = kTileThreads / sm90::kWarpSize;
   const uint32_t first = blockIdx.x * kWarps + threadIdx.x / sm90::kWarpSize;
   const uint32_t step = gridDim.x * kWarps;
-  const RowScale scale = StaticScale<kFormat>(args);
+  constexpr bool kHasStatic = kFormat == Format::kFp8PerTensor || kFormat == Format::kNvFp4;
+  const bool per_segment = kHasStatic && args.static_scale_stride != 0;
+  // A warp's rows ascend, so that it looks for a segment only where it leaves one.
+  Segment segment{0, per_segment ? 0 : INT32_MAX};
+  RowScale scale = StaticScale<kFormat>(args, 0);
   // Row and tile advance without a division in the loop.
-  int64_t row = first / tiles;
+  int64_t row = rows.begin + first / tiles;
   uint32_t tile = first % tiles;
   const uint32_t row_step = step / tiles;
   const uint32_t tile_step = step % tiles;
-  while (row < rows) {
+  while (row < rows.end) {
+    if (row >= segment.row_end) {
+      segment = FindSegment(args, row);
+      scale = StaticScale<kFormat>(args, segment.index - args.segment_begin);
+    }
     const int64_t k = int64_t{tile} * kTileCols + sm90::LaneId() * kLaneCols;
     RoundPlace<kFormat, kOut>(launch, {row, k}, scale);
     const bool wraps = tile + tile_step >= tiles;
@@ -267,8 +309,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
     RoundWholeRowsKernel(const __grid_constant__ RoundRowsLaunch launch) {
   sm90::TakeTurn();
   const RoundRowsArgs& args = launch.args;
-  const int64_t rows = sm90::LiveTokens(args.num_rows, args.max_rows);
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+  const RowRange rows = LiveRows(args);
+  for (int64_t row = rows.begin + blockIdx.x; row < rows.end; row += gridDim.x) {
     const RowScale scale = TakeRowScale<kFormat>(launch, row);
     const int64_t warp_begin = threadIdx.x / sm90::kWarpSize * kTileCols;
     for (int64_t k = warp_begin; k < args.out_pitch; k += int64_t{blockDim.x} * kLaneCols) {

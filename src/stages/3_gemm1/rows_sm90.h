@@ -31,9 +31,17 @@ struct RoundRowsArgs {
   // f32 [1], positive: kFp8PerTensor, and the global multiplier of kNvFp4 without row_global.
   // Values are rounded with it; the GEMM multiplies by it.
   const float* static_scale = nullptr;
+  // 1: one per segment instead, of segment_begin first. Needs segment_offsets.
+  int64_t static_scale_stride = 0;
   int64_t max_rows = 0;
   const int32_t* num_rows =
-      nullptr;       // read by the kernel, clamped to [0, max_rows]; null: max_rows
+      nullptr;  // read by the kernel, clamped to [0, max_rows]; null: max_rows
+  // Not null: only the rows of segments [segment_begin, segment_end) are read and written, of which
+  // s has [segment_offsets[s], segment_offsets[s + 1]), ascending and at most max_rows. num_rows is
+  // then null.
+  const int32_t* segment_offsets = nullptr;
+  int32_t segment_begin = 0;
+  int32_t segment_end = 0;
   int64_t cols = 0;  // even for packed codes
   // Columns at and beyond cols are zero up to out_pitch. 16-byte aligned, and whole groups of 128
   // columns, unless the order is natural.

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -245,9 +246,14 @@ RoundRowsArgs ArgsOf(const Case& c, const Outputs& outputs) {
   return args;
 }
 
-// Rows [0, live) as the CPU has them, everything else untouched.
+struct RowRange {
+  int64_t begin;
+  int64_t end;
+};
+
+// Rows of `live` as the CPU has them, everything else untouched.
 void ExpectOutputs(const Case& c, const Outputs& outputs, const std::vector<StoredRow>& rows,
-                   int64_t live) {
+                   const RowRange& live) {
   ASSERT_TRUE(outputs.out.GuardsIntact() && outputs.block_scales.GuardsIntact() &&
               outputs.row_scales.GuardsIntact())
       << Describe(c);
@@ -255,7 +261,7 @@ void ExpectOutputs(const Case& c, const Outputs& outputs, const std::vector<Stor
   const std::vector<float> block_scales = outputs.block_scales.Download();
   const std::vector<float> row_scales = outputs.row_scales.Download();
   const auto bits = [](float value) { return std::bit_cast<uint32_t>(value); };
-  for (int64_t row = 0; row < live; ++row) {
+  for (int64_t row = live.begin; row < live.end; ++row) {
     const StoredRow& stored = rows[static_cast<size_t>(row)];
     const std::vector<uint16_t> elements = ElementsOf(c, stored);
     std::vector<uint16_t> want(static_cast<size_t>(c.shape.out_pitch));
@@ -285,7 +291,9 @@ void ExpectOutputs(const Case& c, const Outputs& outputs, const std::vector<Stor
     }
   }
   const auto poison = [](uint8_t byte) { return byte == 0xFF; };
-  ASSERT_TRUE(std::all_of(out.begin() + live * c.shape.out_pitch * c.element(), out.end(), poison))
+  const int64_t row_bytes = c.shape.out_pitch * c.element();
+  ASSERT_TRUE(std::all_of(out.begin() + live.end * row_bytes, out.end(), poison)) << Describe(c);
+  ASSERT_TRUE(std::all_of(out.begin(), out.begin() + live.begin * row_bytes, poison))
       << Describe(c);
 }
 
@@ -307,7 +315,47 @@ void ExpectRounded(const Case& c, const std::vector<uint16_t>& x, int64_t live =
     ExpectRoundRowValues(c, values, rows.back(), ElementsOf(c, rows.back()));
     ASSERT_FALSE(testing::Test::HasFatalFailure());
   }
-  ExpectOutputs(c, outputs, rows, live < 0 ? c.shape.rows : live);
+  ExpectOutputs(c, outputs, rows, {0, live < 0 ? c.shape.rows : live});
+}
+
+// A group of segments among those that `offsets` cuts the rows into.
+struct Segments {
+  std::vector<int32_t> offsets;
+  int32_t begin;
+  int32_t end;
+};
+
+// Values rounded with a scale for every segment of the group, where the format has given scales.
+void ExpectSegmentsRounded(const Case& c, const Segments& segments) {
+  const std::vector<uint16_t> x = MakeInput(c, static_cast<unsigned>(c.shape.cols));
+  std::vector<float> scales;
+  for (int32_t s = segments.begin; s < segments.end; ++s) {
+    scales.push_back(c.static_scale * (1.0F + 0.25F * static_cast<float>(s)));
+  }
+  const DeviceArray<uint16_t> in(x);
+  const DeviceArray<float> device_scales(scales);
+  const DeviceArray<int32_t> offsets(segments.offsets);
+  const Outputs outputs(c);
+  RoundRowsArgs args = ArgsOf(c, outputs);
+  args.in = in.get();
+  args.static_scale = device_scales.get();
+  args.static_scale_stride = 1;
+  args.segment_offsets = offsets.get();
+  args.segment_begin = segments.begin;
+  args.segment_end = segments.end;
+  RoundRowsSm90(args, nullptr);
+  std::vector<StoredRow> rows(static_cast<size_t>(c.shape.rows));
+  for (int32_t s = segments.begin; s < segments.end; ++s) {
+    Case of_segment = c;
+    of_segment.static_scale = scales[static_cast<size_t>(s - segments.begin)];
+    for (int64_t row = segments.offsets[static_cast<size_t>(s)];
+         row < segments.offsets[static_cast<size_t>(s) + 1]; ++row) {
+      rows[static_cast<size_t>(row)] = QuantizeRow(of_segment, x.data() + row * c.shape.in_pitch);
+    }
+  }
+  ExpectOutputs(c, outputs, rows,
+                {segments.offsets[static_cast<size_t>(segments.begin)],
+                 segments.offsets[static_cast<size_t>(segments.end)]});
 }
 
 // Random codes and scales, NaN ones among them, laid out without rounding.
@@ -341,7 +389,7 @@ void ExpectCodesTaken(const Case& c, unsigned seed) {
   args.in_scales = in_scales.get();
   args.in_row_scales = in_row_scales.get();
   RoundRowsSm90(args, nullptr);
-  ExpectOutputs(c, outputs, rows, c.shape.rows);
+  ExpectOutputs(c, outputs, rows, {0, c.shape.rows});
 }
 
 constexpr KOrder kOrders[] = {KOrder::kNatural, KOrder::kBf16Decoded, KOrder::kFp8Decoded};
@@ -411,6 +459,47 @@ TEST(RowsSm90, OnlyLiveRowsAreWritten) {
       ExpectRounded(c, MakeInput(c, 3), live);
       ASSERT_FALSE(HasFatalFailure());
     }
+  }
+}
+
+// Empty segments at every place, segments of one row, all rows in one, none at all; the whole list,
+// its middle and its end.
+TEST(RowsSm90, SegmentsHaveTheirOwnScales) {
+  HOPYARD_NEEDS_GPU();
+  for (const Target& target : Targets()) {
+    for (const std::vector<int32_t>& offsets : {std::vector<int32_t>{0, 0, 1, 1, 1, 4, 11, 11},
+                                                {0, 11, 11, 11, 11, 11, 11, 11},
+                                                {0, 0, 0, 0, 0, 0, 0, 11},
+                                                {0, 1, 2, 3, 4, 5, 6, 7},
+                                                {0, 0, 0, 0, 0, 0, 0, 0}}) {
+      for (const auto& [begin, end] : {std::pair{0, 7}, {2, 6}, {5, 7}, {3, 4}}) {
+        for (const int64_t cols : {40, 300}) {
+          const Case c{target, KOrder::kBf16Decoded, {13, cols, 304, 384}, 0.5F};
+          SCOPED_TRACE("segments " + std::to_string(begin) + " .. " + std::to_string(end));
+          ExpectSegmentsRounded(c, {offsets, begin, end});
+          ASSERT_FALSE(HasFatalFailure());
+        }
+      }
+    }
+  }
+}
+
+// More rows than the grid has warps: each warp crosses many segments, and then the rest of a long
+// one.
+TEST(RowsSm90, ManyRowsInManySegments) {
+  HOPYARD_NEEDS_GPU();
+  constexpr int32_t kSegments = 300;
+  std::vector<int32_t> offsets = {0};
+  for (int32_t s = 0; s < kSegments; ++s) {
+    offsets.push_back(offsets.back() + (s == kSegments / 2 ? 9000 : s * 7 % 23));
+  }
+  const int64_t rows = offsets.back();
+  for (const Target& target : Targets()) {
+    const Case c{target, KOrder::kNatural, {rows, 32, 32, 32}, 0.01F};
+    ExpectSegmentsRounded(c, {offsets, 0, kSegments});
+    ASSERT_FALSE(HasFatalFailure());
+    ExpectSegmentsRounded(c, {offsets, 71, kSegments - 3});
+    ASSERT_FALSE(HasFatalFailure());
   }
 }
 

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every row of configs.def against the machine's limits, and the table against the formats: each
+// pair that the spec allows has its kernels, in a full build and in the dev subset.
+#include "gemm/sm90/config.h"
+
+#include <algorithm>
+#include <set>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "formats/format_rules.h"
+#include "gemm/sm90/operands.h"
+#include "gemm/sm90/rows.h"
+
+namespace hopyard::gemm::sm90 {
+namespace {
+
+constexpr WeightFormat kWeights[] = {WeightFormat::kBf16,         WeightFormat::kFp8Block128,
+                                     WeightFormat::kFp8PerTensor, WeightFormat::kFp8PerChannel,
+                                     WeightFormat::kMxFp8,        WeightFormat::kNvFp4,
+                                     WeightFormat::kMxFp4,        WeightFormat::kMxInt4};
+constexpr ActivationFormat kActivations[] = {
+    ActivationFormat::kBf16,         ActivationFormat::kFp8Block128,
+    ActivationFormat::kFp8PerTensor, ActivationFormat::kFp8PerToken,
+    ActivationFormat::kMxFp8,        ActivationFormat::kNvFp4,
+    ActivationFormat::kNvFp4PerToken};
+
+TEST(Configs, RowsFitTheMachine) {
+  for (const KernelRow& row : kConfigTable) {
+    SCOPED_TRACE(row.name);
+    EXPECT_TRUE(IsValid(row.config));
+    EXPECT_LE(SharedBytes(row.config), 232448) << "of a block";
+    // Registers after the hand-over between warpgroups (kernel.cuh), of 65536.
+    EXPECT_LE(128 * 56 + (ThreadsPerBlock(row.config) - 128) * 224, 65536);
+    // Barriers, factors and staging keep their alignment behind the stages.
+    EXPECT_EQ((WeightBytes(row.config) + TokenBytes(row.config)) % 1024, 0);
+    EXPECT_EQ(StagingBytes(row.config) % 16, 0);
+    EXPECT_EQ(FactorBytes(row.config) % 8, 0);
+  }
+}
+
+TEST(Configs, NamesAreDistinctAndTellTheTile) {
+  std::set<std::string_view> names;
+  for (const KernelRow& row : kConfigTable) {
+    EXPECT_TRUE(names.insert(row.name).second) << row.name;
+    const std::string tile = "_m" + std::to_string(FeaturesPerBlock(row.config)) + 'n' +
+                             std::to_string(row.config.tokens) + "_s" +
+                             std::to_string(row.config.stages);
+    EXPECT_NE(row.name.find(tile), std::string_view::npos) << row.name << ", wanted " << tile;
+    EXPECT_EQ(row.name.find("_gated_") != std::string_view::npos, row.config.gated) << row.name;
+  }
+}
+
+// What is compiled and tested stays within CI's time.
+TEST(Configs, TheTableIsShort) {
+  EXPECT_LE(std::size(kConfigTable), 150U);
+}
+
+// Tiles for which a kernel runs, among all rows or those of the dev subset.
+std::set<int> Tiles(WeightFormat weights, const RowFormat& x, bool gated, bool dev) {
+  std::set<int> tiles;
+  for (int i = 0; i < NumKernels(); ++i) {
+    const bool built = !dev || IsInDevSubset(kKernelRows[static_cast<size_t>(i)].config);
+    if (built && Runs(i, weights, x, gated)) {
+      tiles.insert(KernelAt(i).tokens);
+    }
+  }
+  return tiles;
+}
+
+// Both GEMMs of a pass take tiles of as many rows.
+TEST(Configs, EveryPairHasBothGemmsWithACommonTile) {
+  int pairs = 0;
+  for (const WeightFormat weights : kWeights) {
+    for (const ActivationFormat activations : kActivations) {
+      if (!formats::IsSupportedPair(weights, activations)) {
+        continue;
+      }
+      ++pairs;
+      const LayerOperands operands = OperandsOf(weights, activations);
+      for (const bool dev : {false, true}) {
+        const std::set<int> gemm2 = Tiles(weights, operands.h, false, dev);
+        for (const bool gated : {false, true}) {
+          const std::set<int> gemm1 = Tiles(weights, operands.x, gated, dev);
+          EXPECT_TRUE(std::any_of(gemm1.begin(), gemm1.end(),
+                                  [&](int tile) { return gemm2.contains(tile); }))
+              << ToString(weights) << " x " << ToString(activations) << ", gated " << gated
+              << ", dev subset " << dev << ": " << gemm1.size() << " tiles of GEMM1, "
+              << gemm2.size() << " of GEMM2";
+        }
+      }
+    }
+  }
+  EXPECT_EQ(pairs, 21) << "of README's support table";
+}
+
+// A row nobody can run would only cost time.
+TEST(Configs, EveryRowRunsSomePair) {
+  for (int i = 0; i < NumKernels(); ++i) {
+    bool runs = false;
+    for (const WeightFormat weights : kWeights) {
+      for (const ActivationFormat activations : kActivations) {
+        if (formats::IsSupportedPair(weights, activations)) {
+          const LayerOperands operands = OperandsOf(weights, activations);
+          runs = runs || Runs(i, weights, operands.x, KernelAt(i).gated) ||
+                 Runs(i, weights, operands.h, KernelAt(i).gated);
+        }
+      }
+    }
+    EXPECT_TRUE(runs) << KernelAt(i).name;
+  }
+}
+
+}  // namespace
+}  // namespace hopyard::gemm::sm90
