@@ -35,11 +35,22 @@ __device__ __forceinline__ void Release(Barrier empty) {
   }
 }
 
-// BF16 from shared memory: both tiles of a stage are one group of instructions.
-template <class Row>
-__device__ void MultiplyShared(const Shared<Row>& shared, int k_blocks, Consumer<Row>& self,
-                               float (&acc)[2][kSums<Row>]) {
+// The first kN tokens of a tile's sums.
+template <int kN, int kCount>
+__device__ __forceinline__ float (&FirstTokens(float (&sums)[kCount]))[kN / 2] {
+  static_assert(kN / 2 <= kCount);
+  return *static_cast<float(*)[kN / 2]>(static_cast<void*>(&sums));
+}
+
+// BF16 from shared memory, kN tokens of the tile: both tiles of a stage are one group of
+// instructions.
+template <class Row, int kN>
+__device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_blocks,
+                                               Consumer<Row>& self, float (&acc)[2][kSums<Row>]) {
   constexpr int kSteps = BlockK(Row::kConfig.family) / 16;
+  using Bf16 = hopyard::sm90::MmaBf16<kN>;
+  auto& first_sums = FirstTokens<kN>(acc[0]);
+  auto& second_sums = FirstTokens<kN>(acc[1]);
   int previous = -1;
   for (int block = 0; block < k_blocks; ++block) {
     const int stage = self.ring.stage;
@@ -51,8 +62,8 @@ __device__ void MultiplyShared(const Shared<Row>& shared, int k_blocks, Consumer
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int accumulate = block > 0 || step > 0 ? 1 : 0;
-      Mma<Row>::Multiply(acc[0], first + 2 * step, tokens + 2 * step, accumulate);
-      Mma<Row>::Multiply(acc[1], second + 2 * step, tokens + 2 * step, accumulate);
+      Bf16::Multiply(first_sums, first + 2 * step, tokens + 2 * step, accumulate);
+      Bf16::Multiply(second_sums, second + 2 * step, tokens + 2 * step, accumulate);
     }
     hopyard::sm90::MmaCommit();
     // The products of the stage before are done: it may be filled again.
@@ -67,8 +78,8 @@ __device__ void MultiplyShared(const Shared<Row>& shared, int k_blocks, Consumer
   if (previous >= 0) {
     Release(shared.Empty(previous));
   }
-  hopyard::sm90::Touch(acc[0]);
-  hopyard::sm90::Touch(acc[1]);
+  hopyard::sm90::Touch(first_sums);
+  hopyard::sm90::Touch(second_sums);
 }
 
 __device__ __forceinline__ float2 LoadPair(uint32_t shared) {
@@ -258,7 +269,17 @@ template <class Row>
 __device__ void Multiply(const GroupedGemmArgs& args, const Shared<Row>& shared, const Work& work,
                          Consumer<Row>& self, float (&acc)[2][kSums<Row>]) {
   if constexpr (Row::kConfig.family == Family::kBf16) {
-    MultiplyShared<Row>(shared, KBlocks<Row>(args), self, acc);
+    // An expert's last tile may hold a few tokens: the tensor cores work on no more than a quarter
+    // or half of it. Sums of the others are not written.
+    constexpr int kTokens = Row::kConfig.tokens;
+    const int k_blocks = KBlocks<Row>(args);
+    if (kTokens == 128 && work.num_rows <= 32) {
+      MultiplyShared<Row, kTokens == 128 ? 32 : kTokens>(shared, k_blocks, self, acc);
+    } else if (kTokens == 128 && work.num_rows <= 64) {
+      MultiplyShared<Row, kTokens == 128 ? 64 : kTokens>(shared, k_blocks, self, acc);
+    } else {
+      MultiplyShared<Row, kTokens>(shared, k_blocks, self, acc);
+    }
   } else if constexpr (Row::kConfig.promoted) {
     MultiplyPromoted<Row>(args, shared, work, self, acc);
   } else {
