@@ -49,11 +49,28 @@ __device__ __forceinline__ int32_t DeltaRow(const GroupedGemmArgs& args,
   return within < args.delta_slots ? slot / args.slots_per_token * args.delta_slots + within : -1;
 }
 
+__device__ __forceinline__ bool HasFactors(const GroupedGemmArgs& args) {
+  return args.x_token_scales != nullptr || args.slot_weights != nullptr;
+}
+
+// Ones, once before the first tile: most layers have no factors.
+template <class Row>
+__device__ __forceinline__ void ClearFactors(const OutputTile<Row>& tile) {
+  const auto n = static_cast<uint32_t>(threadIdx.x) % 128;
+  if (n < Row::kConfig.tokens) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(tile.factors() + 4U * n), "f"(1.0F) : "memory");
+  }
+  tile.Barrier();
+}
+
 // Puts what belongs to the tile's tokens into shared memory. The warpgroup meets at a barrier
 // before it is read.
 template <class Row>
 __device__ __forceinline__ void StageFactors(const GroupedGemmArgs& args,
                                              const OutputTile<Row>& tile) {
+  if (!HasFactors(args) && args.delta == nullptr) {
+    return;
+  }
   const int n = static_cast<int>(threadIdx.x) % 128;
   // The tile before has been read out.
   tile.Barrier();
@@ -83,7 +100,7 @@ template <class Row>
 __device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args,
                                             const OutputTile<Row>& tile, const WeightRow& at) {
   const MatrixArgs& matrix = *at.matrix;
-  const ExpertPointers pointers = matrix.pointers[tile.expert];
+  const ExpertPointers* const pointers = matrix.pointers + tile.expert;
   RowTerms terms{1.0F, 0.0F};
   if (at.row >= matrix.rows) {
     return terms;
@@ -94,23 +111,26 @@ __device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args,
   }
   if constexpr (Row::kConfig.family == Family::kMxFp4AsFp8) {
     // 2^(b - 127); 2^-127 is subnormal.
-    const uint32_t exponent = pointers.row_exponents[at.row];
+    const uint32_t exponent = pointers->row_exponents[at.row];
     terms.factor = __uint_as_float(exponent == 0 ? 0x00400000U : exponent << 23);
   }
   if (args.weights == WeightFormat::kFp8PerChannel) {
-    terms.factor = static_cast<const float*>(pointers.scales)[stored * matrix.scale_stride];
+    terms.factor = static_cast<const float*>(pointers->scales)[stored * matrix.scale_stride];
   }
-  if (pointers.global_scale != nullptr) {
-    terms.factor = __fmul_rn(terms.factor, *pointers.global_scale);
+  if (matrix.has_global_scale) {
+    terms.factor = __fmul_rn(terms.factor, *pointers->global_scale);
   }
   if (args.x_scale != nullptr) {
     terms.factor = __fmul_rn(terms.factor, args.x_scale[tile.expert * args.x_scale_stride]);
   }
-  if (pointers.bias != nullptr) {
-    terms.bias = matrix.bias_dtype == DType::kBf16
-                     ? hopyard::sm90::WidenBf16(static_cast<const uint16_t*>(pointers.bias)[stored])
-                     : static_cast<const float*>(pointers.bias)[stored];
+  if (matrix.has_bias) {
+    terms.bias =
+        matrix.bias_dtype == DType::kBf16
+            ? hopyard::sm90::WidenBf16(static_cast<const uint16_t*>(pointers->bias)[stored])
+            : static_cast<const float*>(pointers->bias)[stored];
   }
+  // Kept as they are: what they came from needs more registers.
+  asm volatile("" : "+f"(terms.factor), "+f"(terms.bias));
   return terms;
 }
 

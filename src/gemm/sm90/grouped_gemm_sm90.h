@@ -44,6 +44,9 @@ struct MatrixArgs {
   int64_t scale_stride = 0;
   int64_t scale_row_origin = 0;  // kFp8Block128: natural row 0's place in its block of 128
   DType bias_dtype = DType::kFloat32;
+  // What of `pointers` is not null; the kernels look for nothing else there.
+  bool has_bias = false;
+  bool has_global_scale = false;
   int32_t k_blocks_last = 0;  // 1: the map's slowest dimension is the K block (kBlockKMajor)
   int32_t row_unit = 1;       // rows per step of the map's row coordinate where it is not 1
 };

@@ -305,6 +305,8 @@ class Call {
     matrix.rows = problem_.features;
     matrix.position_begin = shape.position_begin;
     matrix.scale_stride = weights_.scale_stride();
+    matrix.has_bias = problem_.bias;
+    matrix.has_global_scale = weights_.has_global();
   }
   // Two entries behind the live ones are poison that no kernel may read.
   void MakeTiles() {

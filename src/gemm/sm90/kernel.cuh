@@ -19,15 +19,16 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
   Consumer<Row> self{static_cast<int>(threadIdx.x) / 128 - 1, {}, table};
   Scheduler<Row> scheduler(args);
   Work work;
+  OutputTile<Row> tile{};
+  tile.base = shared.base;
+  ClearFactors(tile);
   while (scheduler.Next(work)) {
     float acc[2][kSums<Row>];
     Multiply<Row>(args, shared, work, self, acc);
-    OutputTile<Row> tile;
     tile.expert = work.expert;
     tile.row_begin = work.row_begin;
     tile.num_rows = work.num_rows;
     tile.feature_begin = work.feature_begin + self.number * FeaturesPerConsumer(kConfig);
-    tile.base = shared.base;
     StoreTile<Row>(args, tile, acc);
   }
 }

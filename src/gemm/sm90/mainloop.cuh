@@ -273,9 +273,7 @@ __device__ void Multiply(const GroupedGemmArgs& args, const Shared<Row>& shared,
     // or half of it. Sums of the others are not written.
     constexpr int kTokens = Row::kConfig.tokens;
     const int k_blocks = KBlocks<Row>(args);
-    if (kTokens == 128 && work.num_rows <= 32) {
-      MultiplyShared<Row, kTokens == 128 ? 32 : kTokens>(shared, k_blocks, self, acc);
-    } else if (kTokens == 128 && work.num_rows <= 64) {
+    if (kTokens == 128 && work.num_rows <= 64) {
       MultiplyShared<Row, kTokens == 128 ? 64 : kTokens>(shared, k_blocks, self, acc);
     } else {
       MultiplyShared<Row, kTokens>(shared, k_blocks, self, acc);

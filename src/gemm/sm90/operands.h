@@ -10,8 +10,8 @@ namespace hopyard::gemm::sm90 {
 struct LayerOperands {
   RowFormat x;  // of GEMM1
   RowFormat h;  // of GEMM2
-  // Kernels that can round (KernelInfo::rounds) write h; otherwise, where h's scale needs the maximum
-  // of a whole row, GEMM1 writes bf16 rows that a pass of its own rounds.
+  // Kernels that can round (KernelInfo::rounds) write h; otherwise, where h's scale needs the
+  // maximum of a whole row, GEMM1 writes bf16 rows that a pass of its own rounds.
   bool fused_h = true;
 };
 

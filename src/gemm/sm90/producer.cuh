@@ -10,46 +10,57 @@
 
 namespace hopyard::gemm::sm90 {
 
-struct TileStart {
-  int expert;
-  int row;  // natural
-  int k;    // in elements of the map
-};
-
-// Box of 64 natural rows and one stage of K.
+// The weight tiles of a stage, one a thread: tile t is tile t % 2 of consumer t / 2. What does not
+// change from stage to stage is computed once per work item; a stage costs a few instructions.
 template <class Row>
-__device__ __forceinline__ void CopyTile(const MatrixArgs& matrix, uint32_t shared, Barrier barrier,
-                                         const TileStart& start) {
-  // A block of K in kBlockKMajor: 128 bytes.
-  constexpr int kBlock = Row::kConfig.family == Family::kBf16 ? 64 : 128;
-  const bool each = matrix.expert_maps != nullptr;
-  const void* const map = each ? static_cast<const void*>(matrix.expert_maps + start.expert)
-                               : static_cast<const void*>(&matrix.map);
-  const bool whole = matrix.row_unit == 1;
-  const bool blocks = matrix.k_blocks_last != 0;
-  hopyard::sm90::CopyBox(map, shared, barrier,
-                         {{blocks ? start.k % kBlock : start.k, whole ? start.row : 0, 0,
-                           whole ? 0 : start.row / matrix.row_unit,
-                           blocks ? start.k / kBlock : (each ? 0 : start.expert)}});
-}
-
-template <class Row>
-__device__ void IssueWeights(const GroupedGemmArgs& args, const Work& work,
-                             const Shared<Row>& shared, int stage, int k_block) {
-  constexpr GemmConfig kConfig = Row::kConfig;
-  const Barrier barrier = shared.Full(stage);
-  barrier.ArriveAndExpect(WeightBytes(kConfig));
+struct WeightCopies {
+  static constexpr GemmConfig kConfig = Row::kConfig;
+  static constexpr int kTiles = 2 * kConfig.consumers;
   // The copy engine counts elements of one byte for packed codes.
-  const int k = k_block * BlockK(kConfig.family) / (WeightRowBytes(kConfig.family) == 64 ? 2 : 1);
-  for (int c = 0; c < kConfig.consumers; ++c) {
-    const auto feature = static_cast<int>(work.feature_begin) + c * FeaturesPerConsumer(kConfig);
-    for (int half = 0; half < 2; ++half) {
-      const MatrixArgs& matrix = kConfig.gated && half == 1 ? args.second : args.first;
-      const int row = kConfig.gated ? feature : feature + half * kTileRows;
-      CopyTile<Row>(matrix, shared.Weights(stage, c, half), barrier, {work.expert, row, k});
+  static constexpr int kStep =
+      BlockK(kConfig.family) / (WeightRowBytes(kConfig.family) == 64 ? 2 : 1);
+  // A block of K in kBlockKMajor: 128 bytes.
+  static constexpr int kBlock = kConfig.family == Family::kBf16 ? 64 : 128;
+
+  const void* map;
+  int row;
+  int row_block;
+  int last;
+  bool blocks;
+
+  __device__ __forceinline__ static int Tile() { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work) {
+    if (Tile() >= kTiles) {
+      return;
+    }
+    const int half = Tile() % 2;
+    const MatrixArgs& matrix = kConfig.gated && half == 1 ? args.second : args.first;
+    const int first = static_cast<int>(work.feature_begin) +
+                      Tile() / 2 * FeaturesPerConsumer(kConfig) +
+                      (kConfig.gated ? 0 : half * kTileRows);
+    const bool each = matrix.expert_maps != nullptr;
+    map = each ? static_cast<const void*>(matrix.expert_maps + work.expert)
+               : static_cast<const void*>(&matrix.map);
+    const bool whole = matrix.row_unit == 1;
+    row = whole ? first : 0;
+    row_block = whole ? 0 : first / matrix.row_unit;
+    last = each ? 0 : work.expert;
+    blocks = matrix.k_blocks_last != 0;
+  }
+  // Starts the copies of a stage.
+  __device__ __forceinline__ void Issue(const Shared<Row>& shared, int stage, int k_block) const {
+    const Barrier barrier = shared.Full(stage);
+    if (Tile() == 0) {
+      barrier.ArriveAndExpect(WeightBytes(kConfig));
+    }
+    if (Tile() < kTiles) {
+      const int k = k_block * kStep;
+      hopyard::sm90::CopyBox(
+          map, shared.Weights(stage, Tile() / 2, Tile() % 2), barrier,
+          {{blocks ? k % kBlock : k, row, 0, row_block, blocks ? k / kBlock : last}});
     }
   }
-}
+};
 
 // A thread's share of a tile's token rows: 16 bytes of every 16th row.
 template <class Row>
@@ -58,8 +69,8 @@ struct TokenRows {
   static constexpr int kRows = kConfig.tokens / 16;
   static constexpr int kElements = 16 / TokenElementBytes(kConfig.family);
 
-  const uint8_t* sources[kRows];
-  const float* scale;  // of the row of this thread's number
+  int32_t sources[kRows];  // rows of x: addresses would cost twice the registers
+  const float* scale;      // of the row of this thread's number
   int num_rows;
 
   __device__ void Begin(const GroupedGemmArgs& args, const Work& work) {
@@ -67,9 +78,7 @@ struct TokenRows {
     num_rows = work.num_rows;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int64_t source = Source(args, work, thread / 8 + 16 * i);
-      sources[i] = static_cast<const uint8_t*>(args.x) +
-                   (source * args.x_pitch + thread % 8 * kElements) * 16 / kElements;
+      sources[i] = static_cast<int32_t>(Source(args, work, thread / 8 + 16 * i));
     }
     scale = nullptr;
     if constexpr (kConfig.promoted) {
@@ -105,7 +114,9 @@ struct TokenRows {
         const int row = thread / 8 + 16 * i;
         const int bytes = row < num_rows ? (left < 0 ? 0 : (left < 16 ? left : 16)) : 0;
         const uint32_t at = tile + row * 128 + ((piece ^ (row % 8)) << 4);
-        const void* const from = bytes > 0 ? sources[i] + int64_t{k} * 16 / kElements : args.x;
+        const int64_t element = sources[i] * args.x_pitch + k + piece * kElements;
+        const void* const from =
+            static_cast<const uint8_t*>(args.x) + (bytes > 0 ? element * 16 / kElements : 0);
         hopyard::sm90::CopyPiece(at, from, bytes);
       }
     }
@@ -142,13 +153,13 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
   Scheduler<Row> scheduler(args);
   Work work;
   while (scheduler.Next(work)) {
+    WeightCopies<Row> weights;
+    weights.Begin(args, work);
     TokenRows<Row> rows;
     rows.Begin(args, work);
     for (int block = 0; block < k_blocks; ++block) {
       shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
-      if (threadIdx.x % 128 == 0) {
-        IssueWeights<Row>(args, work, shared, fill.stage, block);
-      }
+      weights.Issue(shared, fill.stage, block);
       rows.Issue(args, shared, fill.stage, block);
       hopyard::sm90::CommitPieces();
       fill.Advance();

@@ -148,6 +148,8 @@ GroupMatrix MakeMatrix(const Source& source, Uploader* uploader) {
   out.args.scale_stride = first.scale_stride;
   out.args.scale_row_origin = first.row_origin;
   out.args.bias_dtype = first.bias_dtype;
+  out.args.has_bias = first.bias != nullptr;
+  out.args.has_global_scale = first.global_scale != nullptr;
   out.args.k_blocks_last = first.major == MajorOrder::kBlockKMajor ? 1 : 0;
   out.args.row_unit = RowUnitOf(out.shape);
   if (source.row_exponents) {
