@@ -149,6 +149,12 @@ constexpr int ThreadsPerBlock(const GemmConfig& config) {
   return 128 * (1 + config.consumers);
 }
 
+// Registers of a consumer's thread after the roles have parted; the producer's keep what is left of
+// the 168 that each of three warpgroups starts with. Neither side spills (ptxas says so).
+constexpr int ConsumerRegisters(const GemmConfig& config) {
+  return IsDecoded(config.family) && config.tokens == 96 ? 216 : 224;
+}
+
 constexpr bool IsValid(const GemmConfig& config) {
   const bool tokens = config.tokens == 16 || config.tokens == 32 || config.tokens == 64 ||
                       config.tokens == 96 || config.tokens == 128;

@@ -63,10 +63,11 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), 1)
   __syncthreads();
   hopyard::sm90::AwaitPredecessors();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    asm volatile(
+        "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(3 * 168 - 2 * ConsumerRegisters(kConfig)));
     Produce<Row>(args, shared);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ConsumerRegisters(kConfig)));
     Consume<Row>(args, shared, table);
   }
 }

@@ -64,11 +64,13 @@ struct BlockScales {
   static constexpr int kBytes = ScaleBytes(kFamily);
   static constexpr int kWords = kBytes == 8 ? 2 : 1;
 
-  const uint8_t* begin[2][2];
+  // Of row 0 of each tile, and from there to row 1. Registers are short here.
+  const uint8_t* begin[2];
+  int other_row[2];
   int group_stride;  // bytes from one 128 of K to the next
   int word_stride;
-  int row_bytes;  // that exist
-  int row_exponent[2][2];
+  int row_bytes;           // that exist
+  uint32_t row_exponents;  // a byte each
   uint32_t now[2][2][kWords];
   uint32_t next[2][2][kWords];
 
@@ -80,6 +82,7 @@ struct BlockScales {
     row_bytes = static_cast<int>((args.k + kBlock - 1) / kBlock) * kSize;
     group_stride = linear ? kBytes : kBytes / (4 * kSize) * 512 * kSize;
     word_stride = linear || kSize == 2 ? 4 : 512;
+    row_exponents = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -87,16 +90,19 @@ struct BlockScales {
         const WeightRow at = ThreadRow<Row>(args, feature, half, h);
         const MatrixArgs& matrix = *at.matrix;
         const int64_t row = StoredRow(matrix, at.row);
-        const ExpertPointers& pointers = matrix.pointers[expert];
+        const ExpertPointers* const pointers = matrix.pointers + expert;
         const int64_t first = linear ? row * matrix.scale_stride
                                      : row / 128 * ((matrix.scale_stride + 3) / 4 * 512) +
                                            row % 32 * 16 + row % 128 / 32 * 4;
-        begin[half][h] = static_cast<const uint8_t*>(pointers.scales) + first * kSize;
+        const uint8_t* const mine = static_cast<const uint8_t*>(pointers->scales) + first * kSize;
+        if (h == 0) {
+          begin[half] = mine;
+        } else {
+          other_row[half] = static_cast<int>(mine - begin[half]);
+        }
         if constexpr (kFamily == Family::kMxFp4AsFp8) {
           const int64_t real = at.row < matrix.rows ? at.row : matrix.rows - 1;
-          row_exponent[half][h] = pointers.row_exponents[real];
-        } else {
-          row_exponent[half][h] = 0;
+          row_exponents |= uint32_t{pointers->row_exponents[real]} << (16 * half + 8 * h);
         }
       }
     }
@@ -114,7 +120,7 @@ struct BlockScales {
           const int at = mine * group_stride + w * word_stride;
           const int left = word_stride == 4 ? row_bytes - mine * kBytes - 4 * w
                                             : (mine * kBytes + 4 * w < row_bytes ? 4 : 0);
-          next[half][h][w] = LoadScaleWord(begin[half][h] + at, left);
+          next[half][h][w] = LoadScaleWord(begin[half] + (h == 1 ? other_row[half] : 0) + at, left);
         }
       }
     }
@@ -142,7 +148,8 @@ struct BlockScales {
     for (int w = 0; w < kWords; ++w) {
       chunk[w] = __shfl_sync(hopyard::sm90::kAllLanes, now[half][h][w], (lane & ~3) | (group & 3));
     }
-    return PrepareScale<kFamily>(chunk, lane % 4, row_exponent[half][h], table);
+    return PrepareScale<kFamily>(
+        chunk, lane % 4, static_cast<int>(row_exponents >> (16 * half + 8 * h) & 0xFFU), table);
   }
 };
 
