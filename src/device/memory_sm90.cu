@@ -50,6 +50,8 @@ Buffer::~Buffer() {
 
 void Copy(void* to, const void* from, int64_t bytes) {
   HOPYARD_CUDA(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault));
+  // A small copy from pageable memory may return before it has arrived.
+  HOPYARD_CUDA(cudaStreamSynchronize(nullptr));
 }
 
 void CopyAsync(void* to, const void* from, int64_t bytes, void* stream) {

@@ -44,6 +44,8 @@ class DeviceArray {
       : DeviceArray(static_cast<int64_t>(values.size())) {
     HOPYARD_CUDA(
         cudaMemcpy(get(), values.data(), static_cast<size_t>(bytes()), cudaMemcpyHostToDevice));
+    // Small copies may return before they have arrived, and tests use streams that do not wait.
+    HOPYARD_CUDA(cudaDeviceSynchronize());
   }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;

@@ -149,10 +149,27 @@ constexpr int ThreadsPerBlock(const GemmConfig& config) {
   return 128 * (1 + config.consumers);
 }
 
-// Registers of a consumer's thread after the roles have parted; the producer's keep what is left of
-// the 168 that each of three warpgroups starts with. Neither side spills (ptxas says so).
+// Blocks that share a multiprocessor. Small tiles wait for memory and decode more than they
+// multiply: a second block works meanwhile.
+constexpr int BlocksPerProcessor(const GemmConfig& config) {
+  return config.consumers == 1 ? 2 : 1;
+}
+// Registers of a thread before the roles part, what ptxas gives to kernels of so many threads.
+constexpr int StartRegisters(const GemmConfig& config) {
+  return config.consumers == 1 ? 128 : 168;
+}
+// Registers of a consumer's thread after that; the producer's keep what is left. Neither side
+// spills (ptxas says so).
 constexpr int ConsumerRegisters(const GemmConfig& config) {
-  return IsDecoded(config.family) && config.tokens == 96 ? 216 : 224;
+  return config.consumers == 1 ? 184 : IsDecoded(config.family) && config.tokens == 96 ? 216 : 224;
+}
+constexpr int ProducerRegisters(const GemmConfig& config) {
+  return (1 + config.consumers) * StartRegisters(config) -
+         config.consumers * ConsumerRegisters(config);
+}
+// The system keeps 1 KiB of each block's part of a multiprocessor's 228.
+constexpr int SharedLimit(const GemmConfig& config) {
+  return BlocksPerProcessor(config) == 1 ? kMaxSharedBytes : (233472 / 2) - 1024;
 }
 
 constexpr bool IsValid(const GemmConfig& config) {
@@ -160,7 +177,7 @@ constexpr bool IsValid(const GemmConfig& config) {
                       config.tokens == 96 || config.tokens == 128;
   const bool can_promote = config.family != Family::kBf16;
   return tokens && (config.consumers == 1 || config.consumers == 2) && config.stages >= 3 &&
-         (can_promote || !config.promoted) && SharedBytes(config) <= kMaxSharedBytes;
+         (can_promote || !config.promoted) && SharedBytes(config) <= SharedLimit(config);
 }
 
 // Rows of a build with HOPYARD_KERNELS=dev, which compiles in a fraction of the time: the smallest

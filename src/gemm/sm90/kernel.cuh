@@ -34,7 +34,7 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
 }
 
 template <class Row>
-__global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), 1)
+__global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), BlocksPerProcessor(Row::kConfig))
     GroupedGemmKernel(const __grid_constant__ GroupedGemmArgs args) {
   constexpr GemmConfig kConfig = Row::kConfig;
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -63,8 +63,7 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), 1)
   __syncthreads();
   hopyard::sm90::AwaitPredecessors();
   if (threadIdx.x < 128) {
-    asm volatile(
-        "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(3 * 168 - 2 * ConsumerRegisters(kConfig)));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(ProducerRegisters(kConfig)));
     Produce<Row>(args, shared);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ConsumerRegisters(kConfig)));

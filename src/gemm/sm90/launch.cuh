@@ -32,7 +32,8 @@ void Launch(const GroupedGemmArgs& args, int processors, const device::Queue& qu
   static_cast<void>(prepared);
   const int64_t blocks =
       (args.features + FeaturesPerBlock(kConfig) - 1) / FeaturesPerBlock(kConfig) * args.max_tiles;
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(processors, blocks));
+  const auto grid = static_cast<unsigned>(
+      std::min<int64_t>(int64_t{processors} * BlocksPerProcessor(kConfig), blocks));
   device::Launch(queue, {grid, ThreadsPerBlock(kConfig), SharedBytes(kConfig)},
                  GroupedGemmKernel<Row>, args);
 }

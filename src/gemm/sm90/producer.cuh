@@ -135,10 +135,12 @@ struct TokenRows {
 };
 
 // Stages between the copies' start and the hand-over. A consumer keeps one stage while it waits for
-// the next, so at least two must be outside the lag. Short rings want their stages early (H100,
-// 2026-11).
+// the next, so at least two must be outside the lag. Large tiles with short rings want their stages
+// early (H100, 2026-11).
 template <class Row>
-inline constexpr int kLag = Row::kConfig.stages > 5 ? (Row::kConfig.stages > 6 ? 5 : 4) : 1;
+inline constexpr int kLag = Row::kConfig.consumers == 2 && Row::kConfig.stages <= 5
+                                ? 1
+                                : (Row::kConfig.stages < 7 ? Row::kConfig.stages - 2 : 5);
 
 // Token rows are written by threads: their pieces have landed and are fenced for the tensor cores
 // kLag stages later, when the stage is handed over.
