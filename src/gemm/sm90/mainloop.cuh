@@ -111,11 +111,13 @@ struct WeightTiles {
   static constexpr Family kFamily = Row::kConfig.family;
   static constexpr bool kScaled = ScaleBytes(kFamily) > 0;
   // With two sets of registers the next tile is decoded while this one is multiplied. Where there
-  // is room for one, the other warpgroup fills the gap: sums, partial sums, registers of A, scales
-  // and others must fit into the 224 of a consumer; with more than kRoom of the first ptxas spills.
+  // is room for one, the other warpgroup fills the gap. Sums, partial sums, registers of A and
+  // scales beyond kRoom make ptxas spill (CUDA 13.0).
   static constexpr int kSumRegisters = (Row::kConfig.promoted ? 3 : 2) * kSums<Row>;
   static constexpr int kScaleRegisters = ScaleBytes(kFamily) == 8 ? 32 : kScaled ? 20 : 0;
-  static constexpr int kRoom = Row::kConfig.promoted ? 140 : 150;
+  static constexpr int kRoom = Row::kConfig.consumers == 1 ? 110
+                               : Row::kConfig.promoted     ? 140
+                                                           : 150;
   static constexpr int kSets =
       kSumRegisters + 2 * 4 * kSteps<kFamily> + kScaleRegisters <= kRoom ? 2 : 1;
   uint32_t a[kSets][kSteps<kFamily>][4];
