@@ -21,10 +21,11 @@ struct PlanOptions {
   int64_t workspace_cap = 0;     // bytes; 0 = none. Larger batches are cut into chunks of tokens
   int num_threads = 0;           // CPU: 0 = all that OpenMP gives at MakePlan
   // GPU: a call's kernels may be scheduled before the work ahead of them in the stream has ended,
-  // and then wait for it on the device (programmatic dependent launch). Same bits, less idle time.
+  // and then wait for it on the device (programmatic dependent launch). Same bits; slower in
+  // captured graphs of the layers measured so far (docs/perf-notes.md).
   // Kernels of the caller that are launched so ahead of a call must wait for their own
   // predecessors. HOPYARD_OVERLAP_LAUNCHES=0, read by MakePlan, turns it off.
-  bool overlap_launches = true;
+  bool overlap_launches = false;
 };
 
 // One kernel candidate and what became of it.

@@ -33,7 +33,7 @@ class PlanOptions(TypedDict, total=False):
         workspace_cap: bytes; larger batches are cut into chunks of tokens.
         num_threads: 0 = all that OpenMP gives when the layer is made.
         overlap_launches: GPU: a call's kernels may be scheduled before the work ahead of them has
-            ended; the environment's HOPYARD_OVERLAP_LAUNCHES=0 turns it off.
+            ended. Off by default; the environment's HOPYARD_OVERLAP_LAUNCHES=0 keeps it off.
     """
 
     max_tokens: int

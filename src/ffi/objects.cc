@@ -293,7 +293,7 @@ PlanOptions PlanOptionsOf(const Fields& fields) {
   options.batch_invariant = fields.Get<bool>("batch_invariant", false);
   options.workspace_cap = fields.Get<int64_t>("workspace_cap", 0);
   options.num_threads = fields.Get<int>("num_threads", 0);
-  options.overlap_launches = fields.Get<bool>("overlap_launches", true);
+  options.overlap_launches = fields.Get<bool>("overlap_launches", false);
   return options;
 }
 

@@ -23,42 +23,57 @@ struct WeightCopies {
   static constexpr int kBlock = kConfig.family == Family::kBf16 ? 64 : 128;
 
   const void* map;
-  int row;
-  int row_block;
-  int last;
-  bool blocks;
+  int row;  // natural
+  int expert;
 
   __device__ __forceinline__ static int Tile() { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ static const MatrixArgs& Matrix(const GroupedGemmArgs& args) {
+    return kConfig.gated && Tile() % 2 == 1 ? args.second : args.first;
+  }
+  // All maps of the launch have three dimensions: asked of the arguments, not kept in registers.
+  __device__ __forceinline__ static bool Flat(const GroupedGemmArgs& args) {
+    const bool first = args.first.row_unit == 1 && args.first.k_blocks_last == 0;
+    return first &&
+           (!kConfig.gated || (args.second.row_unit == 1 && args.second.k_blocks_last == 0));
+  }
   __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work) {
     if (Tile() >= kTiles) {
       return;
     }
-    const int half = Tile() % 2;
-    const MatrixArgs& matrix = kConfig.gated && half == 1 ? args.second : args.first;
-    const int first = static_cast<int>(work.feature_begin) +
-                      Tile() / 2 * FeaturesPerConsumer(kConfig) +
-                      (kConfig.gated ? 0 : half * kTileRows);
+    const MatrixArgs& matrix = Matrix(args);
     const bool each = matrix.expert_maps != nullptr;
     map = each ? static_cast<const void*>(matrix.expert_maps + work.expert)
                : static_cast<const void*>(&matrix.map);
-    const bool whole = matrix.row_unit == 1;
-    row = whole ? first : 0;
-    row_block = whole ? 0 : first / matrix.row_unit;
-    last = each ? 0 : work.expert;
-    blocks = matrix.k_blocks_last != 0;
+    row = static_cast<int>(work.feature_begin) + Tile() / 2 * FeaturesPerConsumer(kConfig) +
+          (kConfig.gated ? 0 : Tile() % 2 * kTileRows);
+    expert = each ? 0 : work.expert;
   }
   // Starts the copies of a stage.
-  __device__ __forceinline__ void Issue(const Shared<Row>& shared, int stage, int k_block) const {
+  __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Shared<Row>& shared,
+                                        int stage, int k_block) const {
     const Barrier barrier = shared.Full(stage);
     if (Tile() == 0) {
       barrier.ArriveAndExpect(WeightBytes(kConfig));
     }
-    if (Tile() < kTiles) {
-      const int k = k_block * kStep;
-      hopyard::sm90::CopyBox(
-          map, shared.Weights(stage, Tile() / 2, Tile() % 2), barrier,
-          {{blocks ? k % kBlock : k, row, 0, row_block, blocks ? k / kBlock : last}});
+    if (Tile() >= kTiles) {
+      return;
     }
+    const int k = k_block * kStep;
+    const uint32_t tile = shared.Weights(stage, Tile() / 2, Tile() % 2);
+    if (Flat(args)) {
+      hopyard::sm90::CopyFlatBox(map, tile, barrier, {{k, row, expert}});
+      return;
+    }
+    const MatrixArgs& matrix = Matrix(args);
+    if (matrix.row_unit == 1 && matrix.k_blocks_last == 0) {
+      hopyard::sm90::CopyFlatBox(map, tile, barrier, {{k, row, expert}});
+      return;
+    }
+    const bool whole = matrix.row_unit == 1;
+    const bool blocks = matrix.k_blocks_last != 0;
+    hopyard::sm90::CopyBox(map, tile, barrier,
+                           {{blocks ? k % kBlock : k, whole ? row : 0, 0,
+                             whole ? 0 : row / matrix.row_unit, blocks ? k / kBlock : expert}});
   }
 };
 
@@ -161,7 +176,7 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
     rows.Begin(args, work);
     for (int block = 0; block < k_blocks; ++block) {
       shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
-      weights.Issue(shared, fill.stage, block);
+      weights.Issue(args, shared, fill.stage, block);
       rows.Issue(args, shared, fill.stage, block);
       hopyard::sm90::CommitPieces();
       fill.Advance();

@@ -12,7 +12,7 @@
 namespace hopyard::permute {
 
 // Slots that one block ranks; 16-bit counters suffice within it.
-inline constexpr int64_t kPermuteChunk = 4096;
+inline constexpr int64_t kPermuteChunk = 2048;
 
 // All pointers are device memory; outputs as in PermuteOutputs.
 struct PermuteSm90Args {
