@@ -114,7 +114,11 @@ struct WeightTiles {
   // is room for one, the other warpgroup fills the gap. Sums, partial sums, registers of A and
   // scales beyond kRoom make ptxas spill (CUDA 13.0).
   static constexpr int kSumRegisters = (Row::kConfig.promoted ? 3 : 2) * kSums<Row>;
-  static constexpr int kScaleRegisters = ScaleBytes(kFamily) == 8 ? 32 : kScaled ? 20 : 0;
+  // The scales, and codes on their way.
+  static constexpr int kScaleRegisters = (ScaleBytes(kFamily) == 8 ? 32
+                                          : kScaled                ? 20
+                                                                   : 0) +
+                                         (WeightRowBytes(kFamily) == 128 ? 4 : 0);
   static constexpr int kRoom = Row::kConfig.consumers == 1 ? 110
                                : Row::kConfig.promoted     ? 140
                                                            : 150;

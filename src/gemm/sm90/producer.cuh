@@ -77,23 +77,27 @@ struct WeightCopies {
   }
 };
 
-// A thread's share of a tile's token rows: 16 bytes of every 16th row.
+// A thread's share of a tile's token rows: 16 bytes of every 16th row. A copy costs three
+// instructions: everything that can be is computed once per stage or per work item.
 template <class Row>
 struct TokenRows {
   static constexpr GemmConfig kConfig = Row::kConfig;
   static constexpr int kRows = kConfig.tokens / 16;
-  static constexpr int kElements = 16 / TokenElementBytes(kConfig.family);
+  static constexpr int kElementBytes = TokenElementBytes(kConfig.family);
 
-  int32_t sources[kRows];  // rows of x: addresses would cost twice the registers
+  int32_t sources[kRows];  // rows of x
+  int valid;               // the first so many of them exist
+  int place;               // of row 0 in a panel; 16 rows further the swizzle is the same
   const float* scale;      // of the row of this thread's number
-  int num_rows;
 
   __device__ void Begin(const GroupedGemmArgs& args, const Work& work) {
     const int thread = static_cast<int>(threadIdx.x) % 128;
-    num_rows = work.num_rows;
+    const int first = thread / 8;
+    valid = (work.num_rows - first + 15) / 16;
+    place = first * 128 + (((thread % 8) ^ (first % 8)) << 4);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      sources[i] = static_cast<int32_t>(Source(args, work, thread / 8 + 16 * i));
+      sources[i] = static_cast<int32_t>(Source(args, work, first + 16 * i));
     }
     scale = nullptr;
     if constexpr (kConfig.promoted) {
@@ -109,36 +113,33 @@ struct TokenRows {
     const int64_t at = work.row_begin + row;
     return args.row_to_source != nullptr ? args.row_to_source[at] : at;
   }
-  // Starts the copies of a stage.
-  __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Shared<Row>& shared,
-                                        int stage, int k_block) const {
-    constexpr int kPanelK = 8 * kElements;
+  // Starts the copies of a stage. Where no byte of a piece exists its address is not used.
+  __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Work& work,
+                                        const Shared<Row>& shared, int stage, int k_block) const {
     const int thread = static_cast<int>(threadIdx.x) % 128;
-    const int piece = thread % 8;
     // Rows in an order of groups of 128 are zero up to the end of the group.
-    const int64_t row_k = OrderOf(kConfig.family) == KOrder::kNatural
-                              ? args.k
-                              : (args.k + kKGroup - 1) / kKGroup * kKGroup;
+    const auto row_k = static_cast<int>(OrderOf(kConfig.family) == KOrder::kNatural
+                                            ? args.k
+                                            : (args.k + kKGroup - 1) / kKGroup * kKGroup);
+    const auto pitch = static_cast<int32_t>(args.x_pitch * kElementBytes);
 #pragma unroll
     for (int panel = 0; panel < TokenPanels(kConfig); ++panel) {
-      const int k = k_block * BlockK(kConfig.family) + panel * kPanelK;
-      const int left = (static_cast<int>(row_k) - k - piece * kElements) * 16 / kElements;
-      const uint32_t tile = shared.Tokens(stage, panel);
+      const int begin =
+          (k_block * TokenPanels(kConfig) + panel) * 128 + thread % 8 * 16;  // bytes of the row
+      const int left = row_k * kElementBytes - begin;
+      const int bytes = left < 0 ? 0 : (left < 16 ? left : 16);
+      const uint8_t* const from = static_cast<const uint8_t*>(args.x) + begin;
+      const uint32_t to = shared.Tokens(stage, panel) + static_cast<uint32_t>(place);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int row = thread / 8 + 16 * i;
-        const int bytes = row < num_rows ? (left < 0 ? 0 : (left < 16 ? left : 16)) : 0;
-        const uint32_t at = tile + row * 128 + ((piece ^ (row % 8)) << 4);
-        const int64_t element = sources[i] * args.x_pitch + k + piece * kElements;
-        const void* const from =
-            static_cast<const uint8_t*>(args.x) + (bytes > 0 ? element * 16 / kElements : 0);
-        hopyard::sm90::CopyPiece(at, from, bytes);
+        hopyard::sm90::CopyPiece(to + 2048U * i, from + int64_t{sources[i]} * pitch,
+                                 i < valid ? bytes : 0);
       }
     }
     if constexpr (kConfig.promoted) {
       if (thread < kConfig.tokens) {
         const uint32_t at = shared.TokenScales(stage) + 4U * static_cast<uint32_t>(thread);
-        const bool real = thread < num_rows;
+        const bool real = thread < work.num_rows;
         if (scale != nullptr) {
           hopyard::sm90::CopyWord(at, real ? scale + k_block : args.x_block_scales, real ? 4 : 0);
         } else {
@@ -177,7 +178,7 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
     for (int block = 0; block < k_blocks; ++block) {
       shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
       weights.Issue(args, shared, fill.stage, block);
-      rows.Issue(args, shared, fill.stage, block);
+      rows.Issue(args, work, shared, fill.stage, block);
       hopyard::sm90::CommitPieces();
       fill.Advance();
       if (++lag > kLag<Row>) {
