@@ -312,7 +312,7 @@ TEST(BadPlan, EnvironmentOfLaunches) {
   EXPECT_FALSE(overlaps(false));
   ASSERT_EQ(setenv(kName, "yes", 1), 0);
   ExpectInvalid([&] { std::ignore = overlaps(true); },
-                {"HOPYARD_OVERLAP_LAUNCHES=yes", "wanted 0 or 1"});
+                {"HOPYARD_OVERLAP_LAUNCHES=yes; wanted 0 or 1"});
   ASSERT_EQ(unsetenv(kName), 0);
 }
 
