@@ -64,7 +64,6 @@ struct RowFormat {
 
 // Pointers are device memory.
 struct GroupedGemmArgs {
-  WeightFormat weights = WeightFormat::kBf16;
   MatrixArgs first;   // gate, or the only matrix
   MatrixArgs second;  // up, where the GEMM is gated
   int64_t k = 0;
@@ -72,7 +71,9 @@ struct GroupedGemmArgs {
   // Segments of this launch; tiles of others are passed over. Matrices are indexed from 0.
   int32_t segment_begin = 0;
   int32_t segment_end = 0;
+  WeightFormat weights = WeightFormat::kBf16;
   ActivationKind activation = ActivationKind::kIdentity;
+  RowFormat out_format;
   const float* alpha = nullptr;  // [experts of this launch]; null: the kind's neutral value
   const float* beta = nullptr;
   const float* limit = nullptr;
@@ -104,7 +105,6 @@ struct GroupedGemmArgs {
 
   void* out = nullptr;    // [rows of all segments, out_pitch]
   int64_t out_pitch = 0;  // elements
-  RowFormat out_format;
   // kFp8Block128 output: [rows][ceil(features / 128)] f32. kNvFp4PerToken: see out_scale.
   float* out_block_scales = nullptr;
   // Static scale of the output's format (kE4m3 per tensor, NVFP4 global): [1] or one per segment.
