@@ -9,6 +9,7 @@
 
 #include <gtest/gtest.h>
 
+#include "plan/backend_sm90.h"
 #include "tests/bad_input.h"
 
 namespace hopyard::test {
@@ -146,8 +147,12 @@ std::vector<TensorView> SpoiltMemory(const Field& field) {
   }
   bad.push_back(good);
   bad.back().data = nullptr;
-  bad.push_back(good);
-  bad.back().device.kind = DeviceKind::kCuda;
+  // In a build for GPUs GEMM2's values say where the weights are: then the others are misplaced.
+  const bool places_all = field.name.find("routed.gemm2.values") != std::string::npos;
+  if (sm90::FindBackend() == nullptr || !places_all) {
+    bad.push_back(good);
+    bad.back().device.kind = DeviceKind::kCuda;
+  }
   if (SizeOf(good.dtype) > 1) {
     bad.push_back(good);
     bad.back().data = good.as<uint8_t>() + 1;

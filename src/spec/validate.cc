@@ -168,18 +168,23 @@ std::string NameOf(const Device& device) {
   return device.kind == DeviceKind::kCpu ? "the CPU" : "cuda:" + std::to_string(device.index);
 }
 
+// Where a tensor is. Only for a message: the hot call allocates no strings.
+std::string WhereIs(const TensorView& tensor) {
+  return tensor.device.kind == DeviceKind::kCpu ? "in host memory"
+                                                : "a CUDA tensor (" + NameOf(tensor.device) + ')';
+}
+
 void CheckDevice(const Place& place, const TensorView& tensor, const char* name) {
   const bool on_host = tensor.device.kind == DeviceKind::kCpu;
-  const std::string cuda = "a CUDA tensor (" + NameOf(tensor.device) + ')';
   if (place.device.kind == DeviceKind::kCpu) {
     HOPYARD_CHECK(on_host, kInvalidArgument)
-        << name << " is " << cuda << "; wanted host memory, " << place.whose
+        << name << " is " << WhereIs(tensor) << "; wanted host memory, " << place.whose
         << " device is the CPU: copy it to the host";
     return;
   }
   HOPYARD_CHECK((on_host && place.or_host) || tensor.device == place.device, kInvalidArgument)
-      << name << " is " << (on_host ? "in host memory" : cuda) << "; wanted memory of "
-      << NameOf(place.device) << (place.or_host ? " or of the host" : "") << ", " << place.whose
+      << name << " is " << WhereIs(tensor) << "; wanted memory of " << NameOf(place.device)
+      << (place.or_host ? " or of the host" : "") << ", " << place.whose
       << " device: copy it there";
 }
 
