@@ -36,14 +36,12 @@ TEST(KOrder, NaturalIsTheIdentity) {
 // 2 c + i and 2 c + i + 4 of a word, i = 0 for the first pair and 1 for the second.
 TEST(KOrder, Bf16StepsTakeCodesFourApartOfALanesWord) {
   for (int64_t q = 0; q < 4; ++q) {
-    for (int64_t j = 0; j < 4; ++j) {
-      for (int64_t c = 0; c < 2; ++c) {
-        for (int64_t i = 0; i < 2; ++i) {
-          const int64_t position = 16 * (2 * j + c) + 2 * q + 8 * i;
-          const int64_t code = 32 * q + 8 * j + 2 * c + i;
-          ASSERT_EQ(PositionOf(KOrder::kBf16Decoded, code), position);
-          ASSERT_EQ(PositionOf(KOrder::kBf16Decoded, code + 4), position + 1);
-        }
+    for (int64_t step = 0; step < 8; ++step) {
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t position = 16 * step + 2 * q + 8 * i;
+        const int64_t code = 32 * q + 8 * (step / 2) + 2 * (step % 2) + i;
+        ASSERT_EQ(PositionOf(KOrder::kBf16Decoded, code), position);
+        ASSERT_EQ(PositionOf(KOrder::kBf16Decoded, code + 4), position + 1);
       }
     }
   }
@@ -53,12 +51,12 @@ TEST(KOrder, Bf16StepsTakeCodesFourApartOfALanesWord) {
 // .. 3 and 8 s + 4 .. 7 of its 32.
 TEST(KOrder, Fp8StepsTakeALanesWord) {
   for (int64_t q = 0; q < 4; ++q) {
-    for (int64_t s = 0; s < 4; ++s) {
-      for (int64_t i = 0; i < 4; ++i) {
-        const int64_t code = 32 * q + 8 * s + i;
-        ASSERT_EQ(PositionOf(KOrder::kFp8Decoded, code), 32 * s + 4 * q + i);
-        ASSERT_EQ(PositionOf(KOrder::kFp8Decoded, code + 4), 32 * s + 16 + 4 * q + i);
-      }
+    for (int64_t at = 0; at < 16; ++at) {
+      const int64_t s = at / 4;
+      const int64_t i = at % 4;
+      const int64_t code = 32 * q + 8 * s + i;
+      ASSERT_EQ(PositionOf(KOrder::kFp8Decoded, code), 32 * s + 4 * q + i);
+      ASSERT_EQ(PositionOf(KOrder::kFp8Decoded, code + 4), 32 * s + 16 + 4 * q + i);
     }
   }
 }
