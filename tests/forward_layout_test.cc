@@ -24,35 +24,10 @@ bool FourBit(WeightFormat format) {
 }
 
 std::vector<WeightLayout> Layouts(WeightFormat format) {
-  std::vector<WeightLayout> layouts;
-  for (const RowOrder order : {RowOrder::kUpGate, RowOrder::kGateUp, RowOrder::kInterleavedGateUp,
-                               RowOrder::kInterleavedUpGate}) {
-    WeightLayout layout;
-    layout.order = order;
-    layouts.push_back(layout);
-    layout.map = RowMap::kShuffled128;
-    layout.scales = ScaleLayout::kSwizzled128x4;
-    layout.bias_dtype = DType::kBf16;
-    layouts.push_back(layout);
-    layout.map = RowMap::kShuffled64;
-    layout.scales = ScaleLayout::kLinear;
-    layout.major = MajorOrder::kBlockKMajor;
-    layouts.push_back(layout);
-  }
-  WeightLayout layout;
-  layout.separate = true;
-  layout.per_expert = true;
-  layouts.push_back(layout);
-  layout.map = RowMap::kShuffled128;
-  layout.scales = ScaleLayout::kSwizzled128x4;
-  layouts.push_back(layout);
-  layout = {};
-  layout.padding = 40;  // poison between rows and experts
-  layouts.push_back(layout);
-  layout.separate = true;
-  layouts.push_back(layout);
+  // The padding is poison between rows and experts.
+  std::vector<WeightLayout> layouts = KMajorLayouts(40);
   if (format == WeightFormat::kBf16) {
-    layout = {};
+    WeightLayout layout;
     layout.major = MajorOrder::kMnMajor;
     layouts.push_back(layout);
     layout.map = RowMap::kShuffled64;

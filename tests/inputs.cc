@@ -137,15 +137,26 @@ MoeSpec SmallSpec(WeightFormat weights, ActivationFormat activations) {
 std::vector<FormatPair> SupportedPairs() {
   using W = WeightFormat;
   using A = ActivationFormat;
-  return {{W::kBf16, A::kBf16},           {W::kFp8Block128, A::kFp8Block128},
-          {W::kFp8Block128, A::kBf16},    {W::kFp8PerTensor, A::kFp8PerTensor},
-          {W::kFp8PerTensor, A::kBf16},   {W::kFp8PerChannel, A::kFp8PerToken},
-          {W::kFp8PerChannel, A::kBf16},  {W::kMxFp8, A::kMxFp8},
-          {W::kMxFp8, A::kBf16},          {W::kMxFp4, A::kBf16},
-          {W::kMxFp4, A::kMxFp8},         {W::kMxFp4, A::kFp8Block128},
-          {W::kMxFp4, A::kFp8PerToken},   {W::kMxFp4, A::kFp8PerTensor},
-          {W::kNvFp4, A::kBf16},          {W::kNvFp4, A::kNvFp4},
-          {W::kNvFp4, A::kNvFp4PerToken}, {W::kNvFp4, A::kFp8PerToken},
+  return {{W::kBf16, A::kBf16},
+          {W::kFp8Block128, A::kFp8Block128},
+          {W::kFp8Block128, A::kBf16},
+          {W::kFp8PerTensor, A::kFp8PerTensor},
+          {W::kFp8PerTensor, A::kBf16},
+          {W::kFp8PerTensor, A::kFp8PerToken},
+          {W::kFp8PerChannel, A::kFp8PerToken},
+          {W::kFp8PerChannel, A::kFp8PerTensor},
+          {W::kFp8PerChannel, A::kBf16},
+          {W::kMxFp8, A::kMxFp8},
+          {W::kMxFp8, A::kBf16},
+          {W::kMxFp4, A::kBf16},
+          {W::kMxFp4, A::kMxFp8},
+          {W::kMxFp4, A::kFp8Block128},
+          {W::kMxFp4, A::kFp8PerToken},
+          {W::kMxFp4, A::kFp8PerTensor},
+          {W::kNvFp4, A::kBf16},
+          {W::kNvFp4, A::kNvFp4},
+          {W::kNvFp4, A::kNvFp4PerToken},
+          {W::kNvFp4, A::kFp8PerToken},
           {W::kMxInt4, A::kBf16}};
 }
 

@@ -36,7 +36,18 @@ inline constexpr IdPattern kAllIdPatterns[] = {
 // A small layer of one pair of formats: 8 experts, top 2, SwiGLU.
 [[nodiscard]] MoeSpec SmallSpec(WeightFormat weights, ActivationFormat activations);
 
-// Every (weights, activations) pair that the CPU computes.
+inline constexpr WeightFormat kWeightFormats[] = {
+    WeightFormat::kBf16,          WeightFormat::kFp8Block128, WeightFormat::kFp8PerTensor,
+    WeightFormat::kFp8PerChannel, WeightFormat::kMxFp8,       WeightFormat::kNvFp4,
+    WeightFormat::kMxFp4,         WeightFormat::kMxInt4};
+inline constexpr ActivationFormat kActivationFormats[] = {
+    ActivationFormat::kBf16,         ActivationFormat::kFp8Block128,
+    ActivationFormat::kFp8PerTensor, ActivationFormat::kFp8PerToken,
+    ActivationFormat::kMxFp8,        ActivationFormat::kNvFp4,
+    ActivationFormat::kNvFp4PerToken};
+
+// Every (weights, activations) pair that layers compute, as a list of its own: tests hold
+// formats::IsSupportedPair to it.
 struct FormatPair {
   WeightFormat weights = WeightFormat::kBf16;
   ActivationFormat activations = ActivationFormat::kBf16;

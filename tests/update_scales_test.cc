@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "tests/bad_input.h"
+#include "tests/refit.h"
 
 namespace hopyard::test {
 namespace {
@@ -68,36 +69,9 @@ class Live {
   Weights weights_;
 };
 
-// Rows and columns of a canonical matrix with the scales of the blocks that they touch.
 WeightSlice SliceOf(const CanonicalMatrix& matrix, P part, const Window& window) {
-  WeightSlice slice;
+  WeightSlice slice = SliceOf(matrix, window);
   slice.part = part;
-  slice.row_begin = window.row_begin;
-  slice.col_begin = window.col_begin;
-  const int64_t unit = SizeOf(CodeType(matrix.format));
-  const int64_t per_byte = CodesPerByte(matrix.format);
-  const int64_t first = window.row_begin * matrix.row_bytes + window.col_begin * unit / per_byte;
-  slice.values = TensorView::Contiguous(matrix.codes.data() + first, CodeType(matrix.format),
-                                        {window.rows, window.cols / per_byte});
-  slice.values.strides[0] = matrix.row_bytes / unit;
-  if (matrix.scale_rows == 0) {
-    return slice;
-  }
-  const int64_t row_block = matrix.format == W::kFp8Block128 ? 128 : 1;
-  const int64_t row = window.row_begin / row_block;
-  const int64_t rows = (window.row_begin + window.rows + row_block - 1) / row_block - row;
-  const int64_t block = ScaleBlockCols(matrix.format);
-  if (block == 0) {
-    slice.scales = TensorView::Contiguous(matrix.scales.data() + row * matrix.scale_bytes,
-                                          ScaleType(matrix.format), {rows});
-    return slice;
-  }
-  const int64_t col = window.col_begin / block;
-  const int64_t cols = (window.col_begin + window.cols + block - 1) / block - col;
-  slice.scales = TensorView::Contiguous(
-      matrix.scales.data() + (row * matrix.scale_cols + col) * matrix.scale_bytes,
-      ScaleType(matrix.format), {rows, cols});
-  slice.scales.strides[0] = matrix.scale_cols;
   return slice;
 }
 

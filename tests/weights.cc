@@ -82,6 +82,37 @@ CanonicalMatrix Fuse(const CanonicalMatrix& gate, const CanonicalMatrix& up,
 
 }  // namespace
 
+std::vector<WeightLayout> KMajorLayouts(int64_t padding) {
+  std::vector<WeightLayout> layouts;
+  for (const RowOrder order : {RowOrder::kUpGate, RowOrder::kGateUp, RowOrder::kInterleavedGateUp,
+                               RowOrder::kInterleavedUpGate}) {
+    WeightLayout layout;
+    layout.order = order;
+    layouts.push_back(layout);
+    layout.map = RowMap::kShuffled128;
+    layout.scales = ScaleLayout::kSwizzled128x4;
+    layout.bias_dtype = DType::kBf16;
+    layouts.push_back(layout);
+    layout.map = RowMap::kShuffled64;
+    layout.scales = ScaleLayout::kLinear;
+    layout.major = MajorOrder::kBlockKMajor;
+    layouts.push_back(layout);
+  }
+  WeightLayout layout;
+  layout.separate = true;
+  layout.per_expert = true;
+  layouts.push_back(layout);
+  layout.map = RowMap::kShuffled128;
+  layout.scales = ScaleLayout::kSwizzled128x4;
+  layouts.push_back(layout);
+  layout = {};
+  layout.padding = padding;
+  layouts.push_back(layout);
+  layout.separate = true;
+  layouts.push_back(layout);
+  return layouts;
+}
+
 std::string ToString(const WeightLayout& layout) {
   static constexpr const char* kOrders[] = {"UpGate", "GateUp", "InterleavedGateUp",
                                             "InterleavedUpGate"};

@@ -25,6 +25,9 @@ struct WeightLayout {
   DType bias_dtype = DType::kFloat32;
 };
 [[nodiscard]] std::string ToString(const WeightLayout& layout);
+// Every row order in K-major layouts, natural, shuffled and in K blocks; gate and up apart; rows
+// with `padding` bytes between them.
+[[nodiscard]] std::vector<WeightLayout> KMajorLayouts(int64_t padding);
 
 struct WeightSource {
   MoeSpec spec;

@@ -13,27 +13,24 @@
 #include "formats/format_rules.h"
 #include "gemm/sm90/operands.h"
 #include "gemm/sm90/rows.h"
+#include "tests/inputs.h"
 
 namespace hopyard::gemm::sm90 {
 namespace {
 
-constexpr WeightFormat kWeights[] = {WeightFormat::kBf16,         WeightFormat::kFp8Block128,
-                                     WeightFormat::kFp8PerTensor, WeightFormat::kFp8PerChannel,
-                                     WeightFormat::kMxFp8,        WeightFormat::kNvFp4,
-                                     WeightFormat::kMxFp4,        WeightFormat::kMxInt4};
-constexpr ActivationFormat kActivations[] = {
-    ActivationFormat::kBf16,         ActivationFormat::kFp8Block128,
-    ActivationFormat::kFp8PerTensor, ActivationFormat::kFp8PerToken,
-    ActivationFormat::kMxFp8,        ActivationFormat::kNvFp4,
-    ActivationFormat::kNvFp4PerToken};
+using test::FormatPair;
+using test::SupportedPairs;
 
 TEST(Configs, RowsFitTheMachine) {
   for (const KernelRow& row : kConfigTable) {
     SCOPED_TRACE(row.name);
     EXPECT_TRUE(IsValid(row.config));
-    EXPECT_LE(SharedBytes(row.config), 232448) << "of a block";
-    // Registers after the hand-over between warpgroups (kernel.cuh), of 65536.
-    EXPECT_LE(128 * 56 + (ThreadsPerBlock(row.config) - 128) * 224, 65536);
+    // Of a multiprocessor: 228 KiB, of which the system keeps one per block, and 65536 registers.
+    const int blocks = BlocksPerProcessor(row.config);
+    EXPECT_LE(blocks * (SharedBytes(row.config) + 1024), 228 * 1024);
+    const int registers =
+        ProducerRegisters(row.config) + row.config.consumers * ConsumerRegisters(row.config);
+    EXPECT_LE(blocks * 128 * registers, 65536);
     // Barriers, factors and staging keep their alignment behind the stages.
     EXPECT_EQ((WeightBytes(row.config) + TokenBytes(row.config)) % 1024, 0);
     EXPECT_EQ(StagingBytes(row.config) % 16, 0);
@@ -70,25 +67,8 @@ std::set<int> Tiles(WeightFormat weights, const RowFormat& x, bool gated, bool d
   return tiles;
 }
 
-struct Pair {
-  WeightFormat weights;
-  ActivationFormat activations;
-};
-
-std::vector<Pair> SupportedPairs() {
-  std::vector<Pair> pairs;
-  for (const WeightFormat weights : kWeights) {
-    for (const ActivationFormat activations : kActivations) {
-      if (formats::IsSupportedPair(weights, activations)) {
-        pairs.push_back({weights, activations});
-      }
-    }
-  }
-  return pairs;
-}
-
 // Both GEMMs of a pass take tiles of as many rows.
-void ExpectCommonTile(const Pair& pair, bool gated, bool dev) {
+void ExpectCommonTile(const FormatPair& pair, bool gated, bool dev) {
   const LayerOperands operands = OperandsOf(pair.weights, pair.activations);
   const std::set<int> gemm1 = Tiles(pair.weights, operands.x, gated, dev);
   const std::set<int> gemm2 = Tiles(pair.weights, operands.h, false, dev);
@@ -100,9 +80,17 @@ void ExpectCommonTile(const Pair& pair, bool gated, bool dev) {
 }
 
 TEST(Configs, EveryPairHasBothGemmsWithACommonTile) {
-  const std::vector<Pair> pairs = SupportedPairs();
-  EXPECT_EQ(pairs.size(), 21U) << "of README's support table";
-  for (const Pair& pair : pairs) {
+  const std::vector<FormatPair> pairs = SupportedPairs();
+  for (const WeightFormat weights : test::kWeightFormats) {
+    for (const ActivationFormat activations : test::kActivationFormats) {
+      const bool listed = std::any_of(pairs.begin(), pairs.end(), [&](const FormatPair& pair) {
+        return pair.weights == weights && pair.activations == activations;
+      });
+      EXPECT_EQ(formats::IsSupportedPair(weights, activations), listed)
+          << ToString(weights) << " x " << ToString(activations);
+    }
+  }
+  for (const FormatPair& pair : pairs) {
     for (const bool dev : {false, true}) {
       ExpectCommonTile(pair, false, dev);
       ExpectCommonTile(pair, true, dev);
@@ -112,10 +100,10 @@ TEST(Configs, EveryPairHasBothGemmsWithACommonTile) {
 
 // A row nobody can run would only cost time.
 TEST(Configs, EveryRowRunsSomePair) {
-  const std::vector<Pair> pairs = SupportedPairs();
+  const std::vector<FormatPair> pairs = SupportedPairs();
   for (int i = 0; i < NumKernels(); ++i) {
     const bool gated = KernelAt(i).gated;
-    EXPECT_TRUE(std::any_of(pairs.begin(), pairs.end(), [&](const Pair& pair) {
+    EXPECT_TRUE(std::any_of(pairs.begin(), pairs.end(), [&](const FormatPair& pair) {
       const LayerOperands operands = OperandsOf(pair.weights, pair.activations);
       return Runs(i, pair.weights, operands.x, gated) || Runs(i, pair.weights, operands.h, gated);
     })) << KernelAt(i).name;

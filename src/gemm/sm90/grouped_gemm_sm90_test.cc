@@ -22,19 +22,12 @@
 #include "formats/format_rules.h"
 #include "gemm/sm90/operands.h"
 #include "tests/gpu/device_array.h"
+#include "tests/inputs.h"
 
 namespace hopyard::gemm::sm90 {
 namespace {
 
 using test::DeviceArray;
-
-constexpr WeightFormat kWeightFormats[] = {WeightFormat::kBf16,          WeightFormat::kFp8Block128,
-                                           WeightFormat::kFp8PerTensor,  WeightFormat::kMxFp8,
-                                           WeightFormat::kFp8PerChannel, WeightFormat::kNvFp4,
-                                           WeightFormat::kMxFp4,         WeightFormat::kMxInt4};
-constexpr ActivationFormat kActivationFormats[] = {
-    ActivationFormat::kBf16,        ActivationFormat::kFp8Block128, ActivationFormat::kFp8PerTensor,
-    ActivationFormat::kFp8PerToken, ActivationFormat::kMxFp8,       ActivationFormat::kNvFp4};
 
 struct Problem {
   WeightFormat weights = WeightFormat::kBf16;
@@ -67,9 +60,31 @@ class WeightSet {
       }
     }
     MakeScales(problem.integers, random);
+    values_.resize(static_cast<size_t>(experts * rows * k_));
+    ParallelFor(0, experts * rows, 16, MaxThreads(), [&](int64_t row, int) {
+      for (int64_t k = 0; k < k_; ++k) {
+        values_[static_cast<size_t>(row * k_ + k)] = Decode(row / rows_, row % rows_, k);
+      }
+    });
   }
 
-  [[nodiscard]] double Value(int64_t expert, int64_t row, int64_t k) const {
+  // Of an expert's row.
+  [[nodiscard]] const double* Row(int64_t expert, int64_t row) const {
+    return values_.data() + static_cast<size_t>((expert * rows_ + row) * k_);
+  }
+
+  [[nodiscard]] int64_t value_stride() const { return value_stride_; }
+  [[nodiscard]] int64_t scale_stride() const { return scale_stride_; }
+  [[nodiscard]] int64_t scale_bytes() const { return scale_bytes_; }  // of one expert
+  [[nodiscard]] const std::vector<uint8_t>& codes() const { return codes_; }
+  [[nodiscard]] const std::vector<uint8_t>& scales() const { return scales_; }
+  [[nodiscard]] const std::vector<float>& global() const { return global_; }
+  [[nodiscard]] bool has_global() const {
+    return rule_.global_scale || format_ == WeightFormat::kFp8PerTensor;
+  }
+
+ private:
+  [[nodiscard]] double Decode(int64_t expert, int64_t row, int64_t k) const {
     const int64_t byte = k * SizeOf(rule_.code_dtype) / rule_.codes_per_byte;
     const uint8_t* at =
         codes_.data() + static_cast<size_t>((expert * rows_ + row) * value_stride_ + byte);
@@ -91,17 +106,6 @@ class WeightSet {
                    : formats::DecodeE2m1(nibble) * scale;
     }
   }
-  [[nodiscard]] int64_t value_stride() const { return value_stride_; }
-  [[nodiscard]] int64_t scale_stride() const { return scale_stride_; }
-  [[nodiscard]] int64_t scale_bytes() const { return scale_bytes_; }  // of one expert
-  [[nodiscard]] const std::vector<uint8_t>& codes() const { return codes_; }
-  [[nodiscard]] const std::vector<uint8_t>& scales() const { return scales_; }
-  [[nodiscard]] const std::vector<float>& global() const { return global_; }
-  [[nodiscard]] bool has_global() const {
-    return rule_.global_scale || format_ == WeightFormat::kFp8PerTensor;
-  }
-
- private:
   [[nodiscard]] uint8_t CodeByte(bool integers, int64_t index, std::mt19937& random) const {
     if (rule_.code_dtype == DType::kBf16) {
       // High bytes of both signs around 1 (odd byte), or of small integers.
@@ -190,6 +194,7 @@ class WeightSet {
   std::vector<uint8_t> codes_;
   std::vector<uint8_t> scales_;
   std::vector<float> global_;
+  std::vector<double> values_;
 };
 
 // Inputs of one call on the host, and the tile list.
@@ -366,21 +371,28 @@ class Call {
     double value = 0.0;
     double magnitude = 0.0;
   };
+  // What a row's 128 values of block `block` are multiplied by.
+  [[nodiscard]] double XScale(int64_t source, int64_t block, int64_t blocks) const {
+    if (problem_.x.format == Format::kFp8Block1x128) {
+      return block_scales_[static_cast<size_t>(source * blocks + block)];
+    }
+    return problem_.x.format == Format::kFp8PerRow ? token_scales_[static_cast<size_t>(source)]
+                                                   : 1.0;
+  }
   [[nodiscard]] Sum Dot(int64_t row, int64_t weight_row) const {
     const int64_t source = sources_[static_cast<size_t>(row)];
     const int64_t expert = row_expert_[static_cast<size_t>(row)];
     const int64_t blocks = CeilDiv(problem_.k, 128);
+    const double* const w = weights_.Row(expert, weight_row);
+    const float* const x = x_values_.data() + static_cast<size_t>(source * problem_.k);
     Sum sum;
-    for (int64_t i = 0; i < problem_.k; ++i) {
-      double product = weights_.Value(expert, weight_row, i) *
-                       double{x_values_[static_cast<size_t>(source * problem_.k + i)]};
-      if (problem_.x.format == Format::kFp8Block1x128) {
-        product *= block_scales_[static_cast<size_t>(source * blocks + i / 128)];
-      } else if (problem_.x.format == Format::kFp8PerRow) {
-        product *= token_scales_[static_cast<size_t>(source)];
+    for (int64_t begin = 0; begin < problem_.k; begin += 128) {
+      const double scale = XScale(source, begin / 128, blocks);
+      for (int64_t i = begin; i < std::min(begin + 128, problem_.k); ++i) {
+        const double product = w[i] * x[i] * scale;
+        sum.value += product;
+        sum.magnitude += std::abs(product);
       }
-      sum.value += product;
-      sum.magnitude += std::abs(product);
     }
     if (problem_.bias) {
       sum.value += bias_[static_cast<size_t>(expert * rows_ + weight_row)];
@@ -472,24 +484,19 @@ class GroupedGemm : public ::testing::TestWithParam<int> {
       problem.activation = ActivationKind::kSwiGlu;
     }
     Tried tried;
-    for (const WeightFormat weights : kWeightFormats) {
-      for (const ActivationFormat activations : kActivationFormats) {
-        if (!formats::IsSupportedPair(weights, activations)) {
+    for (const auto& [weights, activations] : test::SupportedPairs()) {
+      problem.weights = weights;
+      const LayerOperands operands = OperandsOf(weights, activations);
+      for (const RowFormat& x : {operands.x, operands.h}) {
+        problem.x = x;
+        if (!Runs(GetParam(), weights, x, kernel.gated) || Seen(weights, x, &tried)) {
           continue;
         }
-        problem.weights = weights;
-        const LayerOperands operands = OperandsOf(weights, activations);
-        for (const RowFormat& x : {operands.x, operands.h}) {
-          problem.x = x;
-          if (!Runs(GetParam(), weights, x, kernel.gated) || Seen(weights, x, &tried)) {
-            continue;
-          }
-          Call call(GetParam(), problem, counts);
-          call.Run();
-          if (HasFatalFailure()) {
-            FAIL() << kernel.name << " k " << problem.k << " features " << problem.features << ' '
-                   << ToString(weights) << " x " << ToString(activations);
-          }
+        Call call(GetParam(), problem, counts);
+        call.Run();
+        if (HasFatalFailure()) {
+          FAIL() << kernel.name << " k " << problem.k << " features " << problem.features << ' '
+                 << ToString(weights) << " x " << ToString(activations);
         }
       }
     }
