@@ -52,13 +52,10 @@ __device__ __forceinline__ void CopyWord(uint32_t shared, const void* global, in
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid)
                : "memory");
 }
-__device__ __forceinline__ void CommitPieces() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-// Waits until at most kPending of this thread's groups are under way.
-template <int kPending>
-__device__ __forceinline__ void WaitPieces() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// One arrival on `barrier`, when all pieces and words that this thread has asked for are there.
+__device__ __forceinline__ void ArriveAfterPieces(Barrier barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier.address)
+               : "memory");
 }
 
 }  // namespace hopyard::sm90

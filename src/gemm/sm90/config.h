@@ -125,9 +125,24 @@ constexpr int TokenPanels(const GemmConfig& config) {
 constexpr int TokenBytes(const GemmConfig& config) {
   return config.tokens * 128 * TokenPanels(config);
 }
-// The tokens' scales of a stage, f32.
-constexpr int TokenScaleBytes(const GemmConfig& config) {
-  return config.promoted ? config.tokens * 4 : 0;
+// Families whose weights may have a scale per 128x128 block.
+constexpr bool HasSquareScales(Family family) {
+  return family == Family::kFp8 || family == Family::kFp8AsBf16;
+}
+// What the tokens' sums over 128 of K are multiplied by, f32: one set for each tile of weights where
+// these have square scales, times that scale; else one for all. A set is [4][tokens / 4 + 4]: the
+// values of a quad's lane lie together, and the four do not meet in a bank.
+constexpr int ScaleSets(const GemmConfig& config) {
+  return !config.promoted ? 0 : HasSquareScales(config.family) ? 2 * config.consumers : 1;
+}
+constexpr int ScaleLaneBytes(const GemmConfig& config) {
+  return config.tokens + 16;
+}
+constexpr int ScaleSetBytes(const GemmConfig& config) {
+  return 4 * ScaleLaneBytes(config);
+}
+constexpr int StageScaleBytes(const GemmConfig& config) {
+  return ScaleSets(config) * ScaleSetBytes(config);
 }
 // 64 features of every token, per consumer, on their way from registers to memory.
 constexpr int StagingBytes(const GemmConfig& config) {
@@ -140,10 +155,14 @@ constexpr int FactorBytes(const GemmConfig& config) {
 constexpr int BarrierBytes(const GemmConfig& config) {
   return 2 * config.stages * 8;
 }
+// One work item per stage (pipeline.cuh).
+constexpr int WorkBytes(const GemmConfig& config) {
+  return config.stages * 16;
+}
 // From a start that is aligned to the 1024 bytes of a swizzle pattern.
 constexpr int SharedBytes(const GemmConfig& config) {
-  return config.stages * (WeightBytes(config) + TokenBytes(config) + TokenScaleBytes(config)) +
-         StagingBytes(config) + FactorBytes(config) + BarrierBytes(config);
+  return config.stages * (WeightBytes(config) + TokenBytes(config) + StageScaleBytes(config)) +
+         StagingBytes(config) + FactorBytes(config) + WorkBytes(config) + BarrierBytes(config);
 }
 constexpr int ThreadsPerBlock(const GemmConfig& config) {
   return 128 * (1 + config.consumers);
@@ -161,7 +180,11 @@ constexpr int StartRegisters(const GemmConfig& config) {
 // Registers of a consumer's thread after that; the producer's keep what is left. Neither side
 // spills (ptxas says so).
 constexpr int ConsumerRegisters(const GemmConfig& config) {
-  return config.consumers == 1 ? 184 : IsDecoded(config.family) && config.tokens == 96 ? 216 : 224;
+  if (config.consumers == 1) {
+    return 184;
+  }
+  const bool decodes_much = IsDecoded(config.family) && config.tokens == 96;
+  return !decodes_much ? 224 : config.promoted ? 232 : 216;
 }
 constexpr int ProducerRegisters(const GemmConfig& config) {
   return (1 + config.consumers) * StartRegisters(config) -

@@ -160,8 +160,8 @@ struct TileTerms {
 
   // Sums of two neighbouring tokens, with both factors applied.
   __device__ __forceinline__ float2 Of(int h, float first, float second, float2 tokens) const {
-    return {__fadd_rn(__fmul_rn(__fmul_rn(first, row[h].factor), tokens.x), row[h].bias),
-            __fadd_rn(__fmul_rn(__fmul_rn(second, row[h].factor), tokens.y), row[h].bias)};
+    return {__fmaf_rn(__fmul_rn(first, row[h].factor), tokens.x, row[h].bias),
+            __fmaf_rn(__fmul_rn(second, row[h].factor), tokens.y, row[h].bias)};
   }
 };
 template <class Row>
@@ -205,18 +205,24 @@ struct GatedFormula {
   }
 };
 
-// Calls store(formula(gate, up)) with the layer's activation: one copy of what follows per kind,
-// for a switch inside would cost registers in all of them.
-template <class Store>
-__device__ __forceinline__ void WithGatedFormula(const GroupedGemmArgs& args, int expert,
-                                                 Store&& store) {
+__device__ __forceinline__ activation::Parameters ParametersOf(const GroupedGemmArgs& args,
+                                                               int expert) {
   activation::Parameters parameters;
   parameters.alpha = args.alpha != nullptr ? args.alpha[expert] : 1.0F;
   parameters.beta = args.beta != nullptr ? args.beta[expert] : 0.0F;
   parameters.limit = args.limit != nullptr ? args.limit[expert] : INFINITY;
+  return parameters;
+}
+
+// Calls store(formula(gate, up)) with the layer's activation: one copy of what follows per kind,
+// for a switch inside would cost registers in all of them.
+template <class Store>
+__device__ __forceinline__ void WithGatedFormula(const GroupedGemmArgs& args,
+                                                 const activation::Parameters& parameters,
+                                                 Store&& store) {
   switch (args.activation) {
     case ActivationKind::kSwiGlu:
-      return store([&](float g, float u) { return SwiGlu(parameters, g, u); });
+      return store(SwiGlu(parameters));
     case ActivationKind::kGeGlu:
       return store(GatedFormula<ActivationKind::kGeGlu>{parameters});
     case ActivationKind::kGeGluTanh:
@@ -226,28 +232,77 @@ __device__ __forceinline__ void WithGatedFormula(const GroupedGemmArgs& args, in
   }
 }
 
-// Stages what `values(j, h)` gives for tokens 8 * j + 2 * (lane % 4) and the next of feature row h.
-// A pair of accumulators is two tokens of one feature: two groups of 8 tokens and both halves of a
-// warp's 16 features are four matrices [features][tokens], stored as [tokens][features].
+// ---- staging
+
+// Packs and stages tokens 16 * chunk .. + 15 of a warp's 16 features: `values(pair, h)` gives
+// tokens 16 * chunk + 8 * pair + 2 * (lane % 4) and the next of feature row h. A pair of
+// accumulators is two tokens of one feature: two groups of 8 tokens and both halves of the 16
+// features are four matrices [features][tokens], stored as [tokens][features].
 template <class Row, class Values>
-__device__ __forceinline__ void Stage(const OutputTile<Row>& tile, Values&& values) {
+__device__ __forceinline__ void StageChunk(const OutputTile<Row>& tile, int chunk,
+                                           Values&& values) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
+  uint32_t words[4];
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    const float2 pair = values(m / 2, m % 2);
+    words[m] = PackBf16(pair.x, pair.y);
+  }
+  // Matrix m: tokens 16 * chunk + 8 * (m / 2) .., features 16 * warp + 8 * (m % 2) ..
+  const int matrix = lane / 8;
+  const int n = 8 * (matrix / 2) + lane % 8;
+  const int r = 16 * warp + 8 * (matrix % 2);
+  StoreTransposed(tile.staging() + StagedAt(n, r) + 2048U * static_cast<uint32_t>(chunk), words);
+}
+
+// What nearly every layer wants, a few instructions a value: values(at, j, h) takes sums `at` and
+// `at` + 1, tokens 8 * j + 2 * (lane % 4) and the next of feature row h.
+template <class Row, class Values>
+__device__ __forceinline__ void StageDirectly(const OutputTile<Row>& tile, Values&& values) {
   // What was staged before has been read out.
   tile.Barrier();
 #pragma unroll
-  for (int j = 0; j < Row::kConfig.tokens / 8; j += 2) {
-    uint32_t words[4];
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const float2 pair = values(j + m / 2, m % 2);
-      words[m] = PackBf16(pair.x, pair.y);
+  for (int chunk = 0; chunk < Row::kConfig.tokens / 16; ++chunk) {
+    if (16 * chunk >= tile.num_rows) {
+      break;
     }
-    // Matrix m: tokens 8 * (j + m / 2) .., features 16 * warp + 8 * (m % 2) ..
-    const int matrix = lane / 8;
-    const int n = 8 * (j + matrix / 2) + lane % 8;
-    const int r = 16 * warp + 8 * (matrix % 2);
-    StoreTransposed(tile.staging() + StagedAt(n, r), words);
+    StageChunk(tile, chunk, [&](int pair, int h) {
+      return values(8 * chunk + 4 * pair + 2 * h, 2 * chunk + pair, h);
+    });
+  }
+}
+
+// Sums of 16 tokens: s[4 * (j % 2) + 2 * h + i] is feature row h, token 8 * j + 2 * (lane % 4) + i.
+struct SixteenTokens {
+  float s[8];
+};
+
+// Tokens 16 * chunk .. + 15. Registers have no index at run time: the values are moved.
+template <int kCount>
+__device__ __forceinline__ SixteenTokens Select(const float (&sums)[kCount], int chunk) {
+  SixteenTokens out;
+#pragma unroll
+  for (int c = 0; c < kCount / 8; ++c) {
+    if (c == 0 || chunk == c) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        out.s[i] = sums[8 * c + i];
+      }
+    }
+  }
+  return out;
+}
+
+// The same for long formulas: one piece of code for all chunks, which unrolled would be 100 KiB.
+// `chunk_values(chunk)` gives a function of (pair, h).
+template <class Row, class ChunkValues>
+__device__ __forceinline__ void StageInLoop(const OutputTile<Row>& tile,
+                                            ChunkValues&& chunk_values) {
+  tile.Barrier();
+#pragma unroll 1
+  for (int chunk = 0; 16 * chunk < tile.num_rows; ++chunk) {
+    StageChunk(tile, chunk, chunk_values(chunk));
   }
 }
 
@@ -282,16 +337,31 @@ __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const Ou
                                            float (&gate)[kSums<Row>], float (&up)[kSums<Row>]) {
   const TileTerms gate_terms = TermsOf<Row>(args, tile, 0);
   const TileTerms up_terms = TermsOf<Row>(args, tile, 1);
-  WithGatedFormula(args, tile.expert, [&](auto&& formula) {
-    Stage<Row>(tile, [&](int j, int h) {
-      const int at = 4 * j + 2 * h;
+  const activation::Parameters parameters = ParametersOf(args, tile.expert);
+  if (args.activation == ActivationKind::kSwiGlu && args.delta == nullptr) {
+    const SwiGlu formula(parameters);
+    StageDirectly(tile, [&](int at, int j, int h) {
       const float2 tokens = TokenFactors(tile, j);
-      const float2 g =
-          WithDelta(args, tile, 1, j, h, gate_terms.Of(h, gate[at], gate[at + 1], tokens));
-      const float2 u = WithDelta(args, tile, 0, j, h, up_terms.Of(h, up[at], up[at + 1], tokens));
+      const float2 g = gate_terms.Of(h, gate[at], gate[at + 1], tokens);
+      const float2 u = up_terms.Of(h, up[at], up[at + 1], tokens);
       return float2{formula(g.x, u.x), formula(g.y, u.y)};
     });
-  });
+  } else {
+    WithGatedFormula(args, parameters, [&](auto&& formula) {
+      StageInLoop(tile, [&](int chunk) {
+        return [&, chunk, gates = Select(gate, chunk), ups = Select(up, chunk)](int pair, int h) {
+          const int at = 4 * pair + 2 * h;
+          const int j = 2 * chunk + pair;
+          const float2 tokens = TokenFactors(tile, j);
+          const float2 g = WithDelta(args, tile, 1, j, h,
+                                     gate_terms.Of(h, gates.s[at], gates.s[at + 1], tokens));
+          const float2 u =
+              WithDelta(args, tile, 0, j, h, up_terms.Of(h, ups.s[at], ups.s[at + 1], tokens));
+          return float2{formula(g.x, u.x), formula(g.y, u.y)};
+        };
+      });
+    });
+  }
   WriteStaged<Row>(args, tile);
 }
 
@@ -299,18 +369,21 @@ template <class Row>
 __device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
                                            int half, float (&sums)[kSums<Row>]) {
   const TileTerms terms = TermsOf<Row>(args, tile, half);
-  const auto value = [&](int j, int h) {
-    const int at = 4 * j + 2 * h;
-    return WithDelta(args, tile, 0, j, h,
-                     terms.Of(h, sums[at], sums[at + 1], TokenFactors(tile, j)));
-  };
-  if (args.activation == ActivationKind::kIdentity) {
-    Stage<Row>(tile, value);
+  if (args.activation == ActivationKind::kIdentity && args.delta == nullptr) {
+    StageDirectly(tile, [&](int at, int j, int h) {
+      return terms.Of(h, sums[at], sums[at + 1], TokenFactors(tile, j));
+    });
   } else {
-    Stage<Row>(tile, [&](int j, int h) {
-      const float2 x = value(j, h);
-      return float2{activation::Plain(args.activation, DeviceFloat{x.x}).v,
-                    activation::Plain(args.activation, DeviceFloat{x.y}).v};
+    StageInLoop(tile, [&](int chunk) {
+      return [&, chunk, values = Select(sums, chunk)](int pair, int h) {
+        const int at = 4 * pair + 2 * h;
+        const int j = 2 * chunk + pair;
+        const float2 x = WithDelta(
+            args, tile, 0, j, h,
+            terms.Of(h, values.s[at], values.s[at + 1], TokenFactors(tile, j)));
+        return float2{activation::Plain(args.activation, DeviceFloat{x.x}).v,
+                      activation::Plain(args.activation, DeviceFloat{x.y}).v};
+      };
     });
   }
   WriteStaged<Row>(args, tile);

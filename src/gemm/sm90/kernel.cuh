@@ -17,19 +17,28 @@ template <class Row>
 __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, uint32_t table) {
   constexpr GemmConfig kConfig = Row::kConfig;
   Consumer<Row> self{static_cast<int>(threadIdx.x) / 128 - 1, {}, table};
-  Scheduler<Row> scheduler(args);
-  Work work;
   OutputTile<Row> tile{};
   tile.base = shared.base;
   ClearFactors(tile);
-  while (scheduler.Next(work)) {
+  for (;;) {
+    shared.Full(self.ring.stage).Wait(self.ring.parity);
+    const Work work = shared.LoadWork(self.ring.stage);
+    if (work.expert < 0) {
+      return;
+    }
     float acc[2][kSums<Row>];
     Multiply<Row>(args, shared, work, self, acc);
     tile.expert = work.expert;
     tile.row_begin = work.row_begin;
     tile.num_rows = work.num_rows;
-    tile.feature_begin = work.feature_begin + self.number * FeaturesPerConsumer(kConfig);
+    tile.feature_begin =
+        int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(kConfig);
+#ifdef HY_NOSTORE
+    hopyard::sm90::Touch(acc[0]);
+    hopyard::sm90::Touch(acc[1]);
+#else
     StoreTile<Row>(args, tile, acc);
+#endif
   }
 }
 
@@ -53,8 +62,7 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), BlocksPerProces
   if (threadIdx.x == 0) {
     hopyard::sm90::PrefetchTensorMap(&args.first.map);
     for (int stage = 0; stage < kConfig.stages; ++stage) {
-      // Every producer thread, and the expected bytes.
-      shared.Full(stage).Init(128 + 1);
+      shared.Full(stage).Init(Shared<Row>::kFullArrivals);
       // Every consumer warp.
       shared.Empty(stage).Init(kConfig.consumers * 4);
     }

@@ -54,7 +54,7 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
   int previous = -1;
   for (int block = 0; block < k_blocks; ++block) {
     const int stage = self.ring.stage;
-    shared.Full(stage).Wait(self.ring.parity);
+    shared.AwaitFull(stage, self.ring.parity);
     const uint64_t tokens = hopyard::sm90::TileDescriptor(shared.Tokens(stage, 0));
     const uint64_t first = hopyard::sm90::TileDescriptor(shared.Weights(stage, self.number, 0));
     const uint64_t second = hopyard::sm90::TileDescriptor(shared.Weights(stage, self.number, 1));
@@ -88,19 +88,33 @@ __device__ __forceinline__ float2 LoadPair(uint32_t shared) {
   return pair;
 }
 
-// sums += part x weight scale x token scale.
-template <class Row>
-__device__ __forceinline__ void Promote(const float (&part)[kSums<Row>], const float (&scale)[2],
-                                        uint32_t token_scales, float (&sums)[kSums<Row>]) {
-  const uint32_t mine = token_scales + 8U * (threadIdx.x % 4);
+__device__ __forceinline__ float4 LoadFour(uint32_t shared) {
+  float4 four;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "r"(shared));
+  return four;
+}
+
+// sums += part x scale of the token, in a set of scales at `scales`, x `rows` where kRows.
+template <class Row, bool kRows>
+__device__ __forceinline__ void Promote(const float (&part)[kSums<Row>], uint32_t scales,
+                                        const float (&rows)[2], float (&sums)[kSums<Row>]) {
+  const uint32_t mine =
+      scales + (threadIdx.x % 4) * static_cast<uint32_t>(ScaleLaneBytes(Row::kConfig));
 #pragma unroll
-  for (int j = 0; j < Row::kConfig.tokens / 8; ++j) {
-    const float2 tokens = LoadPair(mine + 32U * static_cast<uint32_t>(j));
+  for (int j = 0; j < Row::kConfig.tokens / 8; j += 2) {
+    const float4 four = LoadFour(mine + 8U * static_cast<uint32_t>(j));
+    const float tokens[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float* const sum = &sums[4 * j + 2 * h];
-      sum[0] = __fmaf_rn(part[4 * j + 2 * h], scale[h] * tokens.x, sum[0]);
-      sum[1] = __fmaf_rn(part[4 * j + 2 * h + 1], scale[h] * tokens.y, sum[1]);
+    for (int m = 0; m < 4; ++m) {
+      const int at = 4 * (j + m / 2) + 2 * (m % 2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float token = tokens[2 * (m / 2) + i];
+        sums[at + i] =
+            __fmaf_rn(part[at + i], kRows ? __fmul_rn(rows[m % 2], token) : token, sums[at + i]);
+      }
     }
   }
 }
@@ -185,11 +199,11 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
   // Groups that may be under way while the next tile is decoded.
   constexpr int kPending = WeightTiles<Row>::kSets - 1;
   WeightTiles<Row> tiles;
-  tiles.Begin(args, work, work.feature_begin + self.number * FeaturesPerConsumer(Row::kConfig));
+  tiles.Begin(args, work, int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
   int previous = -1;
   for (int block = 0; block < k_blocks; ++block) {
     const int stage = self.ring.stage;
-    shared.Full(stage).Wait(self.ring.parity);
+    shared.AwaitFull(stage, self.ring.parity);
     tiles.BeginBlock(block);
     tiles.Prepare(shared, self, stage, 0, block);
     tiles.Issue(shared, self, stage, 0, block > 0, acc[0]);
@@ -218,12 +232,12 @@ template <class Row>
 __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>& shared,
                                  const Work& work, Consumer<Row>& self,
                                  float (&acc)[2][kSums<Row>]) {
-  const int64_t feature = work.feature_begin + self.number * FeaturesPerConsumer(Row::kConfig);
+  const int64_t feature =
+      int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig);
   const int k_blocks = KBlocks<Row>(args);
+  const bool complete = ScalesAreComplete<Row>(args);
   WeightTiles<Row> tiles;
   tiles.Begin(args, work, feature);
-  PromotedScales<Row> block_scales;
-  block_scales.Begin(args, work.expert, feature);
   float part[kSums<Row>];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -233,22 +247,28 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
     }
   }
   constexpr bool kAhead = WeightTiles<Row>::kSets == 2;
-  const auto add = [&](int half, int stage) {
+  const auto add = [&](int half, int stage, int block) {
     hopyard::sm90::MmaWait<0>();
     hopyard::sm90::Touch(part);
-    Promote<Row>(part, block_scales.value[half], shared.TokenScales(stage), acc[half]);
+    const uint32_t scales = shared.Scales(stage, self.number, half);
+    if (complete) {
+      Promote<Row, false>(part, scales, {0.0F, 0.0F}, acc[half]);
+    } else {
+      const float rows[2] = {RowScaleAt<Row>(args, work.expert, feature, half, 0, block),
+                             RowScaleAt<Row>(args, work.expert, feature, half, 1, block)};
+      Promote<Row, true>(part, scales, rows, acc[half]);
+    }
   };
-  shared.Full(self.ring.stage).Wait(self.ring.parity);
+  shared.AwaitFull(self.ring.stage, self.ring.parity);
   tiles.BeginBlock(0);
   tiles.Prepare(shared, self, self.ring.stage, 0, 0);
   for (int block = 0; block < k_blocks; ++block) {
     const int stage = self.ring.stage;
     tiles.Issue(shared, self, stage, 0, false, part);
-    block_scales.Load(block);
     if constexpr (kAhead) {
       tiles.Prepare(shared, self, stage, 1, block);
     }
-    add(0, stage);
+    add(0, stage, block);
     if constexpr (!kAhead) {
       tiles.Prepare(shared, self, stage, 1, block);
     }
@@ -256,7 +276,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
     self.ring.Advance();
     const auto prepare_next = [&] {
       if (block + 1 < k_blocks) {
-        shared.Full(self.ring.stage).Wait(self.ring.parity);
+        shared.AwaitFull(self.ring.stage, self.ring.parity);
         tiles.BeginBlock(block + 1);
         tiles.Prepare(shared, self, self.ring.stage, 0, block + 1);
       }
@@ -264,7 +284,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
     if constexpr (kAhead) {
       prepare_next();
     }
-    add(1, stage);
+    add(1, stage, block);
     Release(shared.Empty(stage));
     if constexpr (!kAhead) {
       prepare_next();

@@ -83,49 +83,81 @@ __device__ __forceinline__ uint32_t LoadHalf(uint32_t shared) {
   return value;
 }
 
-// Writes the staged tile [num_rows][64] of this warpgroup.
+// Where rows cannot be written in pieces of 16 bytes: the end of a row, or odd pitches.
 template <class Row>
-__device__ inline void StoreNatural(const RowsOut& rows, const OutputTile<Row>& tile) {
+__device__ inline void StoreElements(const RowsOut& rows, const OutputTile<Row>& tile,
+                                     int64_t feature, int64_t left) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int piece = thread % 8;
+#pragma unroll 1
+  for (int n = thread / 8; n < tile.num_rows; n += 16) {
+    const uint32_t from = tile.staging() + StagedAt(n, piece * 8);
+    uint16_t* const target = rows.out + (tile.row_begin + n) * rows.pitch + feature;
+#pragma unroll 1
+    for (int i = 0; i < 8 && i < left; ++i) {
+      target[i] = static_cast<uint16_t>(LoadHalf(from + 2U * static_cast<uint32_t>(i)));
+    }
+  }
+}
+
+// Writes the staged tile [num_rows][64] of this warpgroup.
+template <class Row>
+__device__ __forceinline__ void StoreNatural(const RowsOut& rows, const OutputTile<Row>& tile) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int piece = thread % 8;
+  const int first = thread / 8;
   const int64_t feature = tile.feature_begin + piece * 8;
   const int64_t left = rows.features - feature;
-  const bool whole =
-      left >= 8 && rows.pitch % 8 == 0 && reinterpret_cast<uintptr_t>(rows.out) % 16 == 0;
-  for (int n = thread / 8; n < tile.num_rows && left > 0; n += 16) {
-    const uint4 values = LoadPiece(tile.staging() + StagedAt(n, piece * 8));
-    uint16_t* const target = rows.out + (tile.row_begin + n) * rows.pitch + feature;
-    if (whole) {
-      *static_cast<uint4*>(static_cast<void*>(target)) = values;
-    } else {
-      const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+  if (left < 8 || rows.pitch % 8 != 0 || reinterpret_cast<uintptr_t>(rows.out) % 16 != 0) {
+    return StoreElements(rows, tile, feature, left);
+  }
+  // Reads of several rows are under way before the first is stored.
+  constexpr int kTurns = Row::kConfig.tokens / 16;
+  constexpr int kBatch = kTurns % 4 == 0 ? 4 : (kTurns % 3 == 0 ? 3 : kTurns);
+  const uint32_t from = tile.staging() + StagedAt(first, piece * 8);
+  uint16_t* target = rows.out + (tile.row_begin + first) * rows.pitch + feature;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i < left) {
-          target[i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
-        }
+  for (int begin = 0; begin < kTurns; begin += kBatch) {
+    uint4 values[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      values[i] = LoadPiece(from + 2048U * static_cast<uint32_t>(begin + i));
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + 16 * (begin + i) < tile.num_rows) {
+        *static_cast<uint4*>(static_cast<void*>(target)) = values[i];
       }
+      target += 16 * rows.pitch;
     }
   }
 }
 
 // The same in KOrder::kBf16Decoded: half a group of 128, which holds 4 neighbours of every 8. Piece
-// p = 4 j + 2 c + i of k_order.h has codes (q, h) = (0, 0), (0, 1), (1, 0), (1, 1) of the half.
+// 4 * b + e of k_order.h has codes 8 * b + e, + 4, + 32 and + 36 of the half.
 template <class Row>
-__device__ inline void StoreOrdered(const RowsOut& rows, const OutputTile<Row>& tile) {
+__device__ __forceinline__ void StoreOrdered(const RowsOut& rows, const OutputTile<Row>& tile) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int piece = thread % 16;
-  const int first = piece / 4 * 8 + piece / 2 % 2 * 2 + piece % 2;
+  const int b = thread % 4;
   const int64_t group = tile.feature_begin / kKGroup * kKGroup;
-  const int64_t at = group + piece * 8 + (tile.feature_begin - group) / 16;
+  const int64_t at = group + b * 32 + (tile.feature_begin - group) / 16;
   if (tile.feature_begin >= rows.features) {
     return;
   }
-  for (int n = thread / 16; n < tile.num_rows; n += 8) {
-    const auto code = [&](int f) { return LoadHalf(tile.staging() + StagedAt(n, first + f)); };
-    const uint2 values{code(0) | code(4) << 16, code(32) | code(36) << 16};
-    *static_cast<uint2*>(static_cast<void*>(rows.out + (tile.row_begin + n) * rows.pitch + at)) =
-        values;
+#pragma unroll 1
+  for (int n = thread / 4; n < tile.num_rows; n += 32) {
+    const uint4 low = LoadPiece(tile.staging() + StagedAt(n, 8 * b));
+    const uint4 high = LoadPiece(tile.staging() + StagedAt(n, 8 * b + 32));
+    uint16_t* const target = rows.out + (tile.row_begin + n) * rows.pitch + at;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const uint32_t which = e % 2 == 0 ? 0x5410U : 0x7632U;
+      const uint2 values = e < 2 ? uint2{__byte_perm(low.x, low.z, which),
+                                         __byte_perm(high.x, high.z, which)}
+                                 : uint2{__byte_perm(low.y, low.w, which),
+                                         __byte_perm(high.y, high.w, which)};
+      *static_cast<uint2*>(static_cast<void*>(target + 8 * e)) = values;
+    }
   }
 }
 

@@ -14,15 +14,24 @@ namespace hopyard::gemm::sm90 {
 
 using hopyard::sm90::Barrier;
 
+// One tile of tokens and one block of features.
+struct Work {
+  int expert;         // index into the matrices of this launch; -1: there is no more work
+  int row_begin;      // rows are counted by int32 (slot_to_row)
+  int num_rows;
+  int feature_begin;
+};
+
 // Addresses in a block's shared memory, from its aligned start.
 template <class Row>
 struct Shared {
   static constexpr GemmConfig kConfig = Row::kConfig;
   static constexpr uint32_t kTokens = kConfig.stages * WeightBytes(kConfig);
   static constexpr uint32_t kScales = kTokens + kConfig.stages * TokenBytes(kConfig);
-  static constexpr uint32_t kStaging = kScales + kConfig.stages * TokenScaleBytes(kConfig);
+  static constexpr uint32_t kStaging = kScales + kConfig.stages * StageScaleBytes(kConfig);
   static constexpr uint32_t kFactors = kStaging + StagingBytes(kConfig);
-  static constexpr uint32_t kBarriers = kFactors + FactorBytes(kConfig);
+  static constexpr uint32_t kWork = kFactors + FactorBytes(kConfig);
+  static constexpr uint32_t kBarriers = kWork + WorkBytes(kConfig);
 
   uint32_t base;
 
@@ -36,8 +45,15 @@ struct Shared {
     return base + kTokens +
            static_cast<uint32_t>(stage * TokenBytes(kConfig) + panel * kConfig.tokens * 128);
   }
-  __device__ __forceinline__ uint32_t TokenScales(int stage) const {
-    return base + kScales + static_cast<uint32_t>(stage * TokenScaleBytes(kConfig));
+  // The set of scales for tile `half` of a consumer.
+  __device__ __forceinline__ uint32_t Scales(int stage, int consumer, int half) const {
+    const int set = HasSquareScales(kConfig.family) ? 2 * consumer + half : 0;
+    return base + kScales +
+           static_cast<uint32_t>(stage * StageScaleBytes(kConfig) + set * ScaleSetBytes(kConfig));
+  }
+  // Token n in a set: 8 * j + 2 * q + i is value 2 * j + i of lane q.
+  __device__ __forceinline__ static uint32_t ScaleAt(int n) {
+    return static_cast<uint32_t>(n / 2 % 4 * ScaleLaneBytes(kConfig) + (n / 8 * 2 + n % 2) * 4);
   }
   __device__ __forceinline__ uint32_t Staging(int consumer) const {
     return base + kStaging + static_cast<uint32_t>(consumer * kConfig.tokens * kTileRows * 2);
@@ -50,6 +66,31 @@ struct Shared {
   }
   __device__ __forceinline__ Barrier Empty(int stage) const {
     return {base + kBarriers + 8U * static_cast<uint32_t>(kConfig.stages + stage)};
+  }
+  // The producer leaves a work item with its first stage: consumers need not ask for it.
+  __device__ __forceinline__ void StoreWork(int stage, const Work& work) const {
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(base + kWork + 16U * static_cast<uint32_t>(stage)),
+                 "r"(work.expert), "r"(work.row_begin), "r"(work.num_rows), "r"(work.feature_begin)
+                 : "memory");
+  }
+  __device__ __forceinline__ Work LoadWork(int stage) const {
+    Work work;
+    asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(work.expert), "=r"(work.row_begin), "=r"(work.num_rows),
+                   "=r"(work.feature_begin)
+                 : "r"(base + kWork + 16U * static_cast<uint32_t>(stage))
+                 : "memory");
+    return work;
+  }
+  // Arrivals that fill a stage: expected bytes, every producer thread's pieces, and once more where
+  // it writes scales itself.
+  static constexpr bool kWritesScales = kConfig.promoted && HasSquareScales(kConfig.family);
+  static constexpr int kFullArrivals = 1 + 128 + (kWritesScales ? 128 : 0);
+  // For consumers. Token rows are written by threads, whose writes the tensor cores see beyond a
+  // fence on the way from the barrier to them (PTX ISA, causality order and proxies).
+  __device__ __forceinline__ void AwaitFull(int stage, uint32_t parity) const {
+    Full(stage).Wait(parity);
+    hopyard::sm90::FenceAsyncProxy();
   }
 };
 
@@ -65,14 +106,6 @@ struct RingPosition {
       parity ^= 1U;
     }
   }
-};
-
-// One tile of tokens and one block of features.
-struct Work {
-  int expert;  // index into the matrices of this launch
-  int64_t row_begin;
-  int num_rows;
-  int64_t feature_begin;
 };
 
 // Blocks take work in strides. Tiles come in groups: all features of one group are done before the
@@ -110,7 +143,7 @@ struct Scheduler {
       if (segment < args.segment_begin || segment >= args.segment_end) {
         continue;
       }
-      work.feature_begin = int64_t{within / tiles} * FeaturesPerBlock(Row::kConfig);
+      work.feature_begin = within / tiles * FeaturesPerBlock(Row::kConfig);
       work.expert = segment - args.segment_begin;
       work.row_begin = args.tile_row_begin[tile];
       work.num_rows = args.tile_row_end[tile] - args.tile_row_begin[tile];

@@ -7,6 +7,7 @@
 
 #include "device/sm90/copy.cuh"
 #include "gemm/sm90/pipeline.cuh"
+#include "gemm/sm90/weight_scales.cuh"
 
 namespace hopyard::gemm::sm90 {
 
@@ -44,7 +45,7 @@ struct WeightCopies {
     const bool each = matrix.expert_maps != nullptr;
     map = each ? static_cast<const void*>(matrix.expert_maps + work.expert)
                : static_cast<const void*>(&matrix.map);
-    row = static_cast<int>(work.feature_begin) + Tile() / 2 * FeaturesPerConsumer(kConfig) +
+    row = work.feature_begin + Tile() / 2 * FeaturesPerConsumer(kConfig) +
           (kConfig.gated ? 0 : Tile() % 2 * kTileRows);
     expert = each ? 0 : work.expert;
   }
@@ -88,7 +89,6 @@ struct TokenRows {
   int32_t sources[kRows];  // rows of x
   int valid;               // the first so many of them exist
   int place;               // of row 0 in a panel; 16 rows further the swizzle is the same
-  const float* scale;      // of the row of this thread's number
 
   __device__ void Begin(const GroupedGemmArgs& args, const Work& work) {
     const int thread = static_cast<int>(threadIdx.x) % 128;
@@ -99,23 +99,17 @@ struct TokenRows {
     for (int i = 0; i < kRows; ++i) {
       sources[i] = static_cast<int32_t>(Source(args, work, first + 16 * i));
     }
-    scale = nullptr;
-    if constexpr (kConfig.promoted) {
-      if (args.x_block_scales != nullptr) {
-        scale = args.x_block_scales + Source(args, work, thread) * ((args.k + 127) / 128);
-      }
-    }
   }
   __device__ static int64_t Source(const GroupedGemmArgs& args, const Work& work, int row) {
     if (row >= work.num_rows) {
       return 0;
     }
-    const int64_t at = work.row_begin + row;
+    const int64_t at = int64_t{work.row_begin} + row;
     return args.row_to_source != nullptr ? args.row_to_source[at] : at;
   }
   // Starts the copies of a stage. Where no byte of a piece exists its address is not used.
-  __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Work& work,
-                                        const Shared<Row>& shared, int stage, int k_block) const {
+  __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Shared<Row>& shared,
+                                        int stage, int k_block) const {
     const int thread = static_cast<int>(threadIdx.x) % 128;
     // Rows in an order of groups of 128 are zero up to the end of the group.
     const auto row_k = static_cast<int>(OrderOf(kConfig.family) == KOrder::kNatural
@@ -136,66 +130,139 @@ struct TokenRows {
                                  i < valid ? bytes : 0);
       }
     }
+  }
+};
+
+// A stage's scales (config.h), one token a thread. Without square scales they are copied; with them
+// each thread multiplies its token's scale, read a block of K ahead, by those of the tiles.
+template <class Row>
+struct StageScales {
+  static constexpr GemmConfig kConfig = Row::kConfig;
+  static constexpr bool kWrites = Shared<Row>::kWritesScales;
+  static constexpr int kTiles = 2 * kConfig.consumers;
+
+  const float* token;  // steps of 1 or, at kOne, 0
+  int token_step;
+  bool live;
+  const float* weights[kConfig.gated ? 2 : 1];
+  int tile_offset[kTiles];
+  int weight_step;
+  float next_token;
+  float next_weights[kTiles];
+
+  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work) {
     if constexpr (kConfig.promoted) {
+      const int thread = static_cast<int>(threadIdx.x);
+      const bool given = args.x_block_scales != nullptr;
+      live = thread < work.num_rows;
+      token = given ? args.x_block_scales +
+                          TokenRows<Row>::Source(args, work, thread) * ((args.k + 127) / 128)
+                    : &kOne;
+      token_step = given ? 1 : 0;
+      if constexpr (kWrites) {
+        BeginWeights(args, work);
+        Load(0);
+      }
+    }
+  }
+  // Call with block = 0, 1, 2, ... < blocks.
+  __device__ __forceinline__ void Issue(const Shared<Row>& shared, int stage, int block,
+                                        int blocks) {
+    if constexpr (kConfig.promoted) {
+      const int thread = static_cast<int>(threadIdx.x);
       if (thread < kConfig.tokens) {
-        const uint32_t at = shared.TokenScales(stage) + 4U * static_cast<uint32_t>(thread);
-        const bool real = thread < work.num_rows;
-        if (scale != nullptr) {
-          hopyard::sm90::CopyWord(at, real ? scale + k_block : args.x_block_scales, real ? 4 : 0);
+        const uint32_t at = shared.Scales(stage, 0, 0) + Shared<Row>::ScaleAt(thread);
+        if constexpr (kWrites) {
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const float scale = live ? __fmul_rn(next_token, next_weights[tile]) : 0.0F;
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + static_cast<uint32_t>(
+                                                                  tile * ScaleSetBytes(kConfig))),
+                         "f"(scale)
+                         : "memory");
+          }
+          if (block + 1 < blocks) {
+            Load(block + 1);
+          }
         } else {
-          asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(real ? 1.0F : 0.0F) : "memory");
+          hopyard::sm90::CopyWord(at, token + block * token_step, live ? 4 : 0);
         }
       }
     }
   }
+
+ private:
+  __device__ __forceinline__ void BeginWeights(const GroupedGemmArgs& args, const Work& work) {
+    const bool reads = ReadsSquareScales<Row>(args) && ScalesAreComplete<Row>(args);
+    weight_step = reads ? 1 : 0;
+#pragma unroll
+    for (int m = 0; m < (kConfig.gated ? 2 : 1); ++m) {
+      const MatrixArgs& matrix = m == 0 ? args.first : args.second;
+      weights[m] = reads ? SquareScales(matrix, work.expert, 0) : &kOne;
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int m = kConfig.gated ? tile % 2 : 0;
+      const MatrixArgs& matrix = m == 0 ? args.first : args.second;
+      const int row = work.feature_begin + tile / 2 * FeaturesPerConsumer(kConfig) +
+                      (kConfig.gated ? 0 : tile % 2 * kTileRows);
+      tile_offset[tile] =
+          reads ? static_cast<int>(SquareScales(matrix, work.expert, row) - weights[m]) : 0;
+    }
+  }
+  __device__ __forceinline__ void Load(int block) {
+    next_token = __ldg(token + block * token_step);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      next_weights[tile] =
+          __ldg(weights[kConfig.gated ? tile % 2 : 0] + tile_offset[tile] + block * weight_step);
+    }
+  }
 };
 
-// Stages between the copies' start and the hand-over. A consumer keeps one stage while it waits for
-// the next, so at least two must be outside the lag. Large tiles with short rings want their stages
-// early (H100, 2026-11).
+// A thread's part of a stage is under way, or written.
 template <class Row>
-inline constexpr int kLag = Row::kConfig.consumers == 2 && Row::kConfig.stages <= 5
-                                ? 1
-                                : (Row::kConfig.stages < 7 ? Row::kConfig.stages - 2 : 5);
+__device__ __forceinline__ void Announce(const Shared<Row>& shared, int stage) {
+  if constexpr (Shared<Row>::kWritesScales) {
+    shared.Full(stage).Arrive();
+  }
+  hopyard::sm90::ArriveAfterPieces(shared.Full(stage));
+}
 
-// Token rows are written by threads: their pieces have landed and are fenced for the tensor cores
-// kLag stages later, when the stage is handed over.
+// The copies of a stage announce themselves on its barrier: the producer never waits for them, only
+// for room.
 template <class Row>
 __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) {
-  constexpr GemmConfig kConfig = Row::kConfig;
-  static_assert(kLag<Row> + 2 <= kConfig.stages);
   const int k_blocks = KBlocks<Row>(args);
-  RingPosition<kConfig.stages> fill;
-  RingPosition<kConfig.stages> hand_over;
-  int lag = 0;
+  RingPosition<Row::kConfig.stages> fill;
   Scheduler<Row> scheduler(args);
-  Work work;
+  Work work{};
   while (scheduler.Next(work)) {
     WeightCopies<Row> weights;
     weights.Begin(args, work);
     TokenRows<Row> rows;
     rows.Begin(args, work);
+    StageScales<Row> scales;
+    scales.Begin(args, work);
     for (int block = 0; block < k_blocks; ++block) {
       shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
-      weights.Issue(args, shared, fill.stage, block);
-      rows.Issue(args, work, shared, fill.stage, block);
-      hopyard::sm90::CommitPieces();
-      fill.Advance();
-      if (++lag > kLag<Row>) {
-        --lag;
-        hopyard::sm90::WaitPieces<kLag<Row>>();
-        hopyard::sm90::FenceAsyncProxy();
-        shared.Full(hand_over.stage).Arrive();
-        hand_over.Advance();
+      if (block == 0 && threadIdx.x == 0) {
+        shared.StoreWork(fill.stage, work);
       }
+      weights.Issue(args, shared, fill.stage, block);
+      rows.Issue(args, shared, fill.stage, block);
+      scales.Issue(shared, fill.stage, block, k_blocks);
+      Announce(shared, fill.stage);
+      fill.Advance();
     }
   }
-  hopyard::sm90::WaitPieces<0>();
-  hopyard::sm90::FenceAsyncProxy();
-  for (; lag > 0; --lag) {
-    shared.Full(hand_over.stage).Arrive();
-    hand_over.Advance();
+  shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
+  if (threadIdx.x == 0) {
+    work.expert = -1;
+    shared.StoreWork(fill.stage, work);
+    shared.Full(fill.stage).Arrive();
   }
+  Announce(shared, fill.stage);
 }
 
 }  // namespace hopyard::gemm::sm90

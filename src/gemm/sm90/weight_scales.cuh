@@ -153,45 +153,39 @@ struct BlockScales {
   }
 };
 
-// 128x128 scales of FP8 weights, or ones. They are read while the products that they scale run.
+// ---- 128x128 scales of FP8 weights, or ones
+
+// The constant of tokens and weights that have no scale.
+__device__ const float kOne = 1.0F;
+
 template <class Row>
-struct PromotedScales {
-  static constexpr bool kMayHave =
-      Row::kConfig.family == Family::kFp8 || Row::kConfig.family == Family::kFp8AsBf16;
-
-  const float* begin[2];  // null: ones
-  int offset[2][2];       // of the thread's rows; they may lie in different blocks
-  float value[2][2];
-
-  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, int expert, int64_t feature) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      begin[half] = nullptr;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        offset[half][h] = 0;
-        if (kMayHave && args.weights == WeightFormat::kFp8Block128) {
-          const WeightRow at = ThreadRow<Row>(args, feature, half, h);
-          const MatrixArgs& matrix = *at.matrix;
-          begin[half] = static_cast<const float*>(matrix.pointers[expert].scales);
-          offset[half][h] =
-              static_cast<int>((matrix.scale_row_origin + PositionInOrder(matrix, at.row)) / 128 *
-                               matrix.scale_stride);
-        }
-      }
-    }
-  }
-  __device__ __forceinline__ void Load(int group) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        value[half][h] = kMayHave && begin[half] != nullptr
-                             ? __ldg(begin[half] + offset[half][h] + group)
-                             : 1.0F;
-      }
-    }
-  }
-};
+__device__ __forceinline__ bool ReadsSquareScales(const GroupedGemmArgs& args) {
+  return HasSquareScales(Row::kConfig.family) && args.weights == WeightFormat::kFp8Block128;
+}
+// First scale of the block with natural row `row`, and from there one per 128 of K.
+__device__ __forceinline__ const float* SquareScales(const MatrixArgs& matrix, int expert,
+                                                     int64_t row) {
+  return static_cast<const float*>(matrix.pointers[expert].scales) +
+         (matrix.scale_row_origin + PositionInOrder(matrix, row)) / 128 * matrix.scale_stride;
+}
+// Whether the rows of every tile lie in one block: tiles begin at multiples of 64 natural rows.
+__device__ __forceinline__ bool TilesKeepToBlocks(const MatrixArgs& matrix) {
+  const auto step = static_cast<int>(matrix.position_step);
+  const auto begin = static_cast<int>((matrix.scale_row_origin + matrix.position_begin) % 128);
+  return step <= 2 && begin % (kTileRows * step) < step;
+}
+// Whether the scales that the producer leaves with a stage are complete; else rows have their own.
+template <class Row>
+__device__ __forceinline__ bool ScalesAreComplete(const GroupedGemmArgs& args) {
+  return !ReadsSquareScales<Row>(args) ||
+         (TilesKeepToBlocks(args.first) && (!Row::kConfig.gated || TilesKeepToBlocks(args.second)));
+}
+// The scale of a thread's row where they are not, for one block of K.
+template <class Row>
+__device__ __forceinline__ float RowScaleAt(const GroupedGemmArgs& args, int expert,
+                                            int64_t feature, int half, int h, int block) {
+  const WeightRow at = ThreadRow<Row>(args, feature, half, h);
+  return __ldg(SquareScales(*at.matrix, expert, at.row) + block);
+}
 
 }  // namespace hopyard::gemm::sm90
