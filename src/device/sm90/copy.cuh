@@ -28,19 +28,6 @@ __device__ __forceinline__ void CopyBox(const void* map, uint32_t shared, Barrie
       : "memory");
 }
 
-// The same of a 3-D tensor.
-struct FlatStart {
-  int at[3];
-};
-__device__ __forceinline__ void CopyFlatBox(const void* map, uint32_t shared, Barrier barrier,
-                                            const FlatStart& start) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared),
-      "l"(map), "r"(barrier.address), "r"(start.at[0]), "r"(start.at[1]), "r"(start.at[2])
-      : "memory");
-}
-
 // 16 bytes, of which the first `valid` are read and the others zero.
 __device__ __forceinline__ void CopyPiece(uint32_t shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),

@@ -129,11 +129,15 @@ constexpr int TokenBytes(const GemmConfig& config) {
 constexpr bool HasSquareScales(Family family) {
   return family == Family::kFp8 || family == Family::kFp8AsBf16;
 }
-// What the tokens' sums over 128 of K are multiplied by, f32: one set for each tile of weights where
-// these have square scales, times that scale; else one for all. A set is [4][tokens / 4 + 4]: the
-// values of a quad's lane lie together, and the four do not meet in a bank.
+// What the tokens' sums over 128 of K are multiplied by, f32: a set for every 128 rows of weights
+// (or 64, of gate or up) where these have square scales, times that scale; else one for all. A set
+// is [4][tokens / 4 + 4]: the values of a quad's lane lie together, and the four do not meet in a
+// bank.
 constexpr int ScaleSets(const GemmConfig& config) {
-  return !config.promoted ? 0 : HasSquareScales(config.family) ? 2 * config.consumers : 1;
+  return !config.promoted                  ? 0
+         : !HasSquareScales(config.family) ? 1
+         : config.gated                    ? 2
+                                           : config.consumers;
 }
 constexpr int ScaleLaneBytes(const GemmConfig& config) {
   return config.tokens + 16;
@@ -155,9 +159,13 @@ constexpr int FactorBytes(const GemmConfig& config) {
 constexpr int BarrierBytes(const GemmConfig& config) {
   return 2 * config.stages * 8;
 }
-// One work item per stage (pipeline.cuh).
+// Work items that the producer has begun and the consumers have not ended: one stage each at least,
+// and one more whose stages are free already.
+constexpr int WorkSlots(const GemmConfig& config) {
+  return config.stages + 1;
+}
 constexpr int WorkBytes(const GemmConfig& config) {
-  return config.stages * 16;
+  return WorkSlots(config) * 16;
 }
 // From a start that is aligned to the 1024 bytes of a swizzle pattern.
 constexpr int SharedBytes(const GemmConfig& config) {
@@ -183,8 +191,10 @@ constexpr int ConsumerRegisters(const GemmConfig& config) {
   if (config.consumers == 1) {
     return 184;
   }
-  const bool decodes_much = IsDecoded(config.family) && config.tokens == 96;
-  return !decodes_much ? 224 : config.promoted ? 232 : 216;
+  if (config.tokens != 96) {
+    return 224;
+  }
+  return !IsDecoded(config.family) ? 224 : config.promoted ? 232 : 216;
 }
 constexpr int ProducerRegisters(const GemmConfig& config) {
   return (1 + config.consumers) * StartRegisters(config) -

@@ -150,7 +150,7 @@ __device__ __forceinline__ float DeltaAt(const GroupedGemmArgs& args, const Outp
   if (row < 0 || feature >= args.features) {
     return 0.0F;
   }
-  const int64_t at = args.gated_delta != 0 ? int64_t{row} * 2 + part : int64_t{row};
+  const int64_t at = Row::kConfig.gated ? int64_t{row} * 2 + part : int64_t{row};
   return hopyard::sm90::WidenBf16(args.delta[at * args.features + feature]);
 }
 
@@ -378,9 +378,9 @@ __device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const Ou
       return [&, chunk, values = Select(sums, chunk)](int pair, int h) {
         const int at = 4 * pair + 2 * h;
         const int j = 2 * chunk + pair;
-        const float2 x = WithDelta(
-            args, tile, 0, j, h,
-            terms.Of(h, values.s[at], values.s[at + 1], TokenFactors(tile, j)));
+        const float2 x =
+            WithDelta(args, tile, 0, j, h,
+                      terms.Of(h, values.s[at], values.s[at + 1], TokenFactors(tile, j)));
         return float2{activation::Plain(args.activation, DeviceFloat{x.x}).v,
                       activation::Plain(args.activation, DeviceFloat{x.y}).v};
       };

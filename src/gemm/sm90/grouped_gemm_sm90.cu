@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <array>
+#include <atomic>
 
 #include "device/cuda_check.h"
 #include "gemm/sm90/grouped_gemm_sm90.h"
@@ -24,20 +25,21 @@ std::array<LaunchRow, kNumRows> MakeLaunchTable() {
   return table;
 }
 
-// Multiprocessors of the current device, asked once per device.
-int Processors() {
-  constexpr int kMaxDevices = 64;
-  static std::array<int, kMaxDevices> known{};
-  int device = 0;
-  HOPYARD_CUDA(cudaGetDevice(&device));
-  int count = device < kMaxDevices ? known[static_cast<size_t>(device)] : 0;
-  if (count == 0) {
-    HOPYARD_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    if (device < kMaxDevices) {
-      known[static_cast<size_t>(device)] = count;
-    }
+// The current device; its multiprocessors are asked for once.
+LaunchDevice CurrentDevice() {
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  LaunchDevice device;
+  HOPYARD_CUDA(cudaGetDevice(&device.index));
+  HOPYARD_CHECK(device.index < kMaxDevices, kCuda)
+      << "device " << device.index << "; kernels are prepared for the first " << kMaxDevices;
+  std::atomic<int>& count = known[static_cast<size_t>(device.index)];
+  device.processors = count.load(std::memory_order_relaxed);
+  if (device.processors == 0) {
+    HOPYARD_CUDA(
+        cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, device.index));
+    count.store(device.processors, std::memory_order_relaxed);
   }
-  return count;
+  return device;
 }
 
 }  // namespace
@@ -45,7 +47,7 @@ int Processors() {
 void RunGroupedGemm(int index, const GroupedGemmArgs& args, const device::Queue& queue) {
   static const std::array<LaunchRow, kNumRows> table = MakeLaunchTable();
   if (args.max_tiles > 0) {
-    table[static_cast<size_t>(index)](args, Processors(), queue);
+    table[static_cast<size_t>(index)](args, CurrentDevice(), queue);
   }
 }
 

@@ -89,12 +89,11 @@ struct GroupedGemmArgs {
   // Router weight on the input: row r's sums are multiplied by slot_weights[row_to_slot[r]].
   const float* slot_weights = nullptr;
   const int32_t* row_to_slot = nullptr;
-  // LoRA: bf16 [tokens, delta_slots, f * features], up then gate where gated_delta, added after the
+  // LoRA: bf16 [tokens, delta_slots, f * features], up then gate in gated kernels, added after the
   // bias; slot s of slots_per_token, those from delta_slots on have none. Needs row_to_slot.
   const uint16_t* delta = nullptr;
   int32_t slots_per_token = 1;
   int32_t delta_slots = 0;
-  int32_t gated_delta = 0;
 
   // Tiles of at most `tokens` rows (KernelInfo), as the permutation lists them.
   const int32_t* tile_expert = nullptr;

@@ -106,6 +106,15 @@ class WeightSet {
                    : formats::DecodeE2m1(nibble) * scale;
     }
   }
+  static std::vector<uint8_t> NormalCodes() {
+    std::mt19937 random(5);
+    std::normal_distribution<float> normal(0, 60);
+    std::vector<uint8_t> codes(4096);
+    for (uint8_t& code : codes) {
+      code = formats::EncodeE4m3(normal(random));
+    }
+    return codes;
+  }
   [[nodiscard]] uint8_t CodeByte(bool integers, int64_t index, std::mt19937& random) const {
     if (rule_.code_dtype == DType::kBf16) {
       // High bytes of both signs around 1 (odd byte), or of small integers.
@@ -118,8 +127,10 @@ class WeightSet {
       return integers ? 0x00 : static_cast<uint8_t>(random());
     }
     if (rule_.code_dtype == DType::kE4m3) {
-      return formats::EncodeE4m3(integers ? static_cast<float>(static_cast<int>(random() % 5) - 2)
-                                          : std::normal_distribution<float>(0, 60)(random));
+      // Encoding each of 10^8 draws would take a minute a kernel.
+      static const std::vector<uint8_t> kNormal = NormalCodes();
+      return integers ? formats::EncodeE4m3(static_cast<float>(static_cast<int>(random() % 5) - 2))
+                      : kNormal[random() % kNormal.size()];
     }
     return static_cast<uint8_t>(random());
   }

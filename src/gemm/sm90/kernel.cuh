@@ -20,25 +20,23 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
   OutputTile<Row> tile{};
   tile.base = shared.base;
   ClearFactors(tile);
-  for (;;) {
+  for (RingPosition<WorkSlots(kConfig)> slot;; slot.Advance()) {
     shared.Full(self.ring.stage).Wait(self.ring.parity);
-    const Work work = shared.LoadWork(self.ring.stage);
-    if (work.expert < 0) {
-      return;
-    }
     float acc[2][kSums<Row>];
-    Multiply<Row>(args, shared, work, self, acc);
+    {
+      const Work work = shared.LoadWork(slot.stage);
+      if (work.expert < 0) {
+        return;
+      }
+      Multiply<Row>(args, shared, work, self, acc);
+    }
+    // Read again rather than kept: registers are short meanwhile.
+    const Work work = shared.LoadWork(slot.stage);
     tile.expert = work.expert;
     tile.row_begin = work.row_begin;
     tile.num_rows = work.num_rows;
-    tile.feature_begin =
-        int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(kConfig);
-#ifdef HY_NOSTORE
-    hopyard::sm90::Touch(acc[0]);
-    hopyard::sm90::Touch(acc[1]);
-#else
+    tile.feature_begin = int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(kConfig);
     StoreTile<Row>(args, tile, acc);
-#endif
   }
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstddef>
 
 #include "device/launch.cuh"
@@ -20,20 +22,21 @@ struct TableRow {
 };
 
 template <class Row>
-void Launch(const GroupedGemmArgs& args, int processors, const device::Queue& queue) {
+void Launch(const GroupedGemmArgs& args, const LaunchDevice& device, const device::Queue& queue) {
   constexpr GemmConfig kConfig = Row::kConfig;
-  // Once per kernel and process; the attribute holds from then on.
-  static const bool prepared = [] {
+  // Once per kernel and device; the attribute holds from then on. Doing it twice does no harm.
+  static std::array<std::atomic<bool>, kMaxDevices> prepared{};
+  std::atomic<bool>& done = prepared[static_cast<size_t>(device.index)];
+  if (!done.load(std::memory_order_relaxed)) {
     HOPYARD_CUDA(cudaFuncSetAttribute(GroupedGemmKernel<Row>,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       SharedBytes(Row::kConfig)));
-    return true;
-  }();
-  static_cast<void>(prepared);
+    done.store(true, std::memory_order_relaxed);
+  }
   const int64_t blocks =
       (args.features + FeaturesPerBlock(kConfig) - 1) / FeaturesPerBlock(kConfig) * args.max_tiles;
   const auto grid = static_cast<unsigned>(
-      std::min<int64_t>(int64_t{processors} * BlocksPerProcessor(kConfig), blocks));
+      std::min<int64_t>(int64_t{device.processors} * BlocksPerProcessor(kConfig), blocks));
   device::Launch(queue, {grid, ThreadsPerBlock(kConfig), SharedBytes(kConfig)},
                  GroupedGemmKernel<Row>, args);
 }

@@ -99,7 +99,7 @@ __device__ __forceinline__ float4 LoadFour(uint32_t shared) {
 // sums += part x scale of the token, in a set of scales at `scales`, x `rows` where kRows.
 template <class Row, bool kRows>
 __device__ __forceinline__ void Promote(const float (&part)[kSums<Row>], uint32_t scales,
-                                        const float (&rows)[2], float (&sums)[kSums<Row>]) {
+                                        float2 rows, float (&sums)[kSums<Row>]) {
   const uint32_t mine =
       scales + (threadIdx.x % 4) * static_cast<uint32_t>(ScaleLaneBytes(Row::kConfig));
 #pragma unroll
@@ -107,14 +107,10 @@ __device__ __forceinline__ void Promote(const float (&part)[kSums<Row>], uint32_
     const float4 four = LoadFour(mine + 8U * static_cast<uint32_t>(j));
     const float tokens[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const int at = 4 * (j + m / 2) + 2 * (m % 2);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float token = tokens[2 * (m / 2) + i];
-        sums[at + i] =
-            __fmaf_rn(part[at + i], kRows ? __fmul_rn(rows[m % 2], token) : token, sums[at + i]);
-      }
+    for (int i = 0; i < 8; ++i) {
+      const float token = tokens[i / 4 * 2 + i % 2];
+      const float scale = kRows ? __fmul_rn(i / 2 % 2 == 0 ? rows.x : rows.y, token) : token;
+      sums[4 * j + i] = __fmaf_rn(part[4 * j + i], scale, sums[4 * j + i]);
     }
   }
 }
@@ -199,7 +195,8 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
   // Groups that may be under way while the next tile is decoded.
   constexpr int kPending = WeightTiles<Row>::kSets - 1;
   WeightTiles<Row> tiles;
-  tiles.Begin(args, work, int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
+  tiles.Begin(args, work,
+              int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
   int previous = -1;
   for (int block = 0; block < k_blocks; ++block) {
     const int stage = self.ring.stage;
@@ -227,17 +224,15 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
 }
 
 // Scales of tokens and 128x128 blocks: each tile's products over 128 of K are summed apart and then
-// added in FP32, while the other warpgroup multiplies.
-template <class Row>
+// added in FP32, while the other warpgroup multiplies. (Two sets of partial sums, so that the own
+// next tile is multiplied meanwhile, gained nothing: H100, 2026-11.) kComplete: ScalesAreComplete.
+template <class Row, bool kComplete>
 __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>& shared,
                                  const Work& work, Consumer<Row>& self,
                                  float (&acc)[2][kSums<Row>]) {
-  const int64_t feature =
-      int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig);
-  const int k_blocks = KBlocks<Row>(args);
-  const bool complete = ScalesAreComplete<Row>(args);
   WeightTiles<Row> tiles;
-  tiles.Begin(args, work, feature);
+  tiles.Begin(args, work,
+              int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
   float part[kSums<Row>];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -246,69 +241,76 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
       acc[half][i] = 0.0F;
     }
   }
-  constexpr bool kAhead = WeightTiles<Row>::kSets == 2;
-  const auto add = [&](int half, int stage, int block) {
+  // A tile of block `block`, which the ring is at.
+  const auto prepare = [&](int half, int block) {
+    if (half == 0) {
+      shared.AwaitFull(self.ring.stage, self.ring.parity);
+      tiles.BeginBlock(block);
+    }
+    tiles.Prepare(shared, self, self.ring.stage, half, block);
+  };
+  const auto add = [&](int half, int stage) {
     hopyard::sm90::MmaWait<0>();
     hopyard::sm90::Touch(part);
-    const uint32_t scales = shared.Scales(stage, self.number, half);
-    if (complete) {
-      Promote<Row, false>(part, scales, {0.0F, 0.0F}, acc[half]);
-    } else {
-      const float rows[2] = {RowScaleAt<Row>(args, work.expert, feature, half, 0, block),
-                             RowScaleAt<Row>(args, work.expert, feature, half, 1, block)};
-      Promote<Row, true>(part, scales, rows, acc[half]);
-    }
+    const int tile = 2 * self.number + half;
+    const uint32_t scales = shared.Scales(stage, Shared<Row>::ScaleSetOf(tile));
+    const float2 rows =
+        kComplete ? float2{1.0F, 1.0F} : LoadRowScales(shared.TileScales(stage, tile));
+    Promote<Row, !kComplete>(part, scales, rows, acc[half]);
   };
-  shared.AwaitFull(self.ring.stage, self.ring.parity);
-  tiles.BeginBlock(0);
-  tiles.Prepare(shared, self, self.ring.stage, 0, 0);
-  for (int block = 0; block < k_blocks; ++block) {
+  // Decoded while the tile before is multiplied, or after that where registers are short.
+  constexpr bool kAhead = WeightTiles<Row>::kSets == 2;
+  prepare(0, 0);
+  tiles.Issue(shared, self, self.ring.stage, 0, false, part);
+  int block = 0;
+  for (int left = KBlocks<Row>(args); left > 0; --left) {
     const int stage = self.ring.stage;
-    tiles.Issue(shared, self, stage, 0, false, part);
-    if constexpr (kAhead) {
-      tiles.Prepare(shared, self, stage, 1, block);
-    }
-    add(0, stage, block);
-    if constexpr (!kAhead) {
-      tiles.Prepare(shared, self, stage, 1, block);
-    }
-    tiles.Issue(shared, self, stage, 1, false, part);
-    self.ring.Advance();
-    const auto prepare_next = [&] {
-      if (block + 1 < k_blocks) {
-        shared.AwaitFull(self.ring.stage, self.ring.parity);
-        tiles.BeginBlock(block + 1);
-        tiles.Prepare(shared, self, self.ring.stage, 0, block + 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // The next tile is the second of this block or the first of the next.
+      const bool more = half == 0 || left > 1;
+      if (half == 1) {
+        self.ring.Advance();
+        ++block;
       }
-    };
-    if constexpr (kAhead) {
-      prepare_next();
-    }
-    add(1, stage, block);
-    Release(shared.Empty(stage));
-    if constexpr (!kAhead) {
-      prepare_next();
+      if (kAhead && more) {
+        prepare(half ^ 1, block);
+      }
+      add(half, stage);
+      if (half == 1) {
+        Release(shared.Empty(stage));
+      }
+      if (!kAhead && more) {
+        prepare(half ^ 1, block);
+      }
+      if (more) {
+        tiles.Issue(shared, self, self.ring.stage, half ^ 1, false, part);
+      }
     }
   }
 }
 
 template <class Row>
-__device__ void Multiply(const GroupedGemmArgs& args, const Shared<Row>& shared, const Work& work,
-                         Consumer<Row>& self, float (&acc)[2][kSums<Row>]) {
+__device__ __forceinline__ void Multiply(const GroupedGemmArgs& args, const Shared<Row>& shared,
+                                         const Work& work, Consumer<Row>& self,
+                                         float (&acc)[2][kSums<Row>]) {
   if constexpr (Row::kConfig.family == Family::kBf16) {
-    // An expert's last tile may hold a few tokens: the tensor cores work on no more than a quarter
-    // or half of it. Sums of the others are not written.
+    // An expert's last tile may hold few tokens: the tensor cores work on half of it. Sums of the
+    // others are not written. (The same spills in kernels with partial sums and gains nothing in
+    // those that decode: H100, 2026-11.)
     constexpr int kTokens = Row::kConfig.tokens;
-    const int k_blocks = KBlocks<Row>(args);
-    if (kTokens == 128 && work.num_rows <= 64) {
-      MultiplyShared<Row, kTokens == 128 ? 64 : kTokens>(shared, k_blocks, self, acc);
+    constexpr int kFew = kTokens == 128 ? 64 : kTokens;
+    if (kFew < kTokens && work.num_rows <= kFew) {
+      MultiplyShared<Row, kFew>(shared, KBlocks<Row>(args), self, acc);
     } else {
-      MultiplyShared<Row, kTokens>(shared, k_blocks, self, acc);
+      MultiplyShared<Row, kTokens>(shared, KBlocks<Row>(args), self, acc);
     }
-  } else if constexpr (Row::kConfig.promoted) {
-    MultiplyPromoted<Row>(args, shared, work, self, acc);
-  } else {
+  } else if constexpr (!Row::kConfig.promoted) {
     MultiplyDecoded<Row>(args, shared, work, self, acc);
+  } else if (ScalesAreComplete<Row>(args)) {
+    MultiplyPromoted<Row, true>(args, shared, work, self, acc);
+  } else {
+    MultiplyPromoted<Row, false>(args, shared, work, self, acc);
   }
 }
 

@@ -77,10 +77,6 @@ MapDims DimsOf(const MapShape& shape) {
   return dims;
 }
 
-bool IsFlat(const MapShape& shape) {
-  return shape.row_map == RowMap::kNatural && shape.major != MajorOrder::kBlockKMajor;
-}
-
 bool IsSwizzled(WeightFormat weights, const RowFormat& x) {
   return weights == WeightFormat::kBf16 || (x.dtype == DType::kE4m3 && !IsPacked(weights));
 }

@@ -20,9 +20,6 @@ struct MapDims {
   int row_unit = 1;      // MatrixArgs::row_unit
 };
 
-// Rows in natural order and K in one piece: dimensions 2 and 3 are left out of the map.
-[[nodiscard]] bool IsFlat(const MapShape& shape);
-
 // Precondition: MapProblem is empty.
 [[nodiscard]] MapDims DimsOf(const MapShape& shape);
 

@@ -16,8 +16,8 @@ using hopyard::sm90::Barrier;
 
 // One tile of tokens and one block of features.
 struct Work {
-  int expert;         // index into the matrices of this launch; -1: there is no more work
-  int row_begin;      // rows are counted by int32 (slot_to_row)
+  int expert;     // index into the matrices of this launch; -1: there is no more work
+  int row_begin;  // rows are counted by int32 (slot_to_row)
   int num_rows;
   int feature_begin;
 };
@@ -45,9 +45,7 @@ struct Shared {
     return base + kTokens +
            static_cast<uint32_t>(stage * TokenBytes(kConfig) + panel * kConfig.tokens * 128);
   }
-  // The set of scales for tile `half` of a consumer.
-  __device__ __forceinline__ uint32_t Scales(int stage, int consumer, int half) const {
-    const int set = HasSquareScales(kConfig.family) ? 2 * consumer + half : 0;
+  __device__ __forceinline__ uint32_t Scales(int stage, int set) const {
     return base + kScales +
            static_cast<uint32_t>(stage * StageScaleBytes(kConfig) + set * ScaleSetBytes(kConfig));
   }
@@ -67,20 +65,31 @@ struct Shared {
   __device__ __forceinline__ Barrier Empty(int stage) const {
     return {base + kBarriers + 8U * static_cast<uint32_t>(kConfig.stages + stage)};
   }
-  // The producer leaves a work item with its first stage: consumers need not ask for it.
-  __device__ __forceinline__ void StoreWork(int stage, const Work& work) const {
-    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(base + kWork + 16U * static_cast<uint32_t>(stage)),
+  // The producer leaves a work item ahead of its first stage: consumers need not ask for it.
+  __device__ __forceinline__ void StoreWork(int slot, const Work& work) const {
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(
+                     base + kWork + 16U * static_cast<uint32_t>(slot)),
                  "r"(work.expert), "r"(work.row_begin), "r"(work.num_rows), "r"(work.feature_begin)
                  : "memory");
   }
-  __device__ __forceinline__ Work LoadWork(int stage) const {
+  __device__ __forceinline__ Work LoadWork(int slot) const {
     Work work;
     asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(work.expert), "=r"(work.row_begin), "=r"(work.num_rows),
                    "=r"(work.feature_begin)
-                 : "r"(base + kWork + 16U * static_cast<uint32_t>(stage))
+                 : "r"(base + kWork + 16U * static_cast<uint32_t>(slot))
                  : "memory");
     return work;
+  }
+  // Of tile t = 2 * consumer + half.
+  __device__ __forceinline__ static int ScaleSetOf(int tile) {
+    return !HasSquareScales(kConfig.family) ? 0 : kConfig.gated ? tile % 2 : tile / 2;
+  }
+  // What a set has for tile t alone: in the room behind one of its lanes.
+  __device__ __forceinline__ uint32_t TileScales(int stage, int tile) const {
+    const int lane = kConfig.gated ? tile / 2 : tile % 2;
+    return Scales(stage, ScaleSetOf(tile)) +
+           static_cast<uint32_t>(lane * ScaleLaneBytes(kConfig) + kConfig.tokens);
   }
   // Arrivals that fill a stage: expected bytes, every producer thread's pieces, and once more where
   // it writes scales itself.

@@ -31,12 +31,6 @@ struct WeightCopies {
   __device__ __forceinline__ static const MatrixArgs& Matrix(const GroupedGemmArgs& args) {
     return kConfig.gated && Tile() % 2 == 1 ? args.second : args.first;
   }
-  // All maps of the launch have three dimensions: asked of the arguments, not kept in registers.
-  __device__ __forceinline__ static bool Flat(const GroupedGemmArgs& args) {
-    const bool first = args.first.row_unit == 1 && args.first.k_blocks_last == 0;
-    return first &&
-           (!kConfig.gated || (args.second.row_unit == 1 && args.second.k_blocks_last == 0));
-  }
   __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work) {
     if (Tile() >= kTiles) {
       return;
@@ -61,15 +55,7 @@ struct WeightCopies {
     }
     const int k = k_block * kStep;
     const uint32_t tile = shared.Weights(stage, Tile() / 2, Tile() % 2);
-    if (Flat(args)) {
-      hopyard::sm90::CopyFlatBox(map, tile, barrier, {{k, row, expert}});
-      return;
-    }
     const MatrixArgs& matrix = Matrix(args);
-    if (matrix.row_unit == 1 && matrix.k_blocks_last == 0) {
-      hopyard::sm90::CopyFlatBox(map, tile, barrier, {{k, row, expert}});
-      return;
-    }
     const bool whole = matrix.row_unit == 1;
     const bool blocks = matrix.k_blocks_last != 0;
     hopyard::sm90::CopyBox(map, tile, barrier,
@@ -133,51 +119,61 @@ struct TokenRows {
   }
 };
 
-// A stage's scales (config.h), one token a thread. Without square scales they are copied; with them
-// each thread multiplies its token's scale, read a block of K ahead, by those of the tiles.
+// A stage's scales (config.h), one token a thread; any where the tile has no token, for those sums
+// are not written. Without square scales they are copied; with them
+// each thread multiplies its token's scale, read a block of K ahead, by those of the weights.
 template <class Row>
 struct StageScales {
   static constexpr GemmConfig kConfig = Row::kConfig;
   static constexpr bool kWrites = Shared<Row>::kWritesScales;
-  static constexpr int kTiles = 2 * kConfig.consumers;
+  static constexpr int kSets = ScaleSets(kConfig);
 
   const float* token;  // steps of 1 or, at kOne, 0
+  const float* weights[kSets > 0 ? kSets : 1];
   int token_step;
-  bool live;
-  const float* weights[kConfig.gated ? 2 : 1];
-  int tile_offset[kTiles];
   int weight_step;
   float next_token;
-  float next_weights[kTiles];
+  float next_weights[kSets > 0 ? kSets : 1];
 
   __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work) {
     if constexpr (kConfig.promoted) {
       const int thread = static_cast<int>(threadIdx.x);
       const bool given = args.x_block_scales != nullptr;
-      live = thread < work.num_rows;
       token = given ? args.x_block_scales +
                           TokenRows<Row>::Source(args, work, thread) * ((args.k + 127) / 128)
                     : &kOne;
       token_step = given ? 1 : 0;
       if constexpr (kWrites) {
-        BeginWeights(args, work);
+        const bool reads = ReadsSquareScales<Row>(args) && ScalesAreComplete<Row>(args);
+        weight_step = reads ? 1 : 0;
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+          const int row = work.feature_begin + (kConfig.gated ? 0 : set * 2 * kTileRows);
+          weights[set] = reads ? SquareScales(kConfig.gated && set == 1 ? args.second : args.first,
+                                              work.expert, row)
+                               : &kOne;
+        }
         Load(0);
       }
     }
   }
   // Call with block = 0, 1, 2, ... < blocks.
-  __device__ __forceinline__ void Issue(const Shared<Row>& shared, int stage, int block,
+  __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Work& work,
+                                        const Shared<Row>& shared, int stage, int block,
                                         int blocks) {
     if constexpr (kConfig.promoted) {
+      if (kWrites && !ScalesAreComplete<Row>(args)) {
+        StoreBlocksOfRows(args, work, shared, stage, block);
+      }
       const int thread = static_cast<int>(threadIdx.x);
       if (thread < kConfig.tokens) {
-        const uint32_t at = shared.Scales(stage, 0, 0) + Shared<Row>::ScaleAt(thread);
+        const uint32_t at = shared.Scales(stage, 0) + Shared<Row>::ScaleAt(thread);
         if constexpr (kWrites) {
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-            const float scale = live ? __fmul_rn(next_token, next_weights[tile]) : 0.0F;
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + static_cast<uint32_t>(
-                                                                  tile * ScaleSetBytes(kConfig))),
+          for (int set = 0; set < kSets; ++set) {
+            const float scale = __fmul_rn(next_token, next_weights[set]);
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(
+                             at + static_cast<uint32_t>(set * ScaleSetBytes(kConfig))),
                          "f"(scale)
                          : "memory");
           }
@@ -185,38 +181,35 @@ struct StageScales {
             Load(block + 1);
           }
         } else {
-          hopyard::sm90::CopyWord(at, token + block * token_step, live ? 4 : 0);
+          hopyard::sm90::CopyWord(at, token + block * token_step, 4);
         }
       }
     }
   }
 
  private:
-  __device__ __forceinline__ void BeginWeights(const GroupedGemmArgs& args, const Work& work) {
-    const bool reads = ReadsSquareScales<Row>(args) && ScalesAreComplete<Row>(args);
-    weight_step = reads ? 1 : 0;
-#pragma unroll
-    for (int m = 0; m < (kConfig.gated ? 2 : 1); ++m) {
-      const MatrixArgs& matrix = m == 0 ? args.first : args.second;
-      weights[m] = reads ? SquareScales(matrix, work.expert, 0) : &kOne;
-    }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int m = kConfig.gated ? tile % 2 : 0;
-      const MatrixArgs& matrix = m == 0 ? args.first : args.second;
-      const int row = work.feature_begin + tile / 2 * FeaturesPerConsumer(kConfig) +
-                      (kConfig.gated ? 0 : tile % 2 * kTileRows);
-      tile_offset[tile] =
-          reads ? static_cast<int>(SquareScales(matrix, work.expert, row) - weights[m]) : 0;
-    }
-  }
   __device__ __forceinline__ void Load(int block) {
     next_token = __ldg(token + block * token_step);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      next_weights[tile] =
-          __ldg(weights[kConfig.gated ? tile % 2 : 0] + tile_offset[tile] + block * weight_step);
+    for (int set = 0; set < kSets; ++set) {
+      next_weights[set] = __ldg(weights[set] + block * weight_step);
     }
+  }
+  // A thread per tile: both blocks' scales, and how many rows lie in the first.
+  __device__ static void StoreBlocksOfRows(const GroupedGemmArgs& args, const Work& work,
+                                           const Shared<Row>& shared, int stage, int block) {
+    const int tile = static_cast<int>(threadIdx.x);
+    if (tile >= 2 * kConfig.consumers) {
+      return;
+    }
+    const MatrixArgs& matrix = kConfig.gated && tile % 2 == 1 ? args.second : args.first;
+    const int row = work.feature_begin + tile / 2 * FeaturesPerConsumer(kConfig) +
+                    (kConfig.gated ? 0 : tile % 2 * kTileRows);
+    const float first = __ldg(SquareScales(matrix, work.expert, row) + block);
+    const float second = __ldg(SquareScales(matrix, work.expert, row + kTileRows - 1) + block);
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared.TileScales(stage, tile)),
+                 "f"(first), "f"(second), "r"(RowsOfFirstBlock(matrix, row)), "r"(0)
+                 : "memory");
   }
 };
 
@@ -235,31 +228,44 @@ template <class Row>
 __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) {
   const int k_blocks = KBlocks<Row>(args);
   RingPosition<Row::kConfig.stages> fill;
+  RingPosition<WorkSlots(Row::kConfig)> slot;
   Scheduler<Row> scheduler(args);
   Work work{};
   while (scheduler.Next(work)) {
     WeightCopies<Row> weights;
     weights.Begin(args, work);
     TokenRows<Row> rows;
-    rows.Begin(args, work);
     StageScales<Row> scales;
-    scales.Begin(args, work);
+    const auto begin = [&] {
+      rows.Begin(args, work);
+      scales.Begin(args, work);
+    };
+    // These loads depend on each other. Small tiles send for their first weights before them; large
+    // ones have stages in store, and a producer without the registers for it.
+    constexpr bool kWeightsFirst = Row::kConfig.consumers == 1;
+    if constexpr (!kWeightsFirst) {
+      begin();
+    }
     for (int block = 0; block < k_blocks; ++block) {
       shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
       if (block == 0 && threadIdx.x == 0) {
-        shared.StoreWork(fill.stage, work);
+        shared.StoreWork(slot.stage, work);
       }
       weights.Issue(args, shared, fill.stage, block);
+      if (kWeightsFirst && block == 0) {
+        begin();
+      }
       rows.Issue(args, shared, fill.stage, block);
-      scales.Issue(shared, fill.stage, block, k_blocks);
+      scales.Issue(args, work, shared, fill.stage, block, k_blocks);
       Announce(shared, fill.stage);
       fill.Advance();
     }
+    slot.Advance();
   }
   shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
   if (threadIdx.x == 0) {
     work.expert = -1;
-    shared.StoreWork(fill.stage, work);
+    shared.StoreWork(slot.stage, work);
     shared.Full(fill.stage).Arrive();
   }
   Announce(shared, fill.stage);

@@ -51,8 +51,16 @@ constexpr std::array<KernelRow, CountBuiltRows()> BuiltRows() {
 // The kernels of this build: indices into it are theirs everywhere.
 inline constexpr auto kKernelRows = BuiltRows();
 
-// Enqueues with at most `processors` blocks.
-using LaunchRow = void (*)(const GroupedGemmArgs& args, int processors, const device::Queue& queue);
+// What is kept per kernel and device is kept for so many devices of a process.
+inline constexpr int kMaxDevices = 64;
+
+// The device that a kernel is launched on.
+struct LaunchDevice {
+  int index = 0;
+  int processors = 0;  // multiprocessors
+};
+using LaunchRow = void (*)(const GroupedGemmArgs& args, const LaunchDevice& device,
+                           const device::Queue& queue);
 
 // Null where the row is of another family.
 LaunchRow LaunchOfBf16(int index);

@@ -39,26 +39,20 @@ TensorMap MakeTensorMap(const MapShape& shape) {
   cuuint64_t strides[4];
   cuuint32_t box[5];
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  cuuint32_t rank = 0;
   for (size_t d = 0; d < 5; ++d) {
-    if (IsFlat(shape) && (d == 2 || d == 3)) {
-      continue;
+    sizes[d] = static_cast<cuuint64_t>(dims.size[d]);
+    box[d] = static_cast<cuuint32_t>(dims.box[d]);
+    if (d > 0) {
+      strides[d - 1] = static_cast<cuuint64_t>(dims.stride[d]);
     }
-    sizes[rank] = static_cast<cuuint64_t>(dims.size[d]);
-    box[rank] = static_cast<cuuint32_t>(dims.box[d]);
-    if (rank > 0) {
-      strides[rank - 1] = static_cast<cuuint64_t>(dims.stride[d]);
-    }
-    ++rank;
   }
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
   CUtensorMap map;
   const bool packed = dims.box[0] * dims.element_bytes == 64;
   const CUresult status = FindEncoder()(
       &map,
-      dims.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8,
-      rank, const_cast<uint8_t*>(dims.begin), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      dims.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8, 5,
+      const_cast<uint8_t*>(dims.begin), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       dims.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
       packed ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

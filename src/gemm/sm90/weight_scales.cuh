@@ -168,24 +168,33 @@ __device__ __forceinline__ const float* SquareScales(const MatrixArgs& matrix, i
   return static_cast<const float*>(matrix.pointers[expert].scales) +
          (matrix.scale_row_origin + PositionInOrder(matrix, row)) / 128 * matrix.scale_stride;
 }
-// Whether the rows of every tile lie in one block: tiles begin at multiples of 64 natural rows.
-__device__ __forceinline__ bool TilesKeepToBlocks(const MatrixArgs& matrix) {
-  const auto step = static_cast<int>(matrix.position_step);
-  const auto begin = static_cast<int>((matrix.scale_row_origin + matrix.position_begin) % 128);
-  return step <= 2 && begin % (kTileRows * step) < step;
+// Whether natural rows 128 * i .. + 127 lie in one block.
+__device__ __forceinline__ bool KeepsToBlocks(const MatrixArgs& matrix) {
+  return matrix.position_step == 1 && (matrix.scale_row_origin + matrix.position_begin) % 128 == 0;
 }
-// Whether the scales that the producer leaves with a stage are complete; else rows have their own.
+// Whether the scales that the producer leaves with a stage are those of tokens times those of
+// weights; else it leaves the tokens', and for each tile those of the blocks that its rows lie in.
 template <class Row>
 __device__ __forceinline__ bool ScalesAreComplete(const GroupedGemmArgs& args) {
   return !ReadsSquareScales<Row>(args) ||
-         (TilesKeepToBlocks(args.first) && (!Row::kConfig.gated || TilesKeepToBlocks(args.second)));
+         (KeepsToBlocks(args.first) && (!Row::kConfig.gated || KeepsToBlocks(args.second)));
 }
-// The scale of a thread's row where they are not, for one block of K.
-template <class Row>
-__device__ __forceinline__ float RowScaleAt(const GroupedGemmArgs& args, int expert,
-                                            int64_t feature, int half, int h, int block) {
-  const WeightRow at = ThreadRow<Row>(args, feature, half, h);
-  return __ldg(SquareScales(*at.matrix, expert, at.row) + block);
+// Rows of the tile from natural row `row` on that lie in its first row's block of 128.
+__device__ __forceinline__ int RowsOfFirstBlock(const MatrixArgs& matrix, int64_t row) {
+  const int64_t at = matrix.scale_row_origin + PositionInOrder(matrix, row);
+  const int left = static_cast<int>(128 - at % 128);
+  return matrix.position_step == 1 ? left : (left + 1) / 2;
+}
+// Scales of a thread's two rows in a tile, from what the producer left for it.
+__device__ __forceinline__ float2 LoadRowScales(uint32_t tile_scales) {
+  float first = 0.0F;
+  float second = 0.0F;
+  int rows_of_first = 0;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(first), "=f"(second) : "r"(tile_scales));
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(rows_of_first) : "r"(tile_scales + 8));
+  const int row =
+      static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
+  return {row < rows_of_first ? first : second, row + 8 < rows_of_first ? first : second};
 }
 
 }  // namespace hopyard::gemm::sm90

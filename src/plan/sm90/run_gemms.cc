@@ -111,7 +111,6 @@ void SetAdjustments(const Pass& pass, GroupedGemmArgs* args) {
   args->delta = pass.Rows<const uint16_t>(pass.call->inputs->gemm1_delta);
   args->slots_per_token = spec.slots_per_token();
   args->delta_slots = spec.top_k;
-  args->gated_delta = IsGated(spec.activation.kind) ? 1 : 0;
 }
 
 void RunGemm1(const GroupPass& group) {
