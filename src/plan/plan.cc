@@ -19,7 +19,6 @@
 namespace hopyard {
 namespace {
 
-constexpr int64_t kAlignment = 256;
 // The CPU's GEMMs walk segments, not tiles: the largest tile makes the shortest list.
 constexpr int64_t kPermuteTile = 65536;
 constexpr Isa kAllIsas[] = {Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
@@ -195,36 +194,17 @@ std::string Explanation::ToString() const {
 
 WorkspaceLayout MakeWorkspaceLayout(const MoeSpec& spec, int64_t tokens, int num_threads) {
   WorkspaceLayout layout;
-  const int64_t per_token = spec.slots_per_token();
-  layout.tokens = tokens;
-  layout.slots = tokens * per_token;
-  layout.segments = spec.num_local_experts() + spec.shared.count;
   layout.x_pitch = RoundUp(spec.hidden_size, gemm::cpu::kLanes);
   layout.h_pitch = RoundUp(spec.intermediate_size, gemm::cpu::kLanes);
-  layout.scratch_floats = RoundUp(GemmScratchFloats(spec), kAlignment / 4);
-  layout.permute.num_local_experts = static_cast<int>(layout.segments);
+  layout.scratch_floats = RoundUp(GemmScratchFloats(spec), kWorkspaceAlignment / 4);
+  layout.permute.num_local_experts = spec.num_local_experts() + spec.shared.count;
   layout.permute.tile = kPermuteTile;
-  layout.max_tiles = MaxTiles(layout.slots, layout.permute);
-  const auto take = [&layout](int64_t bytes) {
-    const int64_t offset = layout.bytes;
-    layout.bytes += RoundUp(bytes, kAlignment);
-    return offset;
-  };
-  layout.ids = take(tokens * spec.top_k * 4);
-  layout.weights = take(tokens * spec.top_k * 4);
-  layout.slot_weights = take(layout.slots * 4);
-  layout.local_slots = take(layout.slots * 4);
-  layout.expert_offsets = take((layout.segments + 1) * 4);
-  layout.expert_counts = take(layout.segments * 4);
-  layout.active = take(layout.segments * 4);
-  layout.slot_to_row = take(layout.slots * 4);
-  layout.row_to_slot = take(layout.slots * 4);
-  layout.row_to_token = take(layout.slots * 4);
-  layout.tiles = take((3 * layout.max_tiles + 2) * 4);
-  layout.x = take(tokens * layout.x_pitch * 4);
-  layout.h = take(layout.slots * layout.h_pitch * 4);
-  layout.y = take(layout.slots * spec.hidden_size * 2);
-  layout.scratch = take(num_threads * layout.scratch_floats * 4);
+  layout.TakeRouting(spec, tokens, MaxTiles(tokens * spec.slots_per_token(), layout.permute));
+  layout.active = layout.Take(layout.segments * 4);
+  layout.x = layout.Take(tokens * layout.x_pitch * 4);
+  layout.h = layout.Take(layout.slots * layout.h_pitch * 4);
+  layout.y = layout.Take(layout.slots * spec.hidden_size * 2);
+  layout.scratch = layout.Take(num_threads * layout.scratch_floats * 4);
   return layout;
 }
 

@@ -10,6 +10,7 @@
 #include "hopyard/plan.h"
 
 #include "gemm/sm90/operands.h"
+#include "plan/routing_layout.h"
 
 namespace hopyard::sm90 {
 
@@ -44,25 +45,9 @@ struct KernelChoice {
 // The choice for a pass over `tokens` tokens.
 [[nodiscard]] const TileChoice& ChoiceFor(const std::vector<TileChoice>& tiles, int64_t tokens);
 
-// Byte offsets of what a pass over up to `tokens` tokens keeps in the workspace: the one place that
-// knows, used for the size query and for carving.
-struct Layout {
-  int64_t tokens = 0;
-  int64_t slots = 0;     // tokens * slots_per_token
-  int64_t segments = 0;  // local experts + shared experts
-  int64_t max_tiles = 0;
-
-  int64_t num_tokens = 0;      // i32 [1] live tokens of the pass
-  int64_t ids = 0;             // i32 [tokens, top_k] global
-  int64_t weights = 0;         // f32 [tokens, top_k]
-  int64_t slot_weights = 0;    // f32 [tokens, slots_per_token]
-  int64_t local_slots = 0;     // i32 [tokens, slots_per_token]
-  int64_t expert_offsets = 0;  // i32 [segments + 1]
-  int64_t expert_counts = 0;   // i32 [segments]
-  int64_t slot_to_row = 0;     // i32 [slots]
-  int64_t row_to_slot = 0;
-  int64_t row_to_token = 0;
-  int64_t tiles = 0;  // i32 3 * [max_tiles] + 2: tile_expert, begin, end, num_tiles, num_rows
+// Byte offsets of what a pass over up to `tokens` tokens keeps in the workspace.
+struct Layout : RoutingLayout {
+  int64_t num_tokens = 0;  // i32 [1] live tokens of the pass
   int64_t permute_scratch = 0;
   int64_t x = 0;  // [tokens] rows of x_bytes
   int64_t x_bytes = 0;
@@ -77,7 +62,6 @@ struct Layout {
   int64_t h_block_scales = 0;  // f32 [slots, ceil(intermediate / 128)]
   int64_t h_row_scales = 0;    // f32 [slots]
   int64_t y = 0;               // bf16 [slots, hidden]
-  int64_t bytes = 0;
 };
 [[nodiscard]] Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles,
                                 int64_t tokens);

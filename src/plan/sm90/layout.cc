@@ -12,8 +12,6 @@ namespace {
 using gemm::sm90::KOrder;
 using gemm::sm90::RowFormat;
 
-constexpr int64_t kAlignment = 256;
-
 // Bytes from row to row: whole pieces of 16 bytes, and whole groups of K where its order is not the
 // natural one.
 int64_t RowBytes(const RowFormat& rows, int64_t cols) {
@@ -69,10 +67,6 @@ Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int
   const GroupFormats routed = FormatsOf(spec, spec.weights);
   const GroupFormats shared = spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights) : routed;
   Layout layout;
-  layout.tokens = tokens;
-  layout.slots = tokens * spec.slots_per_token();
-  layout.segments = spec.num_local_experts() + spec.shared.count;
-  layout.max_tiles = MostTiles(spec, tiles, tokens);
   layout.x_bytes = RowBytes(routed.operands.x, spec.hidden_size);
   layout.shared_x_bytes = RowBytes(shared.operands.x, spec.hidden_size);
   layout.activation_pitch = RoundUp(spec.intermediate_size, 16);
@@ -87,36 +81,23 @@ Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int
   const bool h_blocks = routed.operands.h.format == Format::kFp8Block1x128;
   const bool per_token = spec.activations == ActivationFormat::kNvFp4PerToken;
   const bool x_rows = per_token || routed.operands.x.format == Format::kFp8PerRow;
-  const auto take = [&layout](int64_t bytes) {
-    const int64_t offset = layout.bytes;
-    layout.bytes += RoundUp(bytes, kAlignment);
-    return offset;
-  };
-  layout.num_tokens = take(4);
-  layout.ids = take(tokens * spec.top_k * 4);
-  layout.weights = take(tokens * spec.top_k * 4);
-  layout.slot_weights = take(layout.slots * 4);
-  layout.local_slots = take(layout.slots * 4);
-  layout.expert_offsets = take((layout.segments + 1) * 4);
-  layout.expert_counts = take(layout.segments * 4);
-  layout.slot_to_row = take(layout.slots * 4);
-  layout.row_to_slot = take(layout.slots * 4);
-  layout.row_to_token = take(layout.slots * 4);
-  layout.tiles = take((3 * layout.max_tiles + 2) * 4);
-  layout.permute_scratch = take(
+  layout.TakeRouting(spec, tokens, MostTiles(spec, tiles, tokens));
+  layout.num_tokens = layout.Take(4);
+  layout.permute_scratch = layout.Take(
       4 * permute::PermuteScratchInts(layout.slots, PermuteOptionsFor(spec, tiles.front().tile)));
-  layout.x = take(tokens * layout.x_bytes);
-  layout.shared_x =
-      routed.operands.x == shared.operands.x ? layout.x : take(tokens * layout.shared_x_bytes);
-  layout.x_block_scales = take(x_blocks ? tokens * CeilDiv(spec.hidden_size, 128) * 4 : 0);
-  layout.x_row_scales = take(x_rows ? tokens * 4 : 0);
-  layout.activation = take(TokensRoundedApart(tiles, tokens) * spec.slots_per_token() *
-                           layout.activation_pitch * 2);
-  layout.h = take(layout.slots * layout.h_bytes);
+  layout.x = layout.Take(tokens * layout.x_bytes);
+  layout.shared_x = routed.operands.x == shared.operands.x
+                        ? layout.x
+                        : layout.Take(tokens * layout.shared_x_bytes);
+  layout.x_block_scales = layout.Take(x_blocks ? tokens * CeilDiv(spec.hidden_size, 128) * 4 : 0);
+  layout.x_row_scales = layout.Take(x_rows ? tokens * 4 : 0);
+  layout.activation = layout.Take(TokensRoundedApart(tiles, tokens) * spec.slots_per_token() *
+                                  layout.activation_pitch * 2);
+  layout.h = layout.Take(layout.slots * layout.h_bytes);
   layout.h_block_scales =
-      take(h_blocks ? layout.slots * CeilDiv(spec.intermediate_size, 128) * 4 : 0);
-  layout.h_row_scales = take(per_token ? layout.slots * 4 : 0);
-  layout.y = take(layout.slots * spec.hidden_size * 2);
+      layout.Take(h_blocks ? layout.slots * CeilDiv(spec.intermediate_size, 128) * 4 : 0);
+  layout.h_row_scales = layout.Take(per_token ? layout.slots * 4 : 0);
+  layout.y = layout.Take(layout.slots * spec.hidden_size * 2);
   return layout;
 }
 
