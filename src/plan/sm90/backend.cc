@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "device/memory.h"
+#include "device/range.h"
 #include "plan/backend_sm90.h"
 #include "plan/sm90/device_weights.h"
 #include "plan/sm90/layer_plan.h"
@@ -17,6 +18,7 @@ class HopperBackend : public Backend {
   [[nodiscard]] std::shared_ptr<const LayerPlan> MakePlan(const MoeSpec& spec,
                                                           const PlanOptions& options,
                                                           int64_t tokens) const override {
+    device::PrepareRanges();
     auto plan = std::make_shared<LayerPlan>();
     plan->routed = FormatsOf(spec, spec.weights);
     plan->shared = spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights) : plan->routed;

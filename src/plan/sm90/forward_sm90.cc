@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "device/memory.h"
+#include "device/range.h"
 #include "fused/route_permute_sm90.h"
 #include "plan/sm90/pass.h"
 #include "stages/1_route/route_sm90.h"
@@ -127,6 +128,7 @@ permute::PermuteSm90Args PermuteArgsOf(const Pass& pass) {
 }  // namespace
 
 void RouteAndPermute(const Pass& pass) {
+  const device::Range range("route and permute");
   fused::RoutePermuteArgs args;
   // Ids and weights that the caller computed are taken where slots are placed.
   args.routes = !IsPrecomputed(pass.call->inputs->routing);
@@ -147,6 +149,7 @@ void RouteAndPermute(const Pass& pass) {
 }
 
 void Finish(const Pass& pass, const uint16_t* y) {
+  const device::Range range("finalize");
   const MoeSpec& spec = pass.spec();
   const Layout& layout = pass.layout();
   const MoeOutputs& out = *pass.call->outputs;
@@ -179,6 +182,7 @@ void Finish(const Pass& pass, const uint16_t* y) {
 }
 
 void RunLayer(const Call& call) {
+  const device::Range range("layer");
   const device::CurrentDevice current(call.plan->device.index);
   const int64_t tokens = call.inputs->hidden_states.shape[0];
   const int64_t chunk = call.plan->tokens_per_chunk;

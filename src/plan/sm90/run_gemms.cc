@@ -2,6 +2,7 @@
 // The two GEMMs of a pass and the rounding before each: routed experts, then shared ones, whose
 // weights may have another format and want other operands.
 #include "core/shape.h"
+#include "device/range.h"
 #include "plan/sm90/pass.h"
 #include "stages/3_gemm1/rows_sm90.h"
 
@@ -50,6 +51,7 @@ bool ReadsInPlace(const Pass& pass, const RowFormat& x) {
 
 // Rounds the hidden states into `out`, rows of `row_bytes`.
 void RoundHidden(const Pass& pass, const RowFormat& to, void* out, int64_t row_bytes) {
+  const device::Range range("round hidden states");
   const MoeSpec& spec = pass.spec();
   const Layout& layout = pass.layout();
   const MoeInputs& in = *pass.call->inputs;
@@ -83,6 +85,13 @@ void LoadHidden(GroupPass* group, int64_t offset, int64_t row_bytes) {
   }
   group->x = pass.At<const void>(offset);
   group->x_pitch = row_bytes / SizeOf(to.dtype);
+}
+
+// Under the tactic's name in a profile.
+void RunKernel(int index, const GroupedGemmArgs& args, const device::Queue& queue) {
+  // A view of a literal, so a zero follows.
+  const device::Range range(gemm::sm90::KernelAt(index).name.data());
+  RunGroupedGemm(index, args, queue);
 }
 
 // Segments and tiles, the same for both GEMMs of a group.
@@ -152,11 +161,12 @@ void RunGemm1(const GroupPass& group) {
     args.activation_out = pass.call->outputs->gemm1_activation.as<uint16_t>() +
                           pass.row_base() * spec.intermediate_size;
   }
-  RunGroupedGemm(group.kernels.gemm1, args, pass.queue());
+  RunKernel(group.kernels.gemm1, args, pass.queue());
 }
 
 // Rounds the group's rows of the activation, as its operand of GEMM2.
 void RoundIntermediate(const GroupPass& group) {
+  const device::Range range("round intermediate");
   const Pass& pass = group.pass;
   const Layout& layout = pass.layout();
   gemm1::RoundRowsArgs args;
@@ -197,7 +207,7 @@ void RunGemm2(const GroupPass& group, uint16_t* y) {
   }
   args.out = y;
   args.out_pitch = spec.hidden_size;
-  RunGroupedGemm(group.kernels.gemm2, args, pass.queue());
+  RunKernel(group.kernels.gemm2, args, pass.queue());
 }
 
 }  // namespace
