@@ -3,6 +3,7 @@
 // case:
 //
 //   bench_forward COMMIT CASE ... [--tokens=1,8,64] [--routing=uniform,balanced,zipf,hot]
+//                 [--tactic=GEMM1[+GEMM2]]
 //
 // CASE is MODEL or MODEL:WEIGHTS:ACTIVATIONS, e.g. qwen3-30b-a3b:mxfp4:fp8_block128. Routed experts
 // only. A CUDA graph holds kCalls calls with as many routings over weights that do not fit into the
@@ -37,6 +38,7 @@ constexpr int64_t kColdBytes = int64_t{3} * 50 << 20;
 struct Options {
   std::vector<int64_t> tokens = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384};
   std::vector<std::string> routings = {"uniform"};
+  std::string tactic;  // empty: what the plan chooses
 };
 
 // Logits that lead to the named routing, and the experts that the tokens touch.
@@ -203,7 +205,7 @@ std::string ChosenKernels(const Plan& plan) {
 
 void BenchTokens(const Machine& machine, const ModelShape& shape,
                  const std::vector<std::unique_ptr<LayerWeights>>& layers, int64_t tokens,
-                 const std::string& routing) {
+                 const std::string& routing, const std::string& tactic) {
   const MoeSpec& spec = shape.spec;
   std::vector<DeviceBuffer<float>> logits;
   double touched = 0.0;
@@ -220,6 +222,7 @@ void BenchTokens(const Machine& machine, const ModelShape& shape,
   options.max_tokens = tokens;
   // The plan for this number of tokens alone: what it names is what runs.
   options.batch_invariant = true;
+  options.tactic = tactic;
   const Plan plan = MakePlan(spec, kGpu, options);
   const DeviceBuffer<uint8_t> workspace(plan.workspace_bytes());
   MoeInputs inputs;
@@ -284,7 +287,7 @@ void BenchCase(const Machine& machine, const std::string& name, const Options& o
   }
   for (const std::string& routing : options.routings) {
     for (const int64_t tokens : options.tokens) {
-      BenchTokens(machine, shape, layers, tokens, routing);
+      BenchTokens(machine, shape, layers, tokens, routing, options.tactic);
     }
   }
 }
@@ -301,14 +304,16 @@ int Main(int argc, char** argv) {
       }
     } else if (argument.rfind("--routing=", 0) == 0) {
       options.routings = Split(argument.substr(10), ',');
+    } else if (argument.rfind("--tactic=", 0) == 0) {
+      options.tactic = argument.substr(9);
     } else {
       cases.push_back(argument);
     }
   }
   if (cases.empty()) {
     std::cerr << "usage: " << argv[0]
-              << " COMMIT MODEL[:WEIGHTS:ACTIVATIONS] ... [--tokens=1,8] [--routing=uniform,zipf];"
-                 " models: "
+              << " COMMIT MODEL[:WEIGHTS:ACTIVATIONS] ... [--tokens=1,8] [--routing=uniform,zipf] "
+                 "[--tactic=GEMM1[+GEMM2]]; models: "
               << ShapeNames() << '\n';
     return 2;
   }

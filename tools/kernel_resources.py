@@ -5,9 +5,10 @@
 
 Builds nothing: reads what ptxas said of each kernel when BUILD_FOLDER was built with every row
 (preset cuda-full), which cmake/keep_ptxas.sh keeps beside each object. Columns: name, registers per
-thread, bytes of static shared memory, of stack and of spills (stores and loads). Dynamic shared
-memory follows from config.h. The numbers are those of one nvcc release: another toolkit may need
-another file.
+thread, bytes of static shared memory, of stack and of spills (stores and loads), and waits that
+ptxas put behind matrix products of its own accord (C7510, C7514 .. C7518), which is never meant:
+they run one after the other. Dynamic shared memory follows from config.h. The numbers are those of
+one nvcc release: another toolkit may need another file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ UPDATE = "python3 tools/kernel_resources.py build/cuda --update"
 HEADER = f"""\
 # SPDX-License-Identifier: Apache-2.0
 # What ptxas gives each row of configs.def; written by `{UPDATE}`.
-# name registers static_smem stack spills
+# name registers static_smem stack spills waits
 """
 
 _ROW = re.compile(r"HOPYARD_GEMM_CONFIG\(\s*(\w+)")
@@ -36,6 +37,7 @@ _TABLE_ROW = re.compile(r"GroupedGemmKernel.*TableRowILi(\d+)E")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SMEM = re.compile(r"(\d+) bytes smem")
+_WAIT = re.compile(r"\(C75\d\d\).* in (?:the )?function '(\S+)'")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Resources:
     static_smem: int
     stack: int
     spills: int
+    waits: int = 0
 
     def __str__(self) -> str:
         return " ".join(str(value) for value in astuple(self))
@@ -60,10 +63,13 @@ def row_names(table: str) -> list[str]:
 def parse_log(log: str) -> dict[int, Resources]:
     """Resources by row index from the text of `ptxas -v`; other kernels are passed over."""
     found: dict[int, Resources] = {}
+    waits: dict[int, int] = {}
     index: int | None = None
     frame = (0, 0)
     for line in log.splitlines():
-        if entry := _ENTRY.search(line):
+        if (wait := _WAIT.search(line)) and (row := _TABLE_ROW.search(wait[1])):
+            waits[int(row[1])] = waits.get(int(row[1]), 0) + 1
+        elif entry := _ENTRY.search(line):
             row = _TABLE_ROW.search(entry[1])
             index = int(row[1]) if row else None
         elif match := _FRAME.search(line):
@@ -72,7 +78,7 @@ def parse_log(log: str) -> dict[int, Resources]:
             smem = _SMEM.search(line)
             found[index] = Resources(int(match[1]), int(smem[1]) if smem else 0, *frame)
             index = None
-    return found
+    return {row: replace(resources, waits=waits.get(row, 0)) for row, resources in found.items()}
 
 
 def read_golden(text: str) -> dict[str, Resources]:
@@ -120,7 +126,7 @@ def main(arguments: list[str]) -> int:
     for line in wrong:
         print(line)
     if wrong:
-        print(f"columns: registers static_smem stack spills; where this is meant, run\n  {UPDATE}")
+        print(f"columns: registers static_smem stack spills waits; where this is meant, run\n  {UPDATE}")
     else:
         print(f"kernel_resources: {len(got)} kernels as committed")
     return 1 if wrong else 0

@@ -34,10 +34,17 @@ __device__ __forceinline__ void CopyPiece(uint32_t shared, const void* global, i
                "r"(valid)
                : "memory");
 }
-// 4 bytes, or zero where `valid` is 0.
-__device__ __forceinline__ void CopyWord(uint32_t shared, const void* global, int valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid)
-               : "memory");
+// 16 bytes, or zeros where `valid` is false; a length at run time costs four instructions more.
+__device__ __forceinline__ void CopyWholePiece(uint32_t shared, const void* global, bool valid) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, p;\n}" ::"r"(shared),
+      "l"(global), "r"(static_cast<uint32_t>(valid))
+      : "memory");
+}
+// 4 bytes.
+__device__ __forceinline__ void CopyWord(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 // One arrival on `barrier`, when all pieces and words that this thread has asked for are there.
 __device__ __forceinline__ void ArriveAfterPieces(Barrier barrier) {

@@ -15,14 +15,25 @@
 
 namespace hopyard::sm90 {
 
-// Start of a tile whose groups of 8 rows follow each other every 1024 bytes. Adding 2 moves 32
-// bytes (one instruction's K) along K.
-__device__ __forceinline__ uint64_t TileDescriptor(uint32_t shared) {
-  constexpr uint64_t kStrideBytes = 1024;
-  constexpr uint64_t kSwizzle128 = 1;
-  return uint64_t{(shared & 0x3FFFF) >> 4} | uint64_t{1} << 16 | (kStrideBytes >> 4) << 32 |
-         kSwizzle128 << 62;
-}
+// A tile whose groups of 8 rows follow each other every 1024 bytes. Addresses need no mask: shared
+// memory ends below 2^18.
+struct TileDescriptor {
+  uint32_t low;  // the start in units of 16 bytes, and a stride that swizzled tiles do not use
+
+  __device__ __forceinline__ explicit TileDescriptor(uint32_t shared)
+      : low(shared >> 4 | 1U << 16) {}
+  // Moves `bytes` on: 32 are one instruction's K, 128 a row.
+  __device__ __forceinline__ TileDescriptor Plus(uint32_t bytes) const {
+    TileDescriptor moved(*this);
+    moved.low += bytes >> 4;
+    return moved;
+  }
+  __device__ __forceinline__ uint64_t Bits() const {
+    constexpr uint32_t kStrideBytes = 1024;
+    constexpr uint32_t kSwizzle128 = 1;
+    return uint64_t{kStrideBytes >> 4 | kSwizzle128 << 30} << 32 | low;
+  }
+};
 
 // Registers written before are read by the products that follow.
 __device__ __forceinline__ void MmaFence() {

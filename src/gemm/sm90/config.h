@@ -23,8 +23,14 @@ enum class Family : uint8_t {
   kMxFp4AsFp8,  // scales included, but for a power of two per row
 };
 
-// Weights are the M operand: a consumer warpgroup owns two tiles of 64 weight rows, which are gate
-// and up rows of the same 64 features where the GEMM is gated, else 128 features.
+// Which operand is M, of which a matrix instruction takes 64 rows. N may be few: weights are M where
+// tiles hold few tokens or weights come from registers. Else tokens are: scales of tokens are then
+// two values a thread instead of one per pair of sums, and large tiles read shared memory less.
+//
+// Weights as M: a consumer warpgroup owns two tiles of 64 weight rows, which are gate and up rows of
+// the same 64 features where the GEMM is gated, else 128 features. Tokens as M: it owns 64 of the
+// tile's 128 tokens, and the weight rows of all consumers in two tiles of 128, gate and up or 256
+// features.
 struct GemmConfig {
   Family family = Family::kBf16;
   int tokens = 0;     // N of a tile: 16, 32, 64, 96 or 128
@@ -32,6 +38,7 @@ struct GemmConfig {
   int stages = 0;     // depth of the pipeline
   bool gated = false;
   bool promoted = false;  // scales of tokens and 128x128 blocks are applied every 128 of K
+  bool tokens_are_m = false;
 };
 
 inline constexpr int kTileRows = 64;            // M of one matrix instruction
@@ -132,7 +139,7 @@ constexpr bool HasSquareScales(Family family) {
 // What the tokens' sums over 128 of K are multiplied by, f32: a set for every 128 rows of weights
 // (or 64, of gate or up) where these have square scales, times that scale; else one for all. A set
 // is [4][tokens / 4 + 4]: the values of a quad's lane lie together, and the four do not meet in a
-// bank.
+// bank. Where tokens are M it is [tokens], and as large.
 constexpr int ScaleSets(const GemmConfig& config) {
   return !config.promoted                  ? 0
          : !HasSquareScales(config.family) ? 1
@@ -148,13 +155,15 @@ constexpr int ScaleSetBytes(const GemmConfig& config) {
 constexpr int StageScaleBytes(const GemmConfig& config) {
   return ScaleSets(config) * ScaleSetBytes(config);
 }
-// 64 features of every token, per consumer, on their way from registers to memory.
+// 64 features of every token, per consumer, on their way from registers to memory. Where tokens are
+// M, that is where the last stage's weights were.
 constexpr int StagingBytes(const GemmConfig& config) {
-  return config.consumers * config.tokens * kTileRows * 2;
+  return config.tokens_are_m ? 0 : config.consumers * config.tokens * kTileRows * 2;
 }
-// One factor and one row of the LoRA delta per token and consumer (epilogue.cuh).
+// One factor and one row of the LoRA delta per token and consumer (epilogue.cuh); where tokens are
+// M, also factor and bias of every weight row.
 constexpr int FactorBytes(const GemmConfig& config) {
-  return config.consumers * config.tokens * 8;
+  return config.consumers * config.tokens * 8 + (config.tokens_are_m ? 4 * kTileRows * 8 : 0);
 }
 constexpr int BarrierBytes(const GemmConfig& config) {
   return 2 * config.stages * 8;
@@ -167,10 +176,14 @@ constexpr int WorkSlots(const GemmConfig& config) {
 constexpr int WorkBytes(const GemmConfig& config) {
   return WorkSlots(config) * 16;
 }
+// Large tiles keep there where their tokens are in x: the producer has not the registers for it.
+constexpr int SourceBytes(const GemmConfig& config) {
+  return config.tokens_are_m ? config.tokens * 4 : 0;
+}
 // From a start that is aligned to the 1024 bytes of a swizzle pattern.
 constexpr int SharedBytes(const GemmConfig& config) {
   return config.stages * (WeightBytes(config) + TokenBytes(config) + StageScaleBytes(config)) +
-         StagingBytes(config) + FactorBytes(config) + WorkBytes(config) + BarrierBytes(config);
+         StagingBytes(config) + FactorBytes(config) + SourceBytes(config) + WorkBytes(config) + BarrierBytes(config);
 }
 constexpr int ThreadsPerBlock(const GemmConfig& config) {
   return 128 * (1 + config.consumers);
@@ -209,7 +222,9 @@ constexpr bool IsValid(const GemmConfig& config) {
   const bool tokens = config.tokens == 16 || config.tokens == 32 || config.tokens == 64 ||
                       config.tokens == 96 || config.tokens == 128;
   const bool can_promote = config.family != Family::kBf16;
-  return tokens && (config.consumers == 1 || config.consumers == 2) && config.stages >= 3 &&
+  const bool operands = !config.tokens_are_m || (config.family == Family::kFp8 && config.promoted &&
+                                                 config.consumers == 2 && config.tokens == 128);
+  return tokens && operands && (config.consumers == 1 || config.consumers == 2) && config.stages >= 3 &&
          (can_promote || !config.promoted) && SharedBytes(config) <= SharedLimit(config);
 }
 

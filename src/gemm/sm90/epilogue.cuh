@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device/sm90/mbarrier.cuh"
 #include "device/sm90/numbers.cuh"
@@ -71,7 +72,7 @@ __device__ __forceinline__ void StageFactors(const GroupedGemmArgs& args,
   if (!HasFactors(args) && args.delta == nullptr) {
     return;
   }
-  const int n = static_cast<int>(threadIdx.x) % 128;
+  const int n = static_cast<int>(hopyard::sm90::ThreadHere()) % 128;
   // The tile before has been read out.
   tile.Barrier();
   if (n < Row::kConfig.tokens) {
@@ -134,19 +135,10 @@ __device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args,
   return terms;
 }
 
-// First row of this thread in a tile; the other one is 8 further.
+// The LoRA delta of `part` (0 up or the only one, 1 gate), row `row` of it.
 template <class Row>
-__device__ __forceinline__ int64_t ThreadFeature(const OutputTile<Row>& tile) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
-  return tile.feature_begin + 16 * warp + lane / 4;
-}
-
-// The LoRA delta of `part` (0 up or the only one, 1 gate) in row `row` of feature row h.
-template <class Row>
-__device__ __forceinline__ float DeltaAt(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
-                                         int part, int h, int32_t row) {
-  const int64_t feature = ThreadFeature(tile) + 8 * h;
+__device__ __forceinline__ float DeltaAt(const GroupedGemmArgs& args, int part, int64_t feature,
+                                         int32_t row) {
   if (row < 0 || feature >= args.features) {
     return 0.0F;
   }
@@ -154,33 +146,101 @@ __device__ __forceinline__ float DeltaAt(const GroupedGemmArgs& args, const Outp
   return hopyard::sm90::WidenBf16(args.delta[at * args.features + feature]);
 }
 
-// The scales and biases of a thread's rows in one tile of sums.
-struct TileTerms {
+// Where a thread's sums s[4 * j + 2 * h + i] belong: weights as M, to feature row h and token
+// 8 * j + 2 * (lane % 4) + i of the tile; tokens as M, to token row h and that feature.
+
+// Weights as M: the scales and biases of a thread's rows in one tile of sums.
+template <class Row>
+struct FeatureTerms {
   RowTerms row[2];
 
-  // Sums of two neighbouring tokens, with both factors applied.
-  __device__ __forceinline__ float2 Of(int h, float first, float second, float2 tokens) const {
+  __device__ __forceinline__ FeatureTerms(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
+                                          int half) {
+    // ThreadRow counts from the consumer's first feature.
+    const int64_t first =
+        Row::kConfig.gated ? tile.feature_begin : tile.feature_begin - half * kTileRows;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      row[h] = TermsOf<Row>(args, tile, ThreadRow<Row>(args, first, half, h));
+    }
+  }
+  __device__ __forceinline__ static float2 TokenFactors(const OutputTile<Row>& tile, int j) {
+    return LoadPair(tile.factors() + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
+  }
+  // Sums i = 0 and 1, with both factors applied; `tokens` = TokenFactors(tile, j).
+  __device__ __forceinline__ float2 Of(int h, int /*j*/, float first, float second,
+                                       float2 tokens) const {
     return {__fmaf_rn(__fmul_rn(first, row[h].factor), tokens.x, row[h].bias),
             __fmaf_rn(__fmul_rn(second, row[h].factor), tokens.y, row[h].bias)};
   }
+  __device__ __forceinline__ static float2 Delta(const GroupedGemmArgs& args,
+                                                 const OutputTile<Row>& tile, int part, int j,
+                                                 int h) {
+    const float2 rows =
+        LoadPair(tile.delta_rows() + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
+    const int64_t feature = tile.feature_begin + FirstRowOfThread() + 8 * h;
+    return {DeltaAt<Row>(args, part, feature, __float_as_int(rows.x)),
+            DeltaAt<Row>(args, part, feature, __float_as_int(rows.y))};
+  }
 };
-template <class Row>
-__device__ __forceinline__ TileTerms TermsOf(const GroupedGemmArgs& args,
-                                             const OutputTile<Row>& tile, int half) {
-  // ThreadRow counts from the consumer's first feature.
-  const int64_t first =
-      Row::kConfig.gated ? tile.feature_begin : tile.feature_begin - half * kTileRows;
-  return {{TermsOf<Row>(args, tile, ThreadRow<Row>(args, first, half, 0)),
-           TermsOf<Row>(args, tile, ThreadRow<Row>(args, first, half, 1))}};
+
+// Whether any weight row has a factor or a bias. Kernels with tokens as M read none of the formats
+// that always have.
+__device__ __forceinline__ bool HasTerms(const GroupedGemmArgs& args) {
+  return args.weights == WeightFormat::kFp8PerChannel || args.first.has_global_scale ||
+         args.x_scale != nullptr || args.first.has_bias;
 }
 
-// Factors of this thread's tokens 8 * j + 2 * (lane % 4) and the next.
+// Tokens as M: those of all weight rows lie in shared memory, those of `half` in 128 of them.
 template <class Row>
-__device__ __forceinline__ float2 TokenFactors(const OutputTile<Row>& tile, int j) {
-  return LoadPair(tile.factors() + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
-}
+struct TokenTerms {
+  uint32_t terms;  // of this thread's first feature; 0: none has a factor or a bias
+  float token[2];
 
-// values + delta of tokens 8 * j + 2 * (lane % 4) and the next, for layers that have one.
+  __device__ __forceinline__ TokenTerms(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
+                                        int half)
+      : terms(HasTerms(args) ? tile.terms() + 16U * (hopyard::sm90::ThreadHere() % 4) +
+                                   static_cast<uint32_t>(half * 2 * kTileRows * 8)
+                             : 0U) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      token[h] = LoadOne(tile.factors() + 4U * static_cast<uint32_t>(TokenOfThread(h)));
+    }
+  }
+  // Token row h in the tile.
+  __device__ __forceinline__ static int TokenOfThread(int h) {
+    return OutputTile<Row>::consumer() * kTileRows + FirstRowOfThread() + 8 * h;
+  }
+  __device__ __forceinline__ static float2 TokenFactors(const OutputTile<Row>& /*tile*/,
+                                                        int /*j*/) {
+    return {};
+  }
+  __device__ __forceinline__ float2 Of(int h, int j, float first, float second,
+                                       float2 /*tokens*/) const {
+    float4 both{1.0F, 0.0F, 1.0F, 0.0F};
+    if (terms != 0) {
+      both = LoadFour(terms + 64U * static_cast<uint32_t>(j));
+    }
+    return {__fmaf_rn(__fmul_rn(first, both.x), token[h], both.y),
+            __fmaf_rn(__fmul_rn(second, both.z), token[h], both.w)};
+  }
+  __device__ __forceinline__ static float2 Delta(const GroupedGemmArgs& args,
+                                                 const OutputTile<Row>& tile, int part, int j,
+                                                 int h) {
+    const int32_t row = __float_as_int(
+        LoadOne(tile.delta_rows() + 4U * static_cast<uint32_t>(TokenOfThread(h))));
+    // The tile's features are the consumer's 64; the sums belong to 128.
+    const int64_t feature = tile.feature_begin - OutputTile<Row>::consumer() * kTileRows + 8 * j +
+                            static_cast<int>(hopyard::sm90::ThreadHere()) % 4 * 2;
+    return {DeltaAt<Row>(args, part, feature, row), DeltaAt<Row>(args, part, feature + 1, row)};
+  }
+};
+
+template <class Row>
+using Terms = typename std::conditional<Row::kConfig.tokens_are_m, TokenTerms<Row>,
+                                        FeatureTerms<Row>>::type;
+
+// values + delta, for layers that have one.
 template <class Row>
 __device__ __forceinline__ float2 WithDelta(const GroupedGemmArgs& args,
                                             const OutputTile<Row>& tile, int part, int j, int h,
@@ -188,10 +248,8 @@ __device__ __forceinline__ float2 WithDelta(const GroupedGemmArgs& args,
   if (args.delta == nullptr) {
     return values;
   }
-  const float2 rows =
-      LoadPair(tile.delta_rows() + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
-  return {__fadd_rn(values.x, DeltaAt(args, tile, part, h, __float_as_int(rows.x))),
-          __fadd_rn(values.y, DeltaAt(args, tile, part, h, __float_as_int(rows.y)))};
+  const float2 delta = Terms<Row>::Delta(args, tile, part, j, h);
+  return {__fadd_rn(values.x, delta.x), __fadd_rn(values.y, delta.y)};
 }
 
 // ---- activation
@@ -234,37 +292,48 @@ __device__ __forceinline__ void WithGatedFormula(const GroupedGemmArgs& args,
 
 // ---- staging
 
-// Packs and stages tokens 16 * chunk .. + 15 of a warp's 16 features: `values(pair, h)` gives
-// tokens 16 * chunk + 8 * pair + 2 * (lane % 4) and the next of feature row h. A pair of
-// accumulators is two tokens of one feature: two groups of 8 tokens and both halves of the 16
-// features are four matrices [features][tokens], stored as [tokens][features].
+// Packs and stages 16 sums of a thread's N, s[8 * chunk] .. + 7: `values(pair, h)` gives those of
+// j = 2 * chunk + pair. They are four matrices of 8x8: two groups of 8 along N and both halves of the
+// 16 rows of a warp along M; staged are [tokens][features].
 template <class Row, class Values>
 __device__ __forceinline__ void StageChunk(const OutputTile<Row>& tile, int chunk,
                                            Values&& values) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
+  const auto thread = static_cast<int>(hopyard::sm90::ThreadHere());
+  const int lane = thread % 32;
+  const int warp = thread % 128 / 32;
   uint32_t words[4];
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
     const float2 pair = values(m / 2, m % 2);
     words[m] = PackBf16(pair.x, pair.y);
   }
-  // Matrix m: tokens 16 * chunk + 8 * (m / 2) .., features 16 * warp + 8 * (m % 2) ..
-  const int matrix = lane / 8;
-  const int n = 8 * (matrix / 2) + lane % 8;
-  const int r = 16 * warp + 8 * (matrix % 2);
-  StoreTransposed(tile.staging() + StagedAt(n, r) + 2048U * static_cast<uint32_t>(chunk), words);
+  // Row lane % 8 of matrix lane / 8.
+  const int m = 16 * warp + 8 * (lane / 8 % 2);
+  const int n = 8 * (lane / 16);
+  if constexpr (Row::kConfig.tokens_are_m) {
+    const int token = OutputTile<Row>::consumer() * kTileRows + m + lane % 8;
+    StoreMatrices(tile.staging(chunk / 4) + StagedAt(token, chunk % 4 * 16 + n), words);
+  } else {
+    StoreTransposed(
+        tile.staging() + StagedAt(n + lane % 8, m) + 2048U * static_cast<uint32_t>(chunk), words);
+  }
+}
+
+// Chunks that hold tokens of the tile.
+template <class Row>
+__device__ __forceinline__ int Chunks(const OutputTile<Row>& tile) {
+  return Row::kConfig.tokens_are_m ? kSums<Row> / 8 : (tile.num_rows + 15) / 16;
 }
 
 // What nearly every layer wants, a few instructions a value: values(at, j, h) takes sums `at` and
-// `at` + 1, tokens 8 * j + 2 * (lane % 4) and the next of feature row h.
+// `at` + 1.
 template <class Row, class Values>
 __device__ __forceinline__ void StageDirectly(const OutputTile<Row>& tile, Values&& values) {
   // What was staged before has been read out.
   tile.Barrier();
 #pragma unroll
-  for (int chunk = 0; chunk < Row::kConfig.tokens / 16; ++chunk) {
-    if (16 * chunk >= tile.num_rows) {
+  for (int chunk = 0; chunk < kSums<Row> / 8; ++chunk) {
+    if (chunk >= Chunks(tile)) {
       break;
     }
     StageChunk(tile, chunk, [&](int pair, int h) {
@@ -273,15 +342,15 @@ __device__ __forceinline__ void StageDirectly(const OutputTile<Row>& tile, Value
   }
 }
 
-// Sums of 16 tokens: s[4 * (j % 2) + 2 * h + i] is feature row h, token 8 * j + 2 * (lane % 4) + i.
-struct SixteenTokens {
+// The sums of a chunk, s[4 * (j % 2) + 2 * h + i].
+struct ChunkSums {
   float s[8];
 };
 
-// Tokens 16 * chunk .. + 15. Registers have no index at run time: the values are moved.
+// Registers have no index at run time: the values are moved.
 template <int kCount>
-__device__ __forceinline__ SixteenTokens Select(const float (&sums)[kCount], int chunk) {
-  SixteenTokens out;
+__device__ __forceinline__ ChunkSums Select(const float (&sums)[kCount], int chunk) {
+  ChunkSums out;
 #pragma unroll
   for (int c = 0; c < kCount / 8; ++c) {
     if (c == 0 || chunk == c) {
@@ -301,7 +370,7 @@ __device__ __forceinline__ void StageInLoop(const OutputTile<Row>& tile,
                                             ChunkValues&& chunk_values) {
   tile.Barrier();
 #pragma unroll 1
-  for (int chunk = 0; 16 * chunk < tile.num_rows; ++chunk) {
+  for (int chunk = 0; chunk < Chunks(tile); ++chunk) {
     StageChunk(tile, chunk, chunk_values(chunk));
   }
 }
@@ -313,7 +382,7 @@ __device__ __forceinline__ void WriteStaged(const GroupedGemmArgs& args, OutputT
   // Addresses are computed here and not among the sums, which need the registers.
   asm volatile(""
                : "+l"(tile.row_begin), "+l"(tile.feature_begin), "+r"(tile.num_rows),
-                 "+r"(tile.base));
+                 "+r"(tile.base), "+r"(tile.staged), "+r"(tile.expert));
   if (args.activation_out != nullptr) {
     StoreNatural({args.activation_out, args.features, args.features}, tile);
   }
@@ -335,15 +404,15 @@ __device__ __forceinline__ void WriteStaged(const GroupedGemmArgs& args, OutputT
 template <class Row>
 __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
                                            float (&gate)[kSums<Row>], float (&up)[kSums<Row>]) {
-  const TileTerms gate_terms = TermsOf<Row>(args, tile, 0);
-  const TileTerms up_terms = TermsOf<Row>(args, tile, 1);
+  const Terms<Row> gate_terms(args, tile, 0);
+  const Terms<Row> up_terms(args, tile, 1);
   const activation::Parameters parameters = ParametersOf(args, tile.expert);
   if (args.activation == ActivationKind::kSwiGlu && args.delta == nullptr) {
     const SwiGlu formula(parameters);
     StageDirectly(tile, [&](int at, int j, int h) {
-      const float2 tokens = TokenFactors(tile, j);
-      const float2 g = gate_terms.Of(h, gate[at], gate[at + 1], tokens);
-      const float2 u = up_terms.Of(h, up[at], up[at + 1], tokens);
+      const float2 tokens = Terms<Row>::TokenFactors(tile, j);
+      const float2 g = gate_terms.Of(h, j, gate[at], gate[at + 1], tokens);
+      const float2 u = up_terms.Of(h, j, up[at], up[at + 1], tokens);
       return float2{formula(g.x, u.x), formula(g.y, u.y)};
     });
   } else {
@@ -352,11 +421,11 @@ __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const Ou
         return [&, chunk, gates = Select(gate, chunk), ups = Select(up, chunk)](int pair, int h) {
           const int at = 4 * pair + 2 * h;
           const int j = 2 * chunk + pair;
-          const float2 tokens = TokenFactors(tile, j);
+          const float2 tokens = Terms<Row>::TokenFactors(tile, j);
           const float2 g = WithDelta(args, tile, 1, j, h,
-                                     gate_terms.Of(h, gates.s[at], gates.s[at + 1], tokens));
+                                     gate_terms.Of(h, j, gates.s[at], gates.s[at + 1], tokens));
           const float2 u =
-              WithDelta(args, tile, 0, j, h, up_terms.Of(h, ups.s[at], ups.s[at + 1], tokens));
+              WithDelta(args, tile, 0, j, h, up_terms.Of(h, j, ups.s[at], ups.s[at + 1], tokens));
           return float2{formula(g.x, u.x), formula(g.y, u.y)};
         };
       });
@@ -368,19 +437,19 @@ __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const Ou
 template <class Row>
 __device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
                                            int half, float (&sums)[kSums<Row>]) {
-  const TileTerms terms = TermsOf<Row>(args, tile, half);
+  const Terms<Row> terms(args, tile, half);
   if (args.activation == ActivationKind::kIdentity && args.delta == nullptr) {
     StageDirectly(tile, [&](int at, int j, int h) {
-      return terms.Of(h, sums[at], sums[at + 1], TokenFactors(tile, j));
+      return terms.Of(h, j, sums[at], sums[at + 1], Terms<Row>::TokenFactors(tile, j));
     });
   } else {
     StageInLoop(tile, [&](int chunk) {
       return [&, chunk, values = Select(sums, chunk)](int pair, int h) {
         const int at = 4 * pair + 2 * h;
         const int j = 2 * chunk + pair;
-        const float2 x =
-            WithDelta(args, tile, 0, j, h,
-                      terms.Of(h, values.s[at], values.s[at + 1], TokenFactors(tile, j)));
+        const float2 x = WithDelta(
+            args, tile, 0, j, h,
+            terms.Of(h, j, values.s[at], values.s[at + 1], Terms<Row>::TokenFactors(tile, j)));
         return float2{activation::Plain(args.activation, DeviceFloat{x.x}).v,
                       activation::Plain(args.activation, DeviceFloat{x.y}).v};
       };
@@ -389,15 +458,43 @@ __device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const Ou
   WriteStaged<Row>(args, tile);
 }
 
+// Tokens as M: fills the table of the block's weight rows, one a thread.
+template <class Row>
+__device__ __forceinline__ void StageTerms(const GroupedGemmArgs& args,
+                                           const OutputTile<Row>& tile) {
+  if (!HasTerms(args)) {
+    return;
+  }
+  const int row = static_cast<int>(hopyard::sm90::ThreadHere()) - 128;
+  const MatrixArgs* matrix = &args.first;
+  int64_t feature = tile.feature_begin - OutputTile<Row>::consumer() * kTileRows + row;
+  if (Row::kConfig.gated && row >= 2 * kTileRows) {
+    matrix = &args.second;
+    feature -= 2 * kTileRows;
+  }
+  const RowTerms terms = TermsOf<Row>(args, tile, {matrix, feature});
+  // The tile before has been read out.
+  tile.Barrier();
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(tile.terms() +
+                                                        8U * static_cast<uint32_t>(row)),
+               "f"(terms.factor), "f"(terms.bias)
+               : "memory");
+  tile.Barrier();
+}
+
+// tile.feature_begin: the first of this consumer's 64 features, or of the first 64 where it has more.
 template <class Row>
 __device__ void StoreTile(const GroupedGemmArgs& args, OutputTile<Row> tile,
                           float (&acc)[2][kSums<Row>]) {
   StageFactors<Row>(args, tile);
+  if constexpr (Row::kConfig.tokens_are_m) {
+    StageTerms<Row>(args, tile);
+  }
   if constexpr (Row::kConfig.gated) {
     StoreGated<Row>(args, tile, acc[0], acc[1]);
   } else {
     StorePlain<Row>(args, tile, 0, acc[0]);
-    tile.feature_begin += kTileRows;
+    tile.feature_begin += Row::kConfig.tokens_are_m ? 2 * kTileRows : kTileRows;
     StorePlain<Row>(args, tile, 1, acc[1]);
   }
 }

@@ -11,12 +11,6 @@
 
 namespace hopyard::gemm::sm90 {
 
-// Both consumer warpgroups.
-__device__ __forceinline__ void ConsumersBarrier() {
-  constexpr int kBarrier = 3;
-  hopyard::sm90::NamedBarrier(kBarrier, 256);
-}
-
 // The 8 features of this lane: half a warp has a token's 128, 64 staged by each consumer.
 template <class Row, Format kFormat>
 __device__ __forceinline__ void RoundStaged(const GroupedGemmArgs& args,
@@ -24,7 +18,8 @@ __device__ __forceinline__ void RoundStaged(const GroupedGemmArgs& args,
   constexpr GemmConfig kConfig = Row::kConfig;
   constexpr bool kCodes = IsFp8Math(kConfig.family);
   constexpr int kBytes = kCodes ? 1 : 2;
-  const int lane = static_cast<int>(threadIdx.x) % 16;
+  const auto thread = static_cast<int>(hopyard::sm90::ThreadHere());
+  const int lane = thread % 16;
   const int64_t group = tile.feature_begin / kKGroup * kKGroup;
   const int64_t k = group + lane * kLaneCols;
   const uint32_t staged = tile.staging(lane / 8);
@@ -33,7 +28,7 @@ __device__ __forceinline__ void RoundStaged(const GroupedGemmArgs& args,
     row = StaticRowScale<kFormat>(args.out_scale[tile.expert * args.out_scale_stride]);
   }
   // Threads 128 .. 383 are the consumers'.
-  const int first = (static_cast<int>(threadIdx.x) - 128) / 16;
+  const int first = (thread - 128) / 16;
 #pragma unroll 1
   for (int n = first; n - first < tile.num_rows; n += 16) {
     const bool live = n < tile.num_rows;

@@ -16,7 +16,10 @@ namespace hopyard::gemm::sm90 {
 template <class Row>
 __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, uint32_t table) {
   constexpr GemmConfig kConfig = Row::kConfig;
-  Consumer<Row> self{static_cast<int>(threadIdx.x) / 128 - 1, {}, table};
+  // Shuffled so that the compiler takes it for the same in all lanes.
+  const int number =
+      __shfl_sync(hopyard::sm90::kAllLanes, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+  Consumer<Row> self{number, {}, table};
   OutputTile<Row> tile{};
   tile.base = shared.base;
   ClearFactors(tile);
@@ -35,8 +38,20 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
     tile.expert = work.expert;
     tile.row_begin = work.row_begin;
     tile.num_rows = work.num_rows;
-    tile.feature_begin = int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(kConfig);
-    StoreTile<Row>(args, tile, acc);
+    tile.feature_begin =
+        int64_t{work.feature_begin} +
+        self.number * (kConfig.tokens_are_m ? kTileRows : FeaturesPerConsumer(kConfig));
+    if constexpr (kConfig.tokens_are_m) {
+      // The tile's last stage is held until its room has been used.
+      const int held = (self.ring.stage == 0 ? kConfig.stages : self.ring.stage) - 1;
+      tile.staged = shared.Weights(held, 0, 0);
+      StoreTile<Row>(args, tile, acc);
+      // The copy engine writes there next.
+      hopyard::sm90::FenceAsyncProxy();
+      Release(shared.Empty(held));
+    } else {
+      StoreTile<Row>(args, tile, acc);
+    }
   }
 }
 

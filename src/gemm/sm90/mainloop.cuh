@@ -11,6 +11,8 @@
 
 namespace hopyard::gemm::sm90 {
 
+using hopyard::sm90::TileDescriptor;
+
 template <class Row>
 using Mma = typename std::conditional<IsFp8Math(Row::kConfig.family),
                                       hopyard::sm90::MmaE4m3<Row::kConfig.tokens>,
@@ -55,15 +57,16 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
   for (int block = 0; block < k_blocks; ++block) {
     const int stage = self.ring.stage;
     shared.AwaitFull(stage, self.ring.parity);
-    const uint64_t tokens = hopyard::sm90::TileDescriptor(shared.Tokens(stage, 0));
-    const uint64_t first = hopyard::sm90::TileDescriptor(shared.Weights(stage, self.number, 0));
-    const uint64_t second = hopyard::sm90::TileDescriptor(shared.Weights(stage, self.number, 1));
+    const TileDescriptor tokens(shared.Tokens(stage, 0));
+    const TileDescriptor first(shared.Weights(stage, self.number, 0));
+    const TileDescriptor second(shared.Weights(stage, self.number, 1));
     hopyard::sm90::MmaFence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int accumulate = block > 0 || step > 0 ? 1 : 0;
-      Bf16::Multiply(first_sums, first + 2 * step, tokens + 2 * step, accumulate);
-      Bf16::Multiply(second_sums, second + 2 * step, tokens + 2 * step, accumulate);
+      const uint64_t columns = tokens.Plus(32U * step).Bits();
+      Bf16::Multiply(first_sums, first.Plus(32U * step).Bits(), columns, accumulate);
+      Bf16::Multiply(second_sums, second.Plus(32U * step).Bits(), columns, accumulate);
     }
     hopyard::sm90::MmaCommit();
     // The products of the stage before are done: it may be filled again.
@@ -82,6 +85,12 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
   hopyard::sm90::Touch(second_sums);
 }
 
+__device__ __forceinline__ float LoadOne(uint32_t shared) {
+  float one = 0.0F;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(one) : "r"(shared));
+  return one;
+}
+
 __device__ __forceinline__ float2 LoadPair(uint32_t shared) {
   float2 pair;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared));
@@ -96,21 +105,65 @@ __device__ __forceinline__ float4 LoadFour(uint32_t shared) {
   return four;
 }
 
-// sums += part x scale of the token, in a set of scales at `scales`, x `rows` where kRows.
+// Weights as M: sums += part x scale of the token, from a lane's part of a set, x `rows` where kRows.
 template <class Row, bool kRows>
-__device__ __forceinline__ void Promote(const float (&part)[kSums<Row>], uint32_t scales,
-                                        float2 rows, float (&sums)[kSums<Row>]) {
-  const uint32_t mine =
-      scales + (threadIdx.x % 4) * static_cast<uint32_t>(ScaleLaneBytes(Row::kConfig));
+__device__ __forceinline__ void AddColumns(const float (&part)[kSums<Row>], uint32_t scales,
+                                           float2 rows, float (&sums)[kSums<Row>]) {
 #pragma unroll
   for (int j = 0; j < Row::kConfig.tokens / 8; j += 2) {
-    const float4 four = LoadFour(mine + 8U * static_cast<uint32_t>(j));
+    const float4 four = LoadFour(scales + 8U * static_cast<uint32_t>(j));
     const float tokens[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float token = tokens[i / 4 * 2 + i % 2];
       const float scale = kRows ? __fmul_rn(i / 2 % 2 == 0 ? rows.x : rows.y, token) : token;
       sums[4 * j + i] = __fmaf_rn(part[4 * j + i], scale, sums[4 * j + i]);
+    }
+  }
+}
+// The scales of weight rows are in those of a stage's tokens, or (!complete) beside them. `tile` is
+// 2 * consumer + half.
+template <class Row>
+__device__ __forceinline__ void PromoteColumns(const Shared<Row>& shared, int stage, int tile,
+                                               bool complete, const float (&part)[kSums<Row>],
+                                               float (&sums)[kSums<Row>]) {
+  const uint32_t scales = shared.Scales(stage, Shared<Row>::ScaleSetOf(tile)) +
+                          (threadIdx.x % 4) * static_cast<uint32_t>(ScaleLaneBytes(Row::kConfig));
+  if (complete) {
+    AddColumns<Row, false>(part, scales, {}, sums);
+  } else {
+    const float2 rows = LoadRowScales(shared.TileScales(stage, tile), FirstRowOfThread());
+    AddColumns<Row, true>(part, scales, rows, sums);
+  }
+}
+
+// Tokens as M: the same, `half` being 128 weight rows.
+template <class Row>
+__device__ __forceinline__ void PromoteRows(const Shared<Row>& shared, int stage, int consumer,
+                                            int half, bool complete,
+                                            const float (&part)[kSums<Row>],
+                                            float (&sums)[kSums<Row>]) {
+  const int first_tile = Row::kConfig.gated ? half : 2 * half;
+  const uint32_t token = shared.Scales(stage, Shared<Row>::ScaleSetOf(first_tile)) +
+                         4U * static_cast<uint32_t>(consumer * kTileRows + FirstRowOfThread());
+  const float tokens[2] = {LoadOne(token), LoadOne(token + 32U)};
+  if (complete) {
+#pragma unroll
+    for (int i = 0; i < kSums<Row>; ++i) {
+      sums[i] = __fmaf_rn(part[i], tokens[i / 2 % 2], sums[i]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kSums<Row> / 4; ++j) {
+    // Read for every 8 columns: registers are short.
+    const int tile = first_tile + (j < 8 ? 0 : Row::kConfig.gated ? 2 : 1);
+    BlocksOfRows blocks = LoadBlocksOfRows(shared.TileScales(stage, tile));
+    blocks.rows_of_first -= static_cast<int>(threadIdx.x) % 4 * 2;
+    const float rows[2] = {blocks.ScaleOf(j % 8 * 8), blocks.ScaleOf(j % 8 * 8 + 1)};
+#pragma unroll
+    for (int i = 4 * j; i < 4 * j + 4; ++i) {
+      sums[i] = __fmaf_rn(part[i], __fmul_rn(rows[i % 2], tokens[i / 2 % 2]), sums[i]);
     }
   }
 }
@@ -167,19 +220,23 @@ struct WeightTiles {
                                         int stage, int half, bool accumulate,
                                         float (&sums)[kSums<Row>]) const {
     constexpr int kStepsPerPanel = kSteps<kFamily> / TokenPanels(Row::kConfig);
-    const uint64_t weights =
-        hopyard::sm90::TileDescriptor(shared.Weights(stage, self.number, half));
+    const TileDescriptor weights(Row::kConfig.tokens_are_m
+                                     ? shared.WeightsOfHalf(stage, half)
+                                     : shared.Weights(stage, self.number, half));
     hopyard::sm90::MmaFence();
 #pragma unroll
     for (int step = 0; step < kSteps<kFamily>; ++step) {
-      const uint64_t tokens =
-          hopyard::sm90::TileDescriptor(shared.Tokens(stage, step / kStepsPerPanel)) +
-          2 * (step % kStepsPerPanel);
+      const TileDescriptor tokens = TileDescriptor(shared.Tokens(stage, step / kStepsPerPanel))
+                                        .Plus(32U * (step % kStepsPerPanel));
       const int add = step > 0 || accumulate ? 1 : 0;
-      if constexpr (IsDecoded(kFamily)) {
-        Mma<Row>::Multiply(sums, a[half % kSets][step], tokens, add);
+      if constexpr (Row::kConfig.tokens_are_m) {
+        // 64 rows of tokens a consumer, 128 of weights a half.
+        const auto rows = static_cast<uint32_t>(self.number * kTileRows * 128);
+        Mma<Row>::Multiply(sums, tokens.Plus(rows).Bits(), weights.Plus(32U * step).Bits(), add);
+      } else if constexpr (IsDecoded(kFamily)) {
+        Mma<Row>::Multiply(sums, a[half % kSets][step], tokens.Bits(), add);
       } else {
-        Mma<Row>::Multiply(sums, weights + 2 * step, tokens, add);
+        Mma<Row>::Multiply(sums, weights.Plus(32U * step).Bits(), tokens.Bits(), add);
       }
     }
     hopyard::sm90::MmaCommit();
@@ -226,7 +283,7 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
 // Scales of tokens and 128x128 blocks: each tile's products over 128 of K are summed apart and then
 // added in FP32, while the other warpgroup multiplies. (Two sets of partial sums, so that the own
 // next tile is multiplied meanwhile, gained nothing: H100, 2026-11.) kComplete: ScalesAreComplete.
-template <class Row, bool kComplete>
+template <class Row>
 __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>& shared,
                                  const Work& work, Consumer<Row>& self,
                                  float (&acc)[2][kSums<Row>]) {
@@ -234,6 +291,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   tiles.Begin(args, work,
               int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
   float part[kSums<Row>];
+  const bool complete = ScalesAreComplete<Row>(args);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -241,52 +299,77 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
       acc[half][i] = 0.0F;
     }
   }
-  // A tile of block `block`, which the ring is at.
-  const auto prepare = [&](int half, int block) {
-    if (half == 0) {
-      shared.AwaitFull(self.ring.stage, self.ring.parity);
-      tiles.BeginBlock(block);
-    }
-    tiles.Prepare(shared, self, self.ring.stage, half, block);
-  };
-  const auto add = [&](int half, int stage) {
+  // Both warpgroups would multiply at the same time and then add at the same time. The second lets
+  // the first go ahead by a tile of products; from then on one multiplies while the other adds.
+  constexpr int kTurn = 4;
+  const auto add = [&](int half, int stage, bool gives_turn) {
     hopyard::sm90::MmaWait<0>();
     hopyard::sm90::Touch(part);
-    const int tile = 2 * self.number + half;
-    const uint32_t scales = shared.Scales(stage, Shared<Row>::ScaleSetOf(tile));
-    const float2 rows =
-        kComplete ? float2{1.0F, 1.0F} : LoadRowScales(shared.TileScales(stage, tile));
-    Promote<Row, !kComplete>(part, scales, rows, acc[half]);
+    if (gives_turn) {
+      hopyard::sm90::ArriveAtNamedBarrier(kTurn, 256);
+    }
+    if constexpr (Row::kConfig.tokens_are_m) {
+      PromoteRows<Row>(shared, stage, self.number, half, complete, part, acc[half]);
+    } else {
+      PromoteColumns<Row>(shared, stage, 2 * self.number + half, complete, part, acc[half]);
+    }
   };
-  // Decoded while the tile before is multiplied, or after that where registers are short.
+  // Products are waited for where they were issued: with a branch between ptxas serializes all of
+  // them (C7517, C7518). Tiles are decoded while the one before is multiplied, or after that where
+  // registers are short.
   constexpr bool kAhead = WeightTiles<Row>::kSets == 2;
-  prepare(0, 0);
-  tiles.Issue(shared, self, self.ring.stage, 0, false, part);
-  int block = 0;
-  for (int left = KBlocks<Row>(args); left > 0; --left) {
+  const int blocks = KBlocks<Row>(args);
+  const bool in_turn = Row::kConfig.consumers == 2 &&
+                       (!Row::kConfig.tokens_are_m || work.num_rows > kTileRows);
+  shared.AwaitFull(self.ring.stage, self.ring.parity);
+  tiles.BeginBlock(0);
+  tiles.Prepare(shared, self, self.ring.stage, 0, 0);
+  for (int block = 0; block < blocks; ++block) {
     const int stage = self.ring.stage;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // The next tile is the second of this block or the first of the next.
-      const bool more = half == 0 || left > 1;
-      if (half == 1) {
-        self.ring.Advance();
-        ++block;
-      }
-      if (kAhead && more) {
-        prepare(half ^ 1, block);
-      }
-      add(half, stage);
-      if (half == 1) {
-        Release(shared.Empty(stage));
-      }
-      if (!kAhead && more) {
-        prepare(half ^ 1, block);
-      }
-      if (more) {
-        tiles.Issue(shared, self, self.ring.stage, half ^ 1, false, part);
+    if (in_turn && block == 0 && self.number == 1) {
+      hopyard::sm90::NamedBarrier(kTurn, 256);
+    }
+    tiles.Issue(shared, self, stage, 0, false, part);
+    if constexpr (kAhead) {
+      tiles.Prepare(shared, self, stage, 1, block);
+    }
+    add(0, stage, in_turn && block == 0 && self.number == 0);
+    if constexpr (!kAhead) {
+      tiles.Prepare(shared, self, stage, 1, block);
+    }
+    tiles.Issue(shared, self, stage, 1, false, part);
+    self.ring.Advance();
+    const bool more = block + 1 < blocks;
+    const auto prepare_next = [&] {
+      tiles.BeginBlock(block + 1);
+      tiles.Prepare(shared, self, self.ring.stage, 0, block + 1);
+    };
+    if (more) {
+      shared.AwaitFull(self.ring.stage, self.ring.parity);
+      if constexpr (kAhead) {
+        prepare_next();
       }
     }
+    add(1, stage, false);
+    if (!kAhead && more) {
+      prepare_next();
+    }
+    if (!Row::kConfig.tokens_are_m || more) {
+      Release(shared.Empty(stage));
+    }
+  }
+}
+
+// Tokens as M: passes the stages of a tile that has none of this consumer's tokens.
+template <class Row>
+__device__ __forceinline__ void PassStages(const Shared<Row>& shared, int k_blocks,
+                                           Consumer<Row>& self) {
+  for (int left = k_blocks; left > 0; --left) {
+    shared.AwaitFull(self.ring.stage, self.ring.parity);
+    if (left > 1) {
+      Release(shared.Empty(self.ring.stage));
+    }
+    self.ring.Advance();
   }
 }
 
@@ -307,10 +390,10 @@ __device__ __forceinline__ void Multiply(const GroupedGemmArgs& args, const Shar
     }
   } else if constexpr (!Row::kConfig.promoted) {
     MultiplyDecoded<Row>(args, shared, work, self, acc);
-  } else if (ScalesAreComplete<Row>(args)) {
-    MultiplyPromoted<Row, true>(args, shared, work, self, acc);
+  } else if (Row::kConfig.tokens_are_m && self.number * kTileRows >= work.num_rows) {
+    PassStages(shared, KBlocks<Row>(args), self);
   } else {
-    MultiplyPromoted<Row, false>(args, shared, work, self, acc);
+    MultiplyPromoted<Row>(args, shared, work, self, acc);
   }
 }
 

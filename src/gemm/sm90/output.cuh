@@ -6,9 +6,16 @@
 #include <cstdint>
 
 #include "device/sm90/mbarrier.cuh"
+#include "device/sm90/warp.cuh"
 #include "gemm/sm90/pipeline.cuh"
 
 namespace hopyard::gemm::sm90 {
+
+// Both consumer warpgroups.
+__device__ __forceinline__ void ConsumersBarrier() {
+  constexpr int kBarrier = 3;
+  hopyard::sm90::NamedBarrier(kBarrier, 256);
+}
 
 // Where a consumer's 64 features of a tile of tokens go. What follows from the thread is not kept:
 // registers are short here.
@@ -18,14 +25,15 @@ struct OutputTile {
   int64_t row_begin;
   int num_rows;
   int64_t feature_begin;
-  uint32_t base;  // of shared memory
+  uint32_t base;    // of shared memory
+  uint32_t staged;  // where tokens are M: the stage's weights that staging takes the place of
 
   __device__ __forceinline__ static int consumer() {
     return static_cast<int>(threadIdx.x) / 128 - 1;
   }
   __device__ __forceinline__ uint32_t staging() const { return staging(consumer()); }
   __device__ __forceinline__ uint32_t staging(int of_consumer) const {
-    return base + Shared<Row>::kStaging +
+    return (Row::kConfig.tokens_are_m ? staged : base + Shared<Row>::kStaging) +
            static_cast<uint32_t>(of_consumer * Row::kConfig.tokens * kTileRows * 2);
   }
   // One per token.
@@ -36,8 +44,18 @@ struct OutputTile {
   __device__ __forceinline__ uint32_t delta_rows() const {
     return factors() + static_cast<uint32_t>(Row::kConfig.consumers * Row::kConfig.tokens * 4);
   }
+  // Where tokens are M: factor and bias of every weight row.
+  __device__ __forceinline__ uint32_t terms() const {
+    return base + Shared<Row>::kFactors +
+           static_cast<uint32_t>(Row::kConfig.consumers * Row::kConfig.tokens * 8);
+  }
+  // Those meet that stage the same features: a warpgroup, or all consumers where tokens are M.
   __device__ __forceinline__ static void Barrier() {
-    hopyard::sm90::NamedBarrier(1 + consumer(), 128);
+    if constexpr (Row::kConfig.tokens_are_m) {
+      ConsumersBarrier();
+    } else {
+      hopyard::sm90::NamedBarrier(1 + consumer(), 128);
+    }
   }
 };
 
@@ -48,8 +66,13 @@ __device__ __forceinline__ uint32_t PackBf16(float first, float second) {
   return bits;
 }
 
-// Four 8x8 matrices of 16-bit values, transposed on the way: lane 8 * m + i names row i of matrix
-// m.
+// Four 8x8 matrices of 16-bit values: lane 8 * m + i names row i of matrix m.
+__device__ __forceinline__ void StoreMatrices(uint32_t shared, const uint32_t (&values)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+               "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3])
+               : "memory");
+}
+// The same, transposed on the way.
 __device__ __forceinline__ void StoreTransposed(uint32_t shared, const uint32_t (&values)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
@@ -87,7 +110,7 @@ __device__ __forceinline__ uint32_t LoadHalf(uint32_t shared) {
 template <class Row>
 __device__ inline void StoreElements(const RowsOut& rows, const OutputTile<Row>& tile,
                                      int64_t feature, int64_t left) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int thread = static_cast<int>(hopyard::sm90::ThreadHere()) % 128;
   const int piece = thread % 8;
 #pragma unroll 1
   for (int n = thread / 8; n < tile.num_rows; n += 16) {
@@ -103,7 +126,7 @@ __device__ inline void StoreElements(const RowsOut& rows, const OutputTile<Row>&
 // Writes the staged tile [num_rows][64] of this warpgroup.
 template <class Row>
 __device__ __forceinline__ void StoreNatural(const RowsOut& rows, const OutputTile<Row>& tile) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int thread = static_cast<int>(hopyard::sm90::ThreadHere()) % 128;
   const int piece = thread % 8;
   const int first = thread / 8;
   const int64_t feature = tile.feature_begin + piece * 8;
@@ -137,7 +160,7 @@ __device__ __forceinline__ void StoreNatural(const RowsOut& rows, const OutputTi
 // 4 * b + e of k_order.h has codes 8 * b + e, + 4, + 32 and + 36 of the half.
 template <class Row>
 __device__ __forceinline__ void StoreOrdered(const RowsOut& rows, const OutputTile<Row>& tile) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int thread = static_cast<int>(hopyard::sm90::ThreadHere()) % 128;
   const int b = thread % 4;
   const int64_t group = tile.feature_begin / kKGroup * kKGroup;
   const int64_t at = group + b * 32 + (tile.feature_begin - group) / 16;

@@ -30,15 +30,23 @@ struct Shared {
   static constexpr uint32_t kScales = kTokens + kConfig.stages * TokenBytes(kConfig);
   static constexpr uint32_t kStaging = kScales + kConfig.stages * StageScaleBytes(kConfig);
   static constexpr uint32_t kFactors = kStaging + StagingBytes(kConfig);
-  static constexpr uint32_t kWork = kFactors + FactorBytes(kConfig);
+  static constexpr uint32_t kSources = kFactors + FactorBytes(kConfig);
+  static constexpr uint32_t kWork = kSources + SourceBytes(kConfig);
   static constexpr uint32_t kBarriers = kWork + WorkBytes(kConfig);
 
   uint32_t base;
 
   __device__ explicit Shared(const uint8_t* memory) : base(hopyard::sm90::SharedAddress(memory)) {}
   __device__ __forceinline__ uint32_t Weights(int stage, int consumer, int half) const {
-    return base + static_cast<uint32_t>(stage * WeightBytes(kConfig) +
-                                        (2 * consumer + half) * TileBytes(kConfig));
+    // Where tokens are M, 128 rows of gate and 128 of up lie together.
+    const int tile =
+        kConfig.tokens_are_m && kConfig.gated ? 2 * half + consumer : 2 * consumer + half;
+    return base +
+           static_cast<uint32_t>(stage * WeightBytes(kConfig) + tile * TileBytes(kConfig));
+  }
+  // Where tokens are M: 128 weight rows.
+  __device__ __forceinline__ uint32_t WeightsOfHalf(int stage, int half) const {
+    return kConfig.gated ? Weights(stage, 0, half) : Weights(stage, half, 0);
   }
   // Panel `panel` of the stage's token rows, 128 bytes a row.
   __device__ __forceinline__ uint32_t Tokens(int stage, int panel) const {
@@ -49,8 +57,11 @@ struct Shared {
     return base + kScales +
            static_cast<uint32_t>(stage * StageScaleBytes(kConfig) + set * ScaleSetBytes(kConfig));
   }
-  // Token n in a set: 8 * j + 2 * q + i is value 2 * j + i of lane q.
+  // Token n in a set: 8 * j + 2 * q + i is value 2 * j + i of lane q, or n where tokens are M.
   __device__ __forceinline__ static uint32_t ScaleAt(int n) {
+    if constexpr (kConfig.tokens_are_m) {
+      return static_cast<uint32_t>(4 * n);
+    }
     return static_cast<uint32_t>(n / 2 % 4 * ScaleLaneBytes(kConfig) + (n / 8 * 2 + n % 2) * 4);
   }
   __device__ __forceinline__ uint32_t Staging(int consumer) const {
@@ -85,11 +96,12 @@ struct Shared {
   __device__ __forceinline__ static int ScaleSetOf(int tile) {
     return !HasSquareScales(kConfig.family) ? 0 : kConfig.gated ? tile % 2 : tile / 2;
   }
-  // What a set has for tile t alone: in the room behind one of its lanes.
+  // What a set has for tile t alone: in the room behind one of its lanes, or behind them all.
   __device__ __forceinline__ uint32_t TileScales(int stage, int tile) const {
     const int lane = kConfig.gated ? tile / 2 : tile % 2;
-    return Scales(stage, ScaleSetOf(tile)) +
-           static_cast<uint32_t>(lane * ScaleLaneBytes(kConfig) + kConfig.tokens);
+    const int at = kConfig.tokens_are_m ? 4 * kConfig.tokens + 16 * lane
+                                        : lane * ScaleLaneBytes(kConfig) + kConfig.tokens;
+    return Scales(stage, ScaleSetOf(tile)) + static_cast<uint32_t>(at);
   }
   // Arrivals that fill a stage: expected bytes, every producer thread's pieces, and once more where
   // it writes scales itself.

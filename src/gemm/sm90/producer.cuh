@@ -64,27 +64,37 @@ struct WeightCopies {
   }
 };
 
-// A thread's share of a tile's token rows: 16 bytes of every 16th row. A copy costs three
+// A thread's share of a tile's token rows: 16 bytes of every 16th row. A copy costs a few
 // instructions: everything that can be is computed once per stage or per work item.
 template <class Row>
 struct TokenRows {
   static constexpr GemmConfig kConfig = Row::kConfig;
   static constexpr int kRows = kConfig.tokens / 16;
   static constexpr int kElementBytes = TokenElementBytes(kConfig.family);
+  static constexpr bool kInShared = SourceBytes(kConfig) > 0;
 
-  int32_t sources[kRows];  // rows of x
-  int valid;               // the first so many of them exist
-  int place;               // of row 0 in a panel; 16 rows further the swizzle is the same
+  uint32_t begins[kInShared ? 1 : kRows];  // of the rows in x, in units of 16 bytes
+  int valid;                               // the first so many of them exist
+  int place;                               // of row 0 in a panel; 16 further the swizzle is the same
 
-  __device__ void Begin(const GroupedGemmArgs& args, const Work& work) {
+  __device__ void Begin(const GroupedGemmArgs& args, const Shared<Row>& shared, const Work& work) {
     const int thread = static_cast<int>(threadIdx.x) % 128;
     const int first = thread / 8;
     valid = (work.num_rows - first + 15) / 16;
     place = first * 128 + (((thread % 8) ^ (first % 8)) << 4);
+    const auto pitch = static_cast<uint32_t>(args.x_pitch * kElementBytes / 16);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      sources[i] = static_cast<int32_t>(Source(args, work, first + 16 * i));
+      const uint32_t begin = static_cast<uint32_t>(Source(args, work, first + 16 * i)) * pitch;
+      if constexpr (kInShared) {
+        // The 8 threads of a row write the same; only they read it.
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(BeginsAt(shared) + 4U * i), "r"(begin)
+                     : "memory");
+      } else {
+        begins[i] = begin;
+      }
     }
+    __syncwarp();
   }
   __device__ static int64_t Source(const GroupedGemmArgs& args, const Work& work, int row) {
     if (row >= work.num_rows) {
@@ -101,19 +111,49 @@ struct TokenRows {
     const auto row_k = static_cast<int>(OrderOf(kConfig.family) == KOrder::kNatural
                                             ? args.k
                                             : (args.k + kKGroup - 1) / kKGroup * kKGroup);
-    const auto pitch = static_cast<int32_t>(args.x_pitch * kElementBytes);
+    uint32_t from_x[kRows];
+    LoadBegins(shared, from_x);
 #pragma unroll
     for (int panel = 0; panel < TokenPanels(kConfig); ++panel) {
       const int begin =
           (k_block * TokenPanels(kConfig) + panel) * 128 + thread % 8 * 16;  // bytes of the row
       const int left = row_k * kElementBytes - begin;
-      const int bytes = left < 0 ? 0 : (left < 16 ? left : 16);
       const uint8_t* const from = static_cast<const uint8_t*>(args.x) + begin;
       const uint32_t to = shared.Tokens(stage, panel) + static_cast<uint32_t>(place);
+      if (left >= 16) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          hopyard::sm90::CopyWholePiece(to + 2048U * i, from + uint64_t{from_x[i]} * 16,
+                                        i < valid);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          hopyard::sm90::CopyPiece(to + 2048U * i, from + uint64_t{from_x[i]} * 16,
+                                   i < valid && left > 0 ? left : 0);
+        }
+      }
+    }
+  }
+
+ private:
+  // Of this thread's rows.
+  __device__ __forceinline__ static uint32_t BeginsAt(const Shared<Row>& shared) {
+    return shared.base + Shared<Row>::kSources + threadIdx.x % 128 / 8 * (4U * kRows);
+  }
+  __device__ __forceinline__ void LoadBegins(const Shared<Row>& shared,
+                                             uint32_t (&out)[kRows]) const {
+    if constexpr (kInShared) {
+#pragma unroll
+      for (int i = 0; i < kRows; i += 4) {
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(out[i]), "=r"(out[i + 1]), "=r"(out[i + 2]), "=r"(out[i + 3])
+                     : "r"(BeginsAt(shared) + 4U * i));
+      }
+    } else {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        hopyard::sm90::CopyPiece(to + 2048U * i, from + int64_t{sources[i]} * pitch,
-                                 i < valid ? bytes : 0);
+        out[i] = begins[i];
       }
     }
   }
@@ -132,6 +172,7 @@ struct StageScales {
   const float* weights[kSets > 0 ? kSets : 1];
   int token_step;
   int weight_step;
+  bool complete;
   float next_token;
   float next_weights[kSets > 0 ? kSets : 1];
 
@@ -144,7 +185,8 @@ struct StageScales {
                     : &kOne;
       token_step = given ? 1 : 0;
       if constexpr (kWrites) {
-        const bool reads = ReadsSquareScales<Row>(args) && ScalesAreComplete<Row>(args);
+        complete = ScalesAreComplete<Row>(args);
+        const bool reads = ReadsSquareScales<Row>(args) && complete;
         weight_step = reads ? 1 : 0;
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
@@ -162,7 +204,7 @@ struct StageScales {
                                         const Shared<Row>& shared, int stage, int block,
                                         int blocks) {
     if constexpr (kConfig.promoted) {
-      if (kWrites && !ScalesAreComplete<Row>(args)) {
+      if (kWrites && !complete) {
         StoreBlocksOfRows(args, work, shared, stage, block);
       }
       const int thread = static_cast<int>(threadIdx.x);
@@ -181,7 +223,7 @@ struct StageScales {
             Load(block + 1);
           }
         } else {
-          hopyard::sm90::CopyWord(at, token + block * token_step, 4);
+          hopyard::sm90::CopyWord(at, token + block * token_step);
         }
       }
     }
@@ -237,7 +279,7 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
     TokenRows<Row> rows;
     StageScales<Row> scales;
     const auto begin = [&] {
-      rows.Begin(args, work);
+      rows.Begin(args, shared, work);
       scales.Begin(args, work);
     };
     // These loads depend on each other. Small tiles send for their first weights before them; large

@@ -185,16 +185,31 @@ __device__ __forceinline__ int RowsOfFirstBlock(const MatrixArgs& matrix, int64_
   const int left = static_cast<int>(128 - at % 128);
   return matrix.position_step == 1 ? left : (left + 1) / 2;
 }
-// Scales of a thread's two rows in a tile, from what the producer left for it.
-__device__ __forceinline__ float2 LoadRowScales(uint32_t tile_scales) {
-  float first = 0.0F;
-  float second = 0.0F;
-  int rows_of_first = 0;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(first), "=f"(second) : "r"(tile_scales));
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(rows_of_first) : "r"(tile_scales + 8));
-  const int row =
-      static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
-  return {row < rows_of_first ? first : second, row + 8 < rows_of_first ? first : second};
+// What the producer left for a tile of 64 weight rows: they lie in one block or in two.
+struct BlocksOfRows {
+  float first;
+  float second;
+  int rows_of_first;
+
+  __device__ __forceinline__ float ScaleOf(int row) const {
+    return row < rows_of_first ? first : second;
+  }
+};
+__device__ __forceinline__ BlocksOfRows LoadBlocksOfRows(uint32_t tile_scales) {
+  BlocksOfRows blocks{};
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(blocks.first), "=f"(blocks.second)
+               : "r"(tile_scales));
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(blocks.rows_of_first) : "r"(tile_scales + 8));
+  return blocks;
+}
+// The first of a thread's two rows in a tile of 64; the other one is 8 further.
+__device__ __forceinline__ int FirstRowOfThread() {
+  return static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
+}
+__device__ __forceinline__ float2 LoadRowScales(uint32_t tile_scales, int row) {
+  const BlocksOfRows blocks = LoadBlocksOfRows(tile_scales);
+  return {blocks.ScaleOf(row), blocks.ScaleOf(row + 8)};
 }
 
 }  // namespace hopyard::gemm::sm90
