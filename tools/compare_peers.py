@@ -5,8 +5,8 @@
 
 FORWARD_JSONL: JSON lines of a layer benchmark, of which uniformly routed ones count, the last of
 each case. PEERS_CSV: header gpu,model,part,dtype,peer,routing,T,us,...,pct_of_floor; rows with
-part=layer, routing=rand count. A target closes a part of the peer's distance to the floor: see
-`share_to_close`.
+part=layer, routing=rand count. FP8 is compared at the same scale granularity. A target closes a
+part of the peer's distance to the floor: see `share_to_close`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Case:
     gpu: str  # as the peers' table writes it
     model: str  # likewise
     dtype: str  # likewise
+    scales: str  # of FP8: how many values one scale covers; else empty
     tokens: int
 
 
@@ -84,6 +85,22 @@ def peer_dtype(weights: str, activations: str) -> str | None:
     return "bf16" if weights == activations == "bf16" else None
 
 
+def fp8_scales(weights: str, activations: str) -> str:
+    """How finely FP8 is scaled in our pair of formats; empty where it is not FP8 on both sides."""
+    if peer_dtype(weights, activations) != "fp8":
+        return ""
+    return {"fp8_per_tensor": "tensor", "fp8_per_channel": "row"}.get(weights, "block")
+
+
+def peer_scales(row: dict[str, str]) -> str:
+    """The same of a peer's row, whose name says so where it is not one scale per block."""
+    if row["dtype"] != "fp8":
+        return ""
+    return (
+        "tensor" if "per-tensor" in row["peer"] else "row" if "rowwise" in row["peer"] else "block"
+    )
+
+
 def is_fp8(name: str) -> bool:
     """Whether a weight or activation format is an FP8 one."""
     return name.startswith("fp8") or name == "mxfp8"
@@ -116,7 +133,7 @@ def best_peers(rows: Iterable[dict[str, str]]) -> dict[Case, Peer]:
     for row in rows:
         if row["part"] != "layer" or row["routing"] != "rand":
             continue
-        case = Case(row["gpu"], row["model"], row["dtype"], int(row["T"]))
+        case = Case(row["gpu"], row["model"], row["dtype"], peer_scales(row), int(row["T"]))
         peer = Peer(row["peer"], float(row["us"]))
         if case not in best or peer.us < best[case].us:
             best[case] = peer
@@ -130,7 +147,8 @@ def case_of(line: dict, gpus: Iterable[str]) -> Case | None:
     dtype = peer_dtype(line["weights"], line["activations"])
     if gpu is None or model is None or dtype is None or line["routing"] != "uniform":
         return None
-    return Case(gpu, model, dtype, line["tokens"])
+    scales = fp8_scales(line["weights"], line["activations"])
+    return Case(gpu, model, dtype, scales, line["tokens"])
 
 
 def compare(lines: Iterable[dict], peers: dict[Case, Peer]) -> list[Comparison]:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +49,7 @@ class Resources:
     static_smem: int
     stack: int
     spills: int
-    waits: int = 0
+    waits: int
 
     def __str__(self) -> str:
         return " ".join(str(value) for value in astuple(self))
@@ -63,22 +64,24 @@ def row_names(table: str) -> list[str]:
 def parse_log(log: str) -> dict[int, Resources]:
     """Resources by row index from the text of `ptxas -v`; other kernels are passed over."""
     found: dict[int, Resources] = {}
-    waits: dict[int, int] = {}
+    waits = Counter(
+        int(row[1]) for entry in _WAIT.findall(log) if (row := _TABLE_ROW.search(entry))
+    )
     index: int | None = None
     frame = (0, 0)
     for line in log.splitlines():
-        if (wait := _WAIT.search(line)) and (row := _TABLE_ROW.search(wait[1])):
-            waits[int(row[1])] = waits.get(int(row[1]), 0) + 1
-        elif entry := _ENTRY.search(line):
+        if entry := _ENTRY.search(line):
             row = _TABLE_ROW.search(entry[1])
             index = int(row[1]) if row else None
         elif match := _FRAME.search(line):
             frame = (int(match[1]), int(match[2]) + int(match[3]))
         elif (match := _USED.search(line)) and index is not None:
             smem = _SMEM.search(line)
-            found[index] = Resources(int(match[1]), int(smem[1]) if smem else 0, *frame)
+            found[index] = Resources(
+                int(match[1]), int(smem[1]) if smem else 0, *frame, waits[index]
+            )
             index = None
-    return {row: replace(resources, waits=waits.get(row, 0)) for row, resources in found.items()}
+    return found
 
 
 def read_golden(text: str) -> dict[str, Resources]:
@@ -126,7 +129,10 @@ def main(arguments: list[str]) -> int:
     for line in wrong:
         print(line)
     if wrong:
-        print(f"columns: registers static_smem stack spills waits; where this is meant, run\n  {UPDATE}")
+        print(
+            f"columns: registers static_smem stack spills waits; where this is meant, run\n"
+            f"  {UPDATE}"
+        )
     else:
         print(f"kernel_resources: {len(got)} kernels as committed")
     return 1 if wrong else 0

@@ -31,11 +31,17 @@ def log(index: int, spills: int, used: str) -> str:
 def test_reads_rows_and_nothing_else() -> None:
     other = log(7, 0, "40 registers").replace("TableRow", "OtherRow")
     text = "nvcc warning\n" + log(1, 4, "224 registers") + other + log(0, 0, "168 registers")
+    text += (
+        "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are "
+        f"serialized due to ... in the function '{NAMESPACE + KERNEL.format(0)}'\n"
+        "ptxas info    : (C7517) warpgroup.wait is injected in around line 9 by compiler to allow "
+        f"use of registers defined by GMMA in function '{NAMESPACE + KERNEL.format(0)}'\n"
+    )
     text += log(12, 0, "90 registers").replace(" 16 barriers", " 16 barriers, 120 bytes smem")
     assert kernel_resources.parse_log(text) == {
-        1: Resources(224, 0, 8, 8),
-        0: Resources(168, 0, 8, 0),
-        12: Resources(90, 120, 8, 0),
+        1: Resources(224, 0, 8, 8, 0),
+        0: Resources(168, 0, 8, 0, 2),
+        12: Resources(90, 120, 8, 0, 0),
     }
 
 
@@ -50,7 +56,7 @@ def test_names_are_those_of_the_table() -> None:
 
 
 def test_a_missing_row_is_no_agreement() -> None:
-    row = Resources(1, 2, 3, 4)
+    row = Resources(1, 2, 3, 4, 0)
     assert kernel_resources.name_rows(["a", "b"], {0: row, 1: row}) == {"a": row, "b": row}
     for found in ({0: row}, {0: row, 1: row, 2: row}, {}):
         with pytest.raises(SystemExit, match=r"of configs\.def's 2 rows"):
@@ -58,12 +64,16 @@ def test_a_missing_row_is_no_agreement() -> None:
 
 
 def test_finds_every_difference() -> None:
-    golden = kernel_resources.read_golden("# comment\n\na 1 2 3 4\nb 1 2 3 4\nc 1 2 3 4\n")
-    got = {"a": Resources(1, 2, 3, 4), "b": Resources(1, 2, 3, 5), "d": Resources(9, 0, 0, 0)}
+    golden = kernel_resources.read_golden("# comment\n\na 1 2 3 4 0\nb 1 2 3 4 0\nc 1 2 3 4 0\n")
+    got = {
+        "a": Resources(1, 2, 3, 4, 0),
+        "b": Resources(1, 2, 3, 5, 0),
+        "d": Resources(9, 0, 0, 0, 1),
+    }
     assert list(kernel_resources.differences(got, golden)) == [
-        "b: got 1 2 3 5, wanted 1 2 3 4",
-        "c: got nothing, wanted 1 2 3 4",
-        "d: got 9 0 0 0, wanted nothing",
+        "b: got 1 2 3 5 0, wanted 1 2 3 4 0",
+        "c: got nothing, wanted 1 2 3 4 0",
+        "d: got 9 0 0 0 1, wanted nothing",
     ]
     assert not list(kernel_resources.differences(golden, golden))
 
@@ -72,4 +82,4 @@ def test_the_committed_file_has_the_tables_rows() -> None:
     names = kernel_resources.row_names(kernel_resources.TABLE.read_text())
     golden = kernel_resources.read_golden(kernel_resources.GOLDEN.read_text())
     assert list(golden) == names
-    assert all(row.stack == 0 and row.spills == 0 for row in golden.values())
+    assert all(row.stack == row.spills == row.waits == 0 for row in golden.values())

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import sys
 from pathlib import Path
@@ -129,3 +131,20 @@ def test_formats_of_one_peer_stand_apart(tmp_path, capsys):
 def test_lines_without_a_peer_are_passed_over(tmp_path, capsys, fields):
     assert run(tmp_path, [line(**fields)], "--check") == 1
     assert "0 of 0 targets met" in capsys.readouterr().out
+
+
+def test_fp8_is_compared_at_the_same_scale_granularity(tmp_path, capsys):
+    coarse = "H100,qwen30,layer,fp8,triton_kernels (per-tensor),rand,64,100.0,1,1,1,1,1,1,90,90"
+    rows = PEERS + coarse + "\n" + coarse.replace("triton_kernels (per-tensor)", "DeepGEMM")
+    peers = rows.replace("DeepGEMM,rand,64,100.0", "DeepGEMM,rand,64,200.0")
+    case = compare_peers.best_peers(csv.DictReader(io.StringIO(peers)))
+    fields = {"floor_us": 90.0, "activations": "fp8_block128"}
+    ours = [
+        line(weights="fp8_block128", **fields),
+        line(weights="fp8_per_tensor", **fields),
+        line(weights="fp8_per_channel", **fields),
+    ]
+    assert [c.peer.name for c in compare_peers.compare(ours, case)] == [
+        "DeepGEMM",
+        "triton_kernels (per-tensor)",
+    ]

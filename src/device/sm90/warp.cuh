@@ -44,8 +44,8 @@ __device__ __forceinline__ unsigned Min(unsigned value) {
   return __reduce_min_sync(kAllLanes, value);
 }
 
-// threadIdx.x where it is asked for: what follows from it is not computed ahead of a long loop, where
-// it would take registers.
+// threadIdx.x where it is asked for: what follows from it is not computed ahead of a long loop,
+// where it would take registers.
 __device__ __forceinline__ uint32_t ThreadHere() {
   uint32_t thread = 0;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));

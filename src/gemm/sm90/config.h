@@ -23,14 +23,15 @@ enum class Family : uint8_t {
   kMxFp4AsFp8,  // scales included, but for a power of two per row
 };
 
-// Which operand is M, of which a matrix instruction takes 64 rows. N may be few: weights are M where
-// tiles hold few tokens or weights come from registers. Else tokens are: scales of tokens are then
-// two values a thread instead of one per pair of sums, and large tiles read shared memory less.
+// Which operand is M, of which a matrix instruction takes 64 rows. N may be few: weights are M
+// where tiles hold few tokens or weights come from registers. Else tokens are: scales of tokens are
+// then two values a thread instead of one per pair of sums, and large tiles read shared memory
+// less.
 //
-// Weights as M: a consumer warpgroup owns two tiles of 64 weight rows, which are gate and up rows of
-// the same 64 features where the GEMM is gated, else 128 features. Tokens as M: it owns 64 of the
-// tile's 128 tokens, and the weight rows of all consumers in two tiles of 128, gate and up or 256
-// features.
+// Weights as M: a consumer warpgroup owns two tiles of 64 weight rows, which are gate and up rows
+// of the same 64 features where the GEMM is gated, else 128 features. Tokens as M: it owns 64 of
+// the tile's 128 tokens, and the weight rows of all consumers in two tiles of 128, gate and up or
+// 256 features.
 struct GemmConfig {
   Family family = Family::kBf16;
   int tokens = 0;     // N of a tile: 16, 32, 64, 96 or 128
@@ -183,7 +184,8 @@ constexpr int SourceBytes(const GemmConfig& config) {
 // From a start that is aligned to the 1024 bytes of a swizzle pattern.
 constexpr int SharedBytes(const GemmConfig& config) {
   return config.stages * (WeightBytes(config) + TokenBytes(config) + StageScaleBytes(config)) +
-         StagingBytes(config) + FactorBytes(config) + SourceBytes(config) + WorkBytes(config) + BarrierBytes(config);
+         StagingBytes(config) + FactorBytes(config) + SourceBytes(config) + WorkBytes(config) +
+         BarrierBytes(config);
 }
 constexpr int ThreadsPerBlock(const GemmConfig& config) {
   return 128 * (1 + config.consumers);
@@ -192,17 +194,20 @@ constexpr int ThreadsPerBlock(const GemmConfig& config) {
 // Blocks that share a multiprocessor. Small tiles wait for memory and decode more than they
 // multiply: a second block works meanwhile.
 constexpr int BlocksPerProcessor(const GemmConfig& config) {
-  return config.consumers == 1 ? 2 : 1;
+  return config.consumers == 1 || config.tokens == 16 ? 2 : 1;
 }
 // Registers of a thread before the roles part, what ptxas gives to kernels of so many threads.
 constexpr int StartRegisters(const GemmConfig& config) {
-  return config.consumers == 1 ? 128 : 168;
+  return config.consumers == 1 ? 128 : BlocksPerProcessor(config) == 2 ? 80 : 168;
 }
 // Registers of a consumer's thread after that; the producer's keep what is left. Neither side
 // spills (ptxas says so).
 constexpr int ConsumerRegisters(const GemmConfig& config) {
   if (config.consumers == 1) {
     return 184;
+  }
+  if (config.tokens == 16) {
+    return config.family == Family::kNvFp4AsBf16 ? 104 : 96;
   }
   if (config.tokens != 96) {
     return 224;
@@ -224,8 +229,9 @@ constexpr bool IsValid(const GemmConfig& config) {
   const bool can_promote = config.family != Family::kBf16;
   const bool operands = !config.tokens_are_m || (config.family == Family::kFp8 && config.promoted &&
                                                  config.consumers == 2 && config.tokens == 128);
-  return tokens && operands && (config.consumers == 1 || config.consumers == 2) && config.stages >= 3 &&
-         (can_promote || !config.promoted) && SharedBytes(config) <= SharedLimit(config);
+  return tokens && operands && (config.consumers == 1 || config.consumers == 2) &&
+         config.stages >= 3 && (can_promote || !config.promoted) &&
+         SharedBytes(config) <= SharedLimit(config);
 }
 
 // Rows of a build with HOPYARD_KERNELS=dev, which compiles in a fraction of the time: the smallest

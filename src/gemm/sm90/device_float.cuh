@@ -73,8 +73,8 @@ __device__ __forceinline__ float FastReciprocal(float x) {
 }
 
 // activation::Gated's SwiGLU with the processor's exponential and reciprocal: a few units in the
-// last place of FP32, far inside the BF16 rounding that follows. Ten instructions; it runs for every
-// value of GEMM1's output.
+// last place of FP32, far inside the BF16 rounding that follows. Ten instructions; it runs for
+// every value of GEMM1's output.
 struct SwiGlu {
   float limit;
   float beta;

@@ -227,8 +227,8 @@ struct TokenTerms {
   __device__ __forceinline__ static float2 Delta(const GroupedGemmArgs& args,
                                                  const OutputTile<Row>& tile, int part, int j,
                                                  int h) {
-    const int32_t row = __float_as_int(
-        LoadOne(tile.delta_rows() + 4U * static_cast<uint32_t>(TokenOfThread(h))));
+    const int32_t row =
+        __float_as_int(LoadOne(tile.delta_rows() + 4U * static_cast<uint32_t>(TokenOfThread(h))));
     // The tile's features are the consumer's 64; the sums belong to 128.
     const int64_t feature = tile.feature_begin - OutputTile<Row>::consumer() * kTileRows + 8 * j +
                             static_cast<int>(hopyard::sm90::ThreadHere()) % 4 * 2;
@@ -237,8 +237,8 @@ struct TokenTerms {
 };
 
 template <class Row>
-using Terms = typename std::conditional<Row::kConfig.tokens_are_m, TokenTerms<Row>,
-                                        FeatureTerms<Row>>::type;
+using Terms =
+    typename std::conditional<Row::kConfig.tokens_are_m, TokenTerms<Row>, FeatureTerms<Row>>::type;
 
 // values + delta, for layers that have one.
 template <class Row>
@@ -293,8 +293,8 @@ __device__ __forceinline__ void WithGatedFormula(const GroupedGemmArgs& args,
 // ---- staging
 
 // Packs and stages 16 sums of a thread's N, s[8 * chunk] .. + 7: `values(pair, h)` gives those of
-// j = 2 * chunk + pair. They are four matrices of 8x8: two groups of 8 along N and both halves of the
-// 16 rows of a warp along M; staged are [tokens][features].
+// j = 2 * chunk + pair. They are four matrices of 8x8: two groups of 8 along N and both halves of
+// the 16 rows of a warp along M; staged are [tokens][features].
 template <class Row, class Values>
 __device__ __forceinline__ void StageChunk(const OutputTile<Row>& tile, int chunk,
                                            Values&& values) {
@@ -475,14 +475,15 @@ __device__ __forceinline__ void StageTerms(const GroupedGemmArgs& args,
   const RowTerms terms = TermsOf<Row>(args, tile, {matrix, feature});
   // The tile before has been read out.
   tile.Barrier();
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(tile.terms() +
-                                                        8U * static_cast<uint32_t>(row)),
-               "f"(terms.factor), "f"(terms.bias)
-               : "memory");
+  asm volatile(
+      "st.shared.v2.f32 [%0], {%1, %2};" ::"r"(tile.terms() + 8U * static_cast<uint32_t>(row)),
+      "f"(terms.factor), "f"(terms.bias)
+      : "memory");
   tile.Barrier();
 }
 
-// tile.feature_begin: the first of this consumer's 64 features, or of the first 64 where it has more.
+// tile.feature_begin: the first of this consumer's 64 features, or of the first 64 where it has
+// more.
 template <class Row>
 __device__ void StoreTile(const GroupedGemmArgs& args, OutputTile<Row> tile,
                           float (&acc)[2][kSums<Row>]) {

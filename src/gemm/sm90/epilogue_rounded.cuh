@@ -68,7 +68,7 @@ __device__ __forceinline__ void StoreRounded(const GroupedGemmArgs& args,
   if constexpr (kFamily == Family::kMxFp8AsBf16 || kFamily == Family::kMxFp4AsBf16) {
     RoundStaged<Row, Format::kMxFp8>(args, tile);
   } else if constexpr (kFamily == Family::kNvFp4AsBf16) {
-    if constexpr (Row::kConfig.promoted) {
+    if (Row::kConfig.promoted || args.out_format.format == Format::kFp8Block1x128) {
       RoundStaged<Row, Format::kFp8Block1x128>(args, tile);
     } else {
       RoundStaged<Row, Format::kNvFp4>(args, tile);

@@ -105,7 +105,8 @@ __device__ __forceinline__ float4 LoadFour(uint32_t shared) {
   return four;
 }
 
-// Weights as M: sums += part x scale of the token, from a lane's part of a set, x `rows` where kRows.
+// Weights as M: sums += part x scale of the token, from a lane's part of a set, x `rows` where
+// kRows.
 template <class Row, bool kRows>
 __device__ __forceinline__ void AddColumns(const float (&part)[kSums<Row>], uint32_t scales,
                                            float2 rows, float (&sums)[kSums<Row>]) {
@@ -182,9 +183,10 @@ struct WeightTiles {
                                           : kScaled                ? 20
                                                                    : 0) +
                                          (WeightRowBytes(kFamily) == 128 ? 4 : 0);
-  static constexpr int kRoom = Row::kConfig.consumers == 1 ? 110
-                               : Row::kConfig.promoted     ? 140
-                                                           : 150;
+  static constexpr int kRoom = Row::kConfig.consumers == 2 && Row::kConfig.tokens == 16 ? 40
+                               : Row::kConfig.consumers == 1                            ? 110
+                               : Row::kConfig.promoted                                  ? 140
+                                                                                        : 150;
   static constexpr int kSets =
       kSumRegisters + 2 * 4 * kSteps<kFamily> + kScaleRegisters <= kRoom ? 2 : 1;
   uint32_t a[kSets][kSteps<kFamily>][4];
@@ -319,7 +321,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   // registers are short.
   constexpr bool kAhead = WeightTiles<Row>::kSets == 2;
   const int blocks = KBlocks<Row>(args);
-  const bool in_turn = Row::kConfig.consumers == 2 &&
+  const bool in_turn = Row::kConfig.consumers == 2 && BlocksPerProcessor(Row::kConfig) == 1 &&
                        (!Row::kConfig.tokens_are_m || work.num_rows > kTileRows);
   shared.AwaitFull(self.ring.stage, self.ring.parity);
   tiles.BeginBlock(0);

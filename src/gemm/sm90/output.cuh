@@ -175,10 +175,9 @@ __device__ __forceinline__ void StoreOrdered(const RowsOut& rows, const OutputTi
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const uint32_t which = e % 2 == 0 ? 0x5410U : 0x7632U;
-      const uint2 values = e < 2 ? uint2{__byte_perm(low.x, low.z, which),
-                                         __byte_perm(high.x, high.z, which)}
-                                 : uint2{__byte_perm(low.y, low.w, which),
-                                         __byte_perm(high.y, high.w, which)};
+      const uint2 values =
+          e < 2 ? uint2{__byte_perm(low.x, low.z, which), __byte_perm(high.x, high.z, which)}
+                : uint2{__byte_perm(low.y, low.w, which), __byte_perm(high.y, high.w, which)};
       *static_cast<uint2*>(static_cast<void*>(target + 8 * e)) = values;
     }
   }

@@ -41,8 +41,7 @@ struct Shared {
     // Where tokens are M, 128 rows of gate and 128 of up lie together.
     const int tile =
         kConfig.tokens_are_m && kConfig.gated ? 2 * half + consumer : 2 * consumer + half;
-    return base +
-           static_cast<uint32_t>(stage * WeightBytes(kConfig) + tile * TileBytes(kConfig));
+    return base + static_cast<uint32_t>(stage * WeightBytes(kConfig) + tile * TileBytes(kConfig));
   }
   // Where tokens are M: 128 weight rows.
   __device__ __forceinline__ uint32_t WeightsOfHalf(int stage, int half) const {

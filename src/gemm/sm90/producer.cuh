@@ -75,7 +75,7 @@ struct TokenRows {
 
   uint32_t begins[kInShared ? 1 : kRows];  // of the rows in x, in units of 16 bytes
   int valid;                               // the first so many of them exist
-  int place;                               // of row 0 in a panel; 16 further the swizzle is the same
+  int place;  // of row 0 in a panel; 16 further the swizzle is the same
 
   __device__ void Begin(const GroupedGemmArgs& args, const Shared<Row>& shared, const Work& work) {
     const int thread = static_cast<int>(threadIdx.x) % 128;
@@ -123,8 +123,7 @@ struct TokenRows {
       if (left >= 16) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          hopyard::sm90::CopyWholePiece(to + 2048U * i, from + uint64_t{from_x[i]} * 16,
-                                        i < valid);
+          hopyard::sm90::CopyWholePiece(to + 2048U * i, from + uint64_t{from_x[i]} * 16, i < valid);
         }
       } else {
 #pragma unroll

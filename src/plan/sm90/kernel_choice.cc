@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -44,17 +46,20 @@ std::vector<Role> RolesOf(const MoeSpec& spec) {
   return roles;
 }
 
-// The kernel of the role with tiles of `tile` rows: the one asked for, or the table's first; -1.
-int KernelFor(const Role& role, int tile) {
+// The kernel of the role with tiles of `tile` rows: the one asked for, or of those there are the
+// first with the fewest or (wide) the most features in a block; -1.
+int KernelFor(const Role& role, int tile, bool wide) {
   if (role.forced >= 0) {
     return KernelAt(role.forced).tokens == tile ? role.forced : -1;
   }
+  int best = -1;
   for (int i = 0; i < NumKernels(); ++i) {
     if (KernelAt(i).tokens == tile && Fits(i, role)) {
-      return i;
+      const int more = best < 0 ? 0 : KernelAt(i).features - KernelAt(best).features;
+      best = best < 0 || (wide ? more > 0 : more < 0) ? i : best;
     }
   }
-  return -1;
+  return best;
 }
 
 // Index of the role's kernel of that name, or -1.
@@ -93,53 +98,89 @@ std::string ForceTactic(const std::string& tactic, std::vector<Role>* roles) {
   return reason;
 }
 
-GroupKernels KernelsFor(const Role& first, const Role& second, int tile, bool fused) {
+GroupKernels KernelsFor(const Role& first, const Role& second, int tile, bool wide, bool fused) {
   GroupKernels kernels;
-  kernels.gemm1 = KernelFor(first, tile);
-  kernels.gemm2 = KernelFor(second, tile);
+  kernels.gemm1 = KernelFor(first, tile, wide);
+  kernels.gemm2 = KernelFor(second, tile, wide);
   const bool rounded = second.rows.format != Format::kBf16;
   kernels.rounds_apart = rounded && !(fused && KernelAt(kernels.gemm1).rounds);
   return kernels;
 }
 
-// Tiles for which every role has a kernel, ascending. `fused`: GEMM1 may round its own output.
+// Tiles for which every role has a kernel, ascending, and each twice where some role has a wider
+// one. `fused`: GEMM1 may round its own output.
 std::vector<TileChoice> CommonTiles(const std::vector<Role>& roles, bool fused) {
-  std::vector<TileChoice> tiles;
+  std::set<int> sizes;
   for (int i = 0; i < NumKernels(); ++i) {
-    const int tile = KernelAt(i).tokens;
-    const bool seen = std::any_of(tiles.begin(), tiles.end(),
-                                  [&](const TileChoice& other) { return other.tile == tile; });
-    const bool complete = std::all_of(roles.begin(), roles.end(),
-                                      [&](const Role& role) { return KernelFor(role, tile) >= 0; });
-    if (seen || !complete) {
-      continue;
-    }
-    TileChoice choice;
-    choice.tile = tile;
-    choice.routed = KernelsFor(roles[0], roles[1], tile, fused);
-    choice.shared = choice.routed;
-    if (roles.size() > 2) {
-      choice.shared = KernelsFor(roles[2], roles[3], tile, fused);
-      // One pass rounds the rows of both groups.
-      const bool apart = choice.routed.rounds_apart || choice.shared.rounds_apart;
-      choice.routed.rounds_apart = apart;
-      choice.shared.rounds_apart = apart;
-    }
-    tiles.push_back(choice);
+    sizes.insert(KernelAt(i).tokens);
   }
-  std::sort(tiles.begin(), tiles.end(),
-            [](const TileChoice& a, const TileChoice& b) { return a.tile < b.tile; });
+  std::vector<TileChoice> tiles;
+  for (const int tile : sizes) {
+    const bool complete = std::all_of(roles.begin(), roles.end(), [&](const Role& role) {
+      return KernelFor(role, tile, false) >= 0;
+    });
+    const bool widens = std::any_of(roles.begin(), roles.end(), [&](const Role& role) {
+      return KernelFor(role, tile, false) != KernelFor(role, tile, true);
+    });
+    for (const bool wide : {false, true}) {
+      if (!complete || (wide && !widens)) {
+        continue;
+      }
+      TileChoice choice;
+      choice.tile = tile;
+      choice.wide = wide;
+      choice.routed = KernelsFor(roles[0], roles[1], tile, wide, fused);
+      choice.shared = choice.routed;
+      if (roles.size() > 2) {
+        choice.shared = KernelsFor(roles[2], roles[3], tile, wide, fused);
+        // One pass rounds the rows of both groups.
+        const bool apart = choice.routed.rounds_apart || choice.shared.rounds_apart;
+        choice.routed.rounds_apart = apart;
+        choice.shared.rounds_apart = apart;
+      }
+      tiles.push_back(choice);
+    }
+  }
   return tiles;
 }
 
-// The smallest tile that holds twice the average rows of an expert: with uniform routing few
-// experts then need a second tile, and a half-empty tile costs less than reading the weights twice
-// (bench_gemm, H100, 2026-11).
+// Most tokens of which, uniformly routed, about one expert in 400 gets more rows than the tile has
+// (a Poisson distribution's average + 2.8 sqrt(average)): that one reads its weights again. A tile
+// that is half empty costs less than reading all weights twice (bench_forward, H100, 2026-11).
+int64_t MostTokensOfTile(const MoeSpec& spec, int tile) {
+  constexpr double kDeviations = 2.8;
+  const double root = (std::sqrt(kDeviations * kDeviations + 4.0 * tile) - kDeviations) / 2.0;
+  return static_cast<int64_t>(root * root * spec.num_experts / spec.top_k);
+}
+
+// Most tokens, up to `limit`, that leave GEMM1 with too few of the wide blocks. These take turns on
+// 264 places; below some 700 of them the last turn leaves more of the places idle than wide blocks
+// save (MXFP4, 128 experts of 768 and of 2880 features, T = 8 .. 64, H100, 2026-11).
+int64_t MostTokensOfNarrow(const MoeSpec& spec, int wide_features, int64_t limit) {
+  constexpr double kWideBlocks = 700.0;
+  const int64_t per_expert = (spec.intermediate_size + wide_features - 1) / wide_features;
+  const double missed = 1.0 - static_cast<double>(spec.top_k) / spec.num_experts;
+  int64_t tokens = 0;
+  double untouched = 1.0;  // part of the experts that `tokens` tokens leave alone
+  while (tokens < limit) {
+    untouched *= missed;
+    if ((1.0 - untouched) * static_cast<double>(spec.num_local_experts() * per_expert) >=
+        kWideBlocks) {
+      break;
+    }
+    ++tokens;
+  }
+  return tokens;
+}
+
 void SetTokenRanges(const MoeSpec& spec, std::vector<TileChoice>* tiles) {
-  for (TileChoice& choice : *tiles) {
-    // 2 * tokens * top_k / num_experts, rounded down, is at most the tile.
-    choice.max_tokens =
-        (int64_t{choice.tile + 1} * spec.num_experts - 1) / (int64_t{2} * spec.top_k);
+  for (size_t i = 0; i < tiles->size(); ++i) {
+    TileChoice& choice = tiles->at(i);
+    choice.max_tokens = MostTokensOfTile(spec, choice.tile);
+    if (i + 1 < tiles->size() && tiles->at(i + 1).tile == choice.tile) {
+      const int wide = KernelAt(tiles->at(i + 1).routed.gemm1).features;
+      choice.max_tokens = MostTokensOfNarrow(spec, wide, choice.max_tokens);
+    }
   }
   tiles->back().max_tokens = kAnyTokens;
 }
@@ -162,35 +203,42 @@ Verdict Judge(int index, const Role& role, const std::vector<TileChoice>& tiles,
   if (role.forced >= 0 && role.forced != index) {
     return {false, "tactic " + options.tactic + " was asked for"};
   }
-  int64_t first = 1;
-  for (const TileChoice& choice : tiles) {
-    if (choice.tile != info.tokens) {
-      first = choice.max_tokens == kAnyTokens ? kAnyTokens : choice.max_tokens + 1;
-      continue;
-    }
-    if (KernelFor(role, choice.tile) != index) {
+  const auto runs = [&](const TileChoice& choice) {
+    return KernelFor(role, choice.tile, choice.wide) == index;
+  };
+  const auto begin = std::find_if(tiles.begin(), tiles.end(), runs);
+  if (begin == tiles.end()) {
+    const bool other = std::any_of(tiles.begin(), tiles.end(), [&](const TileChoice& choice) {
+      return choice.tile == info.tokens;
+    });
+    if (other) {
       return {false, "another kernel with " + tile + " comes first; ask for this one by name"};
     }
-    if (first > options.max_tokens) {
-      return {false, RangeString(first, choice.max_tokens) +
-                         ": max_tokens=" + std::to_string(options.max_tokens) + " stays below"};
-    }
-    if (role.forced >= 0) {
-      return {true, "asked for by name; runs every number of tokens"};
-    }
-    if (tiles.size() == 1) {
-      return {true, options.batch_invariant ? tile + " for every batch, as batch_invariant asks"
-                                            : tile + ", the only ones there are"};
-    }
-    return {true, RangeString(first, std::min(choice.max_tokens, options.max_tokens)) + ": " +
-                      tile +
-                      (choice.max_tokens == kAnyTokens
-                           ? ", the largest there are"
-                           : ", the smallest that hold twice an expert's average")};
+    return {false, options.batch_invariant || !options.tactic.empty()
+                       ? tile + " are not those chosen for all of the plan's batches"
+                       : "not every GEMM of this layer has a kernel with " + tile};
   }
-  return {false, options.batch_invariant || !options.tactic.empty()
-                     ? tile + " are not those chosen for all of the plan's batches"
-                     : "not every GEMM of this layer has a kernel with " + tile};
+  const auto end = std::find_if_not(begin, tiles.end(), runs);
+  const int64_t first = begin == tiles.begin() ? 1 : (begin - 1)->max_tokens + 1;
+  const int64_t last = (end - 1)->max_tokens;
+  if (last < first) {
+    return {false, "blocks of more features suit every number of tokens"};
+  }
+  if (first > options.max_tokens) {
+    return {false, RangeString(first, last) + ": max_tokens=" + std::to_string(options.max_tokens) +
+                       " stays below"};
+  }
+  if (role.forced >= 0) {
+    return {true, "asked for by name; runs every number of tokens"};
+  }
+  if (tiles.size() == 1) {
+    return {true, options.batch_invariant ? tile + " for every batch, as batch_invariant asks"
+                                          : tile + ", the only ones there are"};
+  }
+  return {true, RangeString(first, std::min(last, options.max_tokens)) + ": " + tile +
+                    (last == kAnyTokens ? ", the largest there are"
+                                        : ", the smallest that few experts exceed") +
+                    ", blocks of " + std::to_string(info.features) + " features"};
 }
 
 std::vector<Candidate> ListCandidates(const std::vector<Role>& roles,
