@@ -23,18 +23,25 @@ int MostTokenWarps(const RoutePermuteArgs& args) {
   if (!args.routes) {
     return kMaxWarps;
   }
-  return std::min(kMaxWarps, kSharedBytes / (4 * route::WarpScratchWords(args.route)));
+  const int left = kSharedBytes / 4 - FewSlotsWords(args.permute);
+  return std::min(kMaxWarps, left / route::WarpScratchWords(args.route));
 }
 
 __global__ void __launch_bounds__(kMaxThreads, 1)
     RoutePermuteKernel(const __grid_constant__ RoutePermuteLaunch launch) {
   extern __shared__ uint4 shared[];
   sm90::TakeTurn();
-  RouteAndPlace(launch, static_cast<int32_t*>(static_cast<void*>(shared)));
+  const permute::PermuteSm90Args& args = launch.args.permute;
+  const permute::FewSlots few = permute::FewSlotsIn(shared);
+  if (threadIdx.x < permute::kPermuteThreads) {
+    permute::ClearCounts(args, few);
+  }
+  auto* const words = static_cast<int32_t*>(static_cast<void*>(shared));
+  RouteAndPlace(launch, words + FewSlotsWords(args), few);
   __syncthreads();
   // Later barriers are for those that stay.
   if (threadIdx.x < permute::kPermuteThreads) {
-    Rank(launch.args.permute, shared);
+    permute::PermuteFewSlots(args, static_cast<int>(permute::LiveSlots(args)), few);
   }
 }
 
@@ -43,7 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 bool FitsOneBlock(const RoutePermuteArgs& args) {
   const int64_t slots = args.permute.max_tokens * args.permute.slots_per_token;
   return args.permute.max_tokens <= std::min<int64_t>(kMostTokens, MostTokenWarps(args)) &&
-         slots <= permute::kPermuteChunk && RankSharedBytes(args.permute) <= kSharedBytes;
+         slots <= permute::kFewSlots && 4 * FewSlotsWords(args.permute) <= kSharedBytes;
 }
 
 void RoutePermuteSm90(const RoutePermuteArgs& args, const device::Queue& queue) {
@@ -52,9 +59,8 @@ void RoutePermuteSm90(const RoutePermuteArgs& args, const device::Queue& queue) 
   launch.token_warps =
       static_cast<int>(std::clamp<int64_t>(args.permute.max_tokens, 1, MostTokenWarps(args)));
   const int threads = std::max(permute::kPermuteThreads, sm90::kWarpSize * launch.token_warps);
-  const int scratch_bytes =
-      args.routes ? 4 * launch.token_warps * route::WarpScratchWords(args.route) : 0;
-  const int shared_bytes = std::max(RankSharedBytes(args.permute), scratch_bytes);
+  const int scratch = args.routes ? launch.token_warps * route::WarpScratchWords(args.route) : 0;
+  const int shared_bytes = 4 * (FewSlotsWords(args.permute) + scratch);
   device::Launch(queue, {1, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes)},
                  RoutePermuteKernel, launch);
 }

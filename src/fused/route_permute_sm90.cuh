@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A warp per token routes it and places its slots; then the first warps rank the slots of all
-// tokens. The steps hand over through global memory, which one block sees in order.
+// tokens.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +19,14 @@ struct RoutePermuteLaunch {
   int token_warps = 0;  // of the block's warps: those with shared memory to route
 };
 
-// Routing and ranking take turns with the block's shared memory.
-__host__ __device__ inline int RankSharedBytes(const permute::PermuteSm90Args& args) {
-  constexpr int kScanBytes = sizeof(permute::RowsAndTiles) * permute::kPermuteThreads;
-  return kScanBytes + permute::PermuteSharedBytes(args);
+// Ahead of the memory that routing takes.
+__host__ __device__ inline int FewSlotsWords(const permute::PermuteSm90Args& args) {
+  return (permute::FewSlotsBytes(args) + 15) / 16 * 4;
 }
 
-__device__ inline void RouteAndPlace(const RoutePermuteLaunch& launch, int32_t* shared) {
+// Leaves the segments of all slots in `few`.
+__device__ inline void RouteAndPlace(const RoutePermuteLaunch& launch, int32_t* shared,
+                                     const permute::FewSlots& few) {
   const RoutePermuteArgs& args = launch.args;
   const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
   if (warp >= launch.token_warps) {
@@ -40,16 +41,10 @@ __device__ inline void RouteAndPlace(const RoutePermuteLaunch& launch, int32_t* 
       route::RouteTokenSm90(args.route, token, scratch);
     }
     for (int slot = sm90::LaneId(); slot < slots; slot += sm90::kWarpSize) {
-      permute::PlaceSlot(args.place, token, slot);
+      few.segments[token * slots + slot] =
+          permute::ValidSegment(args.permute, permute::PlaceSlot(args.place, token, slot));
     }
   }
-}
-
-// `shared` is 16-byte aligned.
-__device__ inline void Rank(const permute::PermuteSm90Args& args, void* shared) {
-  auto* const scan = static_cast<permute::RowsAndTiles*>(shared);
-  void* const counts = scan + permute::kPermuteThreads;
-  permute::PermuteOneChunk(args, static_cast<uint16_t*>(counts), scan);
 }
 
 }  // namespace hopyard::fused

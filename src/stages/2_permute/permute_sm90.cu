@@ -47,6 +47,18 @@ __global__ void __launch_bounds__(kPermuteThreads, 4)
   PermuteOneChunk(args, counts, shared);
 }
 
+__global__ void __launch_bounds__(kPermuteThreads, 4)
+    PermuteFewKernel(const __grid_constant__ PermuteSm90Args args) {
+  extern __shared__ uint4 memory[];
+  sm90::TakeTurn();
+  const FewSlots few = FewSlotsIn(memory);
+  const auto live = static_cast<int>(LiveSlots(args));
+  few.segments[threadIdx.x] = SegmentOf(args, threadIdx.x, live);
+  ClearCounts(args, few);
+  __syncthreads();
+  PermuteFewSlots(args, live, few);
+}
+
 }  // namespace
 
 int64_t PermuteScratchInts(int64_t num_slots, const PermuteOptions& options) {
@@ -56,6 +68,11 @@ int64_t PermuteScratchInts(int64_t num_slots, const PermuteOptions& options) {
 void PermuteSm90(const PermuteSm90Args& args, const device::Queue& queue) {
   const int64_t max_slots = args.max_tokens * args.slots_per_token;
   const auto shared_bytes = static_cast<size_t>(PermuteSharedBytes(args));
+  if (max_slots <= kFewSlots) {
+    device::Launch(queue, {1, kPermuteThreads, static_cast<size_t>(FewSlotsBytes(args))},
+                   PermuteFewKernel, args);
+    return;
+  }
   if (max_slots <= kPermuteChunk) {
     device::Launch(queue, {1, kPermuteThreads, shared_bytes}, PermuteSmallKernel, args);
     return;

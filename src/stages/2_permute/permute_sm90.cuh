@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Three steps: count the slots of every chunk per expert, lay out segments and tiles, rank the
 // slots of every chunk. Each step is a function of a whole block of kPermuteThreads; small batches
-// run them in one block.
+// run them in one block, and a thread per slot does it all where they are few.
 #pragma once
 
 #include <cstdint>
@@ -25,14 +25,14 @@ __device__ __forceinline__ int64_t LiveSlots(const PermuteSm90Args& args) {
   return sm90::LiveTokens(args.num_tokens, args.max_tokens) * args.slots_per_token;
 }
 
+__device__ __forceinline__ int32_t ValidSegment(const PermuteSm90Args& args, int32_t segment) {
+  return segment >= 0 && segment < args.options.num_local_experts ? segment : -1;
+}
+
 // Segment of a slot, or -1; -1 also beyond the live slots.
 __device__ __forceinline__ int32_t SegmentOf(const PermuteSm90Args& args, int64_t slot,
                                              int64_t end) {
-  if (slot >= end) {
-    return -1;
-  }
-  const int32_t segment = args.local_slots[slot];
-  return segment >= 0 && segment < args.options.num_local_experts ? segment : -1;
+  return slot < end ? ValidSegment(args, args.local_slots[slot]) : -1;
 }
 
 // Slots [begin, end) that a warp of this block ranks: an even share of the chunk's live ones, in
@@ -138,6 +138,39 @@ __device__ inline void WriteTiles(const PermuteSm90Args& args, int segment, int3
   }
 }
 
+// Of a segment with `count` slots.
+__device__ inline RowsAndTiles RowsAndTilesOf(const PermuteOptions& options, int32_t count) {
+  return {RoundUp(count, options.row_alignment),
+          CeilDiv(count, options.tile * options.cluster) * options.cluster};
+}
+
+// What the segment's place is: `begin` is where its rows and tiles begin, `mine` how many it has.
+// Padding rows are marked.
+__device__ inline void WriteSegment(const PermuteSm90Args& args, int segment, int32_t count,
+                                    const RowsAndTiles& begin, const RowsAndTiles& mine) {
+  args.expert_offsets[segment] = static_cast<int32_t>(begin.rows);
+  args.expert_counts[segment] = count;
+  WriteTiles(args, segment, count, begin, mine.tiles);
+  for (int64_t row = begin.rows + count; row < begin.rows + mine.rows; ++row) {
+    args.row_to_slot[row] = -1;
+    args.row_to_token[row] = -1;
+  }
+}
+
+__device__ inline void WriteTotals(const PermuteSm90Args& args, const RowsAndTiles& total) {
+  args.expert_offsets[args.options.num_local_experts] = static_cast<int32_t>(total.rows);
+  *args.num_rows = static_cast<int32_t>(total.rows);
+  *args.num_tiles = static_cast<int32_t>(total.tiles);
+}
+
+__device__ __forceinline__ void WriteSlot(const PermuteSm90Args& args, int64_t slot, int32_t row) {
+  args.slot_to_row[slot] = row;
+  if (row >= 0) {
+    args.row_to_slot[row] = static_cast<int32_t>(slot);
+    args.row_to_token[row] = static_cast<int32_t>(slot / args.slots_per_token);
+  }
+}
+
 // Step 2, one block: segments, tiles and totals. Padding rows are marked where rows are aligned.
 __device__ inline void LayOutSegments(const PermuteSm90Args& args, int64_t live,
                                       RowsAndTiles* shared) {
@@ -149,29 +182,19 @@ __device__ inline void LayOutSegments(const PermuteSm90Args& args, int64_t live,
     const int segment = first + static_cast<int>(threadIdx.x);
     const bool real = segment < segments;
     const int32_t count = real ? ScanChunks(args, segment, chunks) : 0;
-    RowsAndTiles mine;
-    mine.rows = RoundUp(count, options.row_alignment);
-    mine.tiles = CeilDiv(count, options.tile * options.cluster) * options.cluster;
+    const RowsAndTiles mine = RowsAndTilesOf(options, count);
     RowsAndTiles total;
     RowsAndTiles begin = BlockScan(mine, shared, total);
     begin.rows += base.rows;
     begin.tiles += base.tiles;
     if (real) {
-      args.expert_offsets[segment] = static_cast<int32_t>(begin.rows);
-      args.expert_counts[segment] = count;
-      WriteTiles(args, segment, count, begin, mine.tiles);
-      for (int64_t row = begin.rows + count; row < begin.rows + mine.rows; ++row) {
-        args.row_to_slot[row] = -1;
-        args.row_to_token[row] = -1;
-      }
+      WriteSegment(args, segment, count, begin, mine);
     }
     base.rows += total.rows;
     base.tiles += total.tiles;
   }
   if (threadIdx.x == 0) {
-    args.expert_offsets[segments] = static_cast<int32_t>(base.rows);
-    *args.num_rows = static_cast<int32_t>(base.rows);
-    *args.num_tiles = static_cast<int32_t>(base.tiles);
+    WriteTotals(args, base);
   }
   __syncthreads();
 }
@@ -200,16 +223,14 @@ __device__ inline void RankCounted(const PermuteSm90Args& args, int64_t chunk, i
     const int32_t before = segment >= 0 ? mine[segment] : 0;
     __syncwarp();
     if (segment >= 0) {
-      const int32_t row = args.expert_offsets[segment] +
-                          args.chunk_counts[chunk * segments + segment] + before + rank;
-      args.slot_to_row[slot] = row;
-      args.row_to_slot[row] = static_cast<int32_t>(slot);
-      args.row_to_token[row] = static_cast<int32_t>(slot / args.slots_per_token);
+      WriteSlot(args, slot,
+                args.expert_offsets[segment] + args.chunk_counts[chunk * segments + segment] +
+                    before + rank);
       if (rank == 0) {
         mine[segment] = static_cast<uint16_t>(before + __popc(peers));
       }
     } else if (slot < range.end) {
-      args.slot_to_row[slot] = -1;
+      WriteSlot(args, slot, -1);
     }
     __syncwarp();
   }
@@ -227,6 +248,99 @@ __device__ inline void PermuteOneChunk(const PermuteSm90Args& args, uint16_t* co
   LayOutSegments(args, live, shared);
   if (live > 0) {
     RankCounted(args, 0, live, counts);
+  }
+}
+
+// ---- few slots: a thread each, and nothing is read back from global memory
+
+inline constexpr int kFewSlots = kPermuteThreads;
+
+struct FewSlots {
+  int32_t* segments;        // [kFewSlots] of each slot, or -1
+  int32_t* counts;          // [segments] of slots, then where the segment's rows begin
+  RowsAndTiles* warp_sums;  // [kPermuteWarps]
+};
+__host__ __device__ inline int FewSlotsBytes(const PermuteSm90Args& args) {
+  const int counts = (args.options.num_local_experts + 3) / 4 * 4;
+  return static_cast<int>(sizeof(RowsAndTiles)) * kPermuteWarps + 4 * (kFewSlots + counts);
+}
+// `shared` is 16-byte aligned.
+__device__ inline FewSlots FewSlotsIn(void* shared) {
+  auto* const sums = static_cast<RowsAndTiles*>(shared);
+  auto* const segments = static_cast<int32_t*>(static_cast<void*>(sums + kPermuteWarps));
+  return {segments, segments + kFewSlots, sums};
+}
+// By the first kPermuteThreads, ahead of PermuteFewSlots.
+__device__ inline void ClearCounts(const PermuteSm90Args& args, const FewSlots& few) {
+  for (int s = static_cast<int>(threadIdx.x); s < args.options.num_local_experts;
+       s += kPermuteThreads) {
+    few.counts[s] = 0;
+  }
+}
+
+// Exclusive prefix sum over the block's threads.
+__device__ inline RowsAndTiles ScanByWarps(const RowsAndTiles& mine, RowsAndTiles* warp_sums) {
+  const int lane = sm90::LaneId();
+  const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
+  RowsAndTiles sum = mine;
+  for (int distance = 1; distance < sm90::kWarpSize; distance *= 2) {
+    const int64_t rows = __shfl_up_sync(sm90::kAllLanes, sum.rows, distance);
+    const int64_t tiles = __shfl_up_sync(sm90::kAllLanes, sum.tiles, distance);
+    sum.rows += lane >= distance ? rows : 0;
+    sum.tiles += lane >= distance ? tiles : 0;
+  }
+  if (lane == sm90::kWarpSize - 1) {
+    warp_sums[warp] = sum;
+  }
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) {
+    sum.rows += warp_sums[w].rows;
+    sum.tiles += warp_sums[w].tiles;
+  }
+  return {sum.rows - mine.rows, sum.tiles - mine.tiles};
+}
+
+// All steps for `live` <= kFewSlots slots by kPermuteThreads. Precondition: few.segments has those
+// of the slots, few.counts zeros, and all threads have met since.
+__device__ inline void PermuteFewSlots(const PermuteSm90Args& args, int live, const FewSlots& few) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int32_t segment = thread < live ? few.segments[thread] : -1;
+  int rank = 0;
+  int same = 0;
+  for (int slot = 0; slot < live; ++slot) {
+    const int equal = few.segments[slot] == segment ? 1 : 0;
+    same += equal;
+    rank += slot < thread ? equal : 0;
+  }
+  if (segment >= 0 && rank == 0) {
+    few.counts[segment] = same;
+  }
+  __syncthreads();
+  const int segments = args.options.num_local_experts;
+  const int share = (segments + kPermuteThreads - 1) / kPermuteThreads;
+  const int first = min(thread * share, segments);
+  const int last = min(first + share, segments);
+  RowsAndTiles mine;
+  for (int s = first; s < last; ++s) {
+    const RowsAndTiles of_segment = RowsAndTilesOf(args.options, few.counts[s]);
+    mine.rows += of_segment.rows;
+    mine.tiles += of_segment.tiles;
+  }
+  RowsAndTiles begin = ScanByWarps(mine, few.warp_sums);
+  for (int s = first; s < last; ++s) {
+    const int32_t count = few.counts[s];
+    const RowsAndTiles of_segment = RowsAndTilesOf(args.options, count);
+    WriteSegment(args, s, count, begin, of_segment);
+    few.counts[s] = static_cast<int32_t>(begin.rows);
+    begin.rows += of_segment.rows;
+    begin.tiles += of_segment.tiles;
+  }
+  if (thread == kPermuteThreads - 1) {
+    WriteTotals(args, begin);
+  }
+  __syncthreads();
+  if (thread < live) {
+    WriteSlot(args, thread, segment >= 0 ? few.counts[segment] + rank : -1);
   }
 }
 

@@ -63,7 +63,8 @@ __device__ __forceinline__ Choice TakeChoice(const PlaceSm90Args& args, int64_t 
   return choice;
 }
 
-__device__ __forceinline__ void PlaceSlot(const PlaceSm90Args& args, int64_t token, int slot) {
+// Returns where: the local slot, or -1.
+__device__ __forceinline__ int32_t PlaceSlot(const PlaceSm90Args& args, int64_t token, int slot) {
   const int slots = args.top_k + args.shared;
   Choice choice;
   int32_t local = 0;
@@ -91,6 +92,7 @@ __device__ __forceinline__ void PlaceSlot(const PlaceSm90Args& args, int64_t tok
   if (args.routing_weights != nullptr) {
     args.routing_weights[out] = choice.weight;
   }
+  return local;
 }
 
 }  // namespace hopyard::permute
