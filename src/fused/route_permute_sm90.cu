@@ -13,8 +13,8 @@ constexpr int kMaxThreads = 1024;
 constexpr int kSharedBytes = 48 * 1024;
 
 // Tokens that one block takes; larger batches go to the separate launches, which spread them over
-// the GPU. On an H100 (bench_route, 128 experts, top 8, 2026-11) one block took 9.2, 10.0, 10.9 and
-// 14.2 us for 1, 8, 16 and 32 tokens, three launches 11.1, 11.9, 11.9 and 12.2.
+// the GPU. On an H100 (bench_route, 128 experts, top 8, 2026-11) one block took 8.5, 9.6 and 11.2
+// us for 1, 8 and 16 tokens, three launches 10.2, 11.2 and 12.1.
 constexpr int64_t kMostTokens = 16;
 
 // Warps that there is shared memory for.
