@@ -194,7 +194,7 @@ constexpr int ThreadsPerBlock(const GemmConfig& config) {
 // Blocks that share a multiprocessor. Small tiles wait for memory and decode more than they
 // multiply: a second block works meanwhile.
 constexpr int BlocksPerProcessor(const GemmConfig& config) {
-  return config.consumers == 1 || config.tokens == 16 ? 2 : 1;
+  return config.consumers == 1 || config.tokens <= 32 ? 2 : 1;
 }
 // Registers of a thread before the roles part, what ptxas gives to kernels of so many threads.
 constexpr int StartRegisters(const GemmConfig& config) {
@@ -206,8 +206,8 @@ constexpr int ConsumerRegisters(const GemmConfig& config) {
   if (config.consumers == 1) {
     return 184;
   }
-  if (config.tokens == 16) {
-    return config.family == Family::kNvFp4AsBf16 ? 104 : 96;
+  if (config.tokens <= 32) {
+    return config.tokens == 32 || config.family == Family::kNvFp4AsBf16 ? 104 : 96;
   }
   if (config.tokens != 96) {
     return 224;

@@ -183,7 +183,7 @@ struct WeightTiles {
                                           : kScaled                ? 20
                                                                    : 0) +
                                          (WeightRowBytes(kFamily) == 128 ? 4 : 0);
-  static constexpr int kRoom = Row::kConfig.consumers == 2 && Row::kConfig.tokens == 16 ? 40
+  static constexpr int kRoom = Row::kConfig.consumers == 2 && Row::kConfig.tokens <= 32 ? 40
                                : Row::kConfig.consumers == 1                            ? 110
                                : Row::kConfig.promoted                                  ? 140
                                                                                         : 150;
