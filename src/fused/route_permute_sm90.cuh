@@ -21,7 +21,7 @@ struct RoutePermuteLaunch {
 
 // Ahead of the memory that routing takes.
 __host__ __device__ inline int FewSlotsWords(const permute::PermuteSm90Args& args) {
-  return (permute::FewSlotsBytes(args) + 15) / 16 * 4;
+  return permute::FewSlotsBytes(args) / 4;
 }
 
 // Leaves the segments of all slots in `few`.

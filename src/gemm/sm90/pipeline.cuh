@@ -63,12 +63,6 @@ struct Shared {
     }
     return static_cast<uint32_t>(n / 2 % 4 * ScaleLaneBytes(kConfig) + (n / 8 * 2 + n % 2) * 4);
   }
-  __device__ __forceinline__ uint32_t Staging(int consumer) const {
-    return base + kStaging + static_cast<uint32_t>(consumer * kConfig.tokens * kTileRows * 2);
-  }
-  __device__ __forceinline__ uint32_t Factors(int consumer) const {
-    return base + kFactors + static_cast<uint32_t>(consumer * kConfig.tokens * 4);
-  }
   __device__ __forceinline__ Barrier Full(int stage) const {
     return {base + kBarriers + 8U * static_cast<uint32_t>(stage)};
   }

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kPermuteThreads, 4)
 
 __global__ void __launch_bounds__(kPermuteThreads, 4)
     LayOutKernel(const __grid_constant__ PermuteSm90Args args) {
-  __shared__ RowsAndTiles shared[kPermuteThreads];
+  __shared__ RowsAndTiles shared[kPermuteWarps];
   sm90::TakeTurn();
   LayOutSegments(args, LiveSlots(args), shared);
 }
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kPermuteThreads, 4)
 __global__ void __launch_bounds__(kPermuteThreads, 4)
     PermuteSmallKernel(const __grid_constant__ PermuteSm90Args args) {
   extern __shared__ uint16_t counts[];
-  __shared__ RowsAndTiles shared[kPermuteThreads];
+  __shared__ RowsAndTiles shared[kPermuteWarps];
   sm90::TakeTurn();
   PermuteOneChunk(args, counts, shared);
 }

@@ -87,31 +87,37 @@ __device__ inline void SumWarps(const PermuteSm90Args& args, int64_t chunk,
   __syncthreads();
 }
 
-// Exclusive prefix sum over the block's threads of two values; `totals` receive the sums.
+// Exclusive prefix sum over the block's threads of two values; `total` receives the sums. All may
+// write `warp_sums`, [kPermuteWarps], again afterwards.
 struct RowsAndTiles {
   int64_t rows = 0;
   int64_t tiles = 0;
 };
 
-__device__ inline RowsAndTiles BlockScan(RowsAndTiles value, RowsAndTiles* shared,
+__device__ inline RowsAndTiles BlockScan(const RowsAndTiles& mine, RowsAndTiles* warp_sums,
                                          RowsAndTiles& total) {
-  const int thread = static_cast<int>(threadIdx.x);
-  shared[thread] = value;
-  __syncthreads();
-  for (int distance = 1; distance < kPermuteThreads; distance *= 2) {
-    RowsAndTiles other;
-    if (thread >= distance) {
-      other = shared[thread - distance];
-    }
-    __syncthreads();
-    shared[thread].rows += other.rows;
-    shared[thread].tiles += other.tiles;
-    __syncthreads();
+  const int lane = sm90::LaneId();
+  const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
+  RowsAndTiles sum = mine;
+  for (int distance = 1; distance < sm90::kWarpSize; distance *= 2) {
+    const int64_t rows = __shfl_up_sync(sm90::kAllLanes, sum.rows, distance);
+    const int64_t tiles = __shfl_up_sync(sm90::kAllLanes, sum.tiles, distance);
+    sum.rows += lane >= distance ? rows : 0;
+    sum.tiles += lane >= distance ? tiles : 0;
   }
-  total = shared[kPermuteThreads - 1];
-  const RowsAndTiles inclusive = shared[thread];
+  if (lane == sm90::kWarpSize - 1) {
+    warp_sums[warp] = sum;
+  }
   __syncthreads();
-  return {inclusive.rows - value.rows, inclusive.tiles - value.tiles};
+  total = {};
+  for (int w = 0; w < kPermuteWarps; ++w) {
+    sum.rows += w < warp ? warp_sums[w].rows : 0;
+    sum.tiles += w < warp ? warp_sums[w].tiles : 0;
+    total.rows += warp_sums[w].rows;
+    total.tiles += warp_sums[w].tiles;
+  }
+  __syncthreads();
+  return {sum.rows - mine.rows, sum.tiles - mine.tiles};
 }
 
 // Turns the counts of a segment's chunks into what precedes each chunk; returns the total.
@@ -237,7 +243,7 @@ __device__ inline void RankCounted(const PermuteSm90Args& args, int64_t chunk, i
 }
 
 // All steps by one block, for at most one chunk. `counts` is the shared memory of
-// PermuteSharedBytes, `shared` that of BlockScan.
+// PermuteSharedBytes, `shared` the [kPermuteWarps] of BlockScan.
 __device__ inline void PermuteOneChunk(const PermuteSm90Args& args, uint16_t* counts,
                                        RowsAndTiles* shared) {
   const int64_t live = LiveSlots(args);
@@ -278,28 +284,6 @@ __device__ inline void ClearCounts(const PermuteSm90Args& args, const FewSlots& 
   }
 }
 
-// Exclusive prefix sum over the block's threads.
-__device__ inline RowsAndTiles ScanByWarps(const RowsAndTiles& mine, RowsAndTiles* warp_sums) {
-  const int lane = sm90::LaneId();
-  const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
-  RowsAndTiles sum = mine;
-  for (int distance = 1; distance < sm90::kWarpSize; distance *= 2) {
-    const int64_t rows = __shfl_up_sync(sm90::kAllLanes, sum.rows, distance);
-    const int64_t tiles = __shfl_up_sync(sm90::kAllLanes, sum.tiles, distance);
-    sum.rows += lane >= distance ? rows : 0;
-    sum.tiles += lane >= distance ? tiles : 0;
-  }
-  if (lane == sm90::kWarpSize - 1) {
-    warp_sums[warp] = sum;
-  }
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) {
-    sum.rows += warp_sums[w].rows;
-    sum.tiles += warp_sums[w].tiles;
-  }
-  return {sum.rows - mine.rows, sum.tiles - mine.tiles};
-}
-
 // All steps for `live` <= kFewSlots slots by kPermuteThreads. Precondition: few.segments has those
 // of the slots, few.counts zeros, and all threads have met since.
 __device__ inline void PermuteFewSlots(const PermuteSm90Args& args, int live, const FewSlots& few) {
@@ -326,7 +310,8 @@ __device__ inline void PermuteFewSlots(const PermuteSm90Args& args, int live, co
     mine.rows += of_segment.rows;
     mine.tiles += of_segment.tiles;
   }
-  RowsAndTiles begin = ScanByWarps(mine, few.warp_sums);
+  RowsAndTiles total;
+  RowsAndTiles begin = BlockScan(mine, few.warp_sums, total);
   for (int s = first; s < last; ++s) {
     const int32_t count = few.counts[s];
     const RowsAndTiles of_segment = RowsAndTilesOf(args.options, count);
@@ -335,8 +320,8 @@ __device__ inline void PermuteFewSlots(const PermuteSm90Args& args, int live, co
     begin.rows += of_segment.rows;
     begin.tiles += of_segment.tiles;
   }
-  if (thread == kPermuteThreads - 1) {
-    WriteTotals(args, begin);
+  if (thread == 0) {
+    WriteTotals(args, total);
   }
   __syncthreads();
   if (thread < live) {
