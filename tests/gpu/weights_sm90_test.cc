@@ -116,6 +116,26 @@ TEST(GpuWeights, ExpertsOfOtherStridesAreRefusedByName) {
       "expert 0: copy them to one layout");
 }
 
+TEST(GpuWeights, SwizzledScalesInsideAWordAreRefusedByName) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = SmallSpec(WeightFormat::kMxFp4, ActivationFormat::kBf16);
+  source.layout.scales = ScaleLayout::kSwizzled128x4;
+  source.layout.per_expert = true;
+  const LayerWeights storage(source);
+  DeviceMirror mirror;
+  WeightsDesc desc = mirror.Copy(storage.desc());
+  TensorView& scales = desc.routed.gemm2.scales_per_expert.at(0);
+  const DeviceArray<uint8_t> moved(scales.numel() + 3);
+  scales.data = moved.get() + 3;
+  const Caught caught = CatchError([&] { const Weights weights(source.spec, desc); });
+  EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
+  EXPECT_EQ(caught.message.rfind("weights.routed.gemm2.scales[0] begins at ", 0), 0U);
+  EXPECT_NE(caught.message.find("; the GPU wants a multiple of 4 in the 128x4 layout"),
+            std::string::npos)
+      << caught.message;
+}
+
 INSTANTIATE_TEST_SUITE_P(Formats, GpuLayout,
                          ::testing::Values(WeightFormat::kBf16, WeightFormat::kFp8Block128,
                                            WeightFormat::kFp8PerTensor,

@@ -46,6 +46,20 @@ __device__ __forceinline__ void CopyWholePiece(uint32_t shared, const void* glob
 __device__ __forceinline__ void CopyWord(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
+// 4 bytes, of which the first `valid` are read and the others zero.
+__device__ __forceinline__ void CopyPartOfWord(uint32_t shared, const void* global, int valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid)
+               : "memory");
+}
+// What this thread has asked for since the last call is one group.
+__device__ __forceinline__ void CommitPieces() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for this thread's groups but the last `kPending`.
+template <int kPending>
+__device__ __forceinline__ void AwaitPieces() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 // One arrival on `barrier`, when all pieces and words that this thread has asked for are there.
 __device__ __forceinline__ void ArriveAfterPieces(Barrier barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier.address)

@@ -166,9 +166,6 @@ constexpr int StagingBytes(const GemmConfig& config) {
 constexpr int FactorBytes(const GemmConfig& config) {
   return config.consumers * config.tokens * 8 + (config.tokens_are_m ? 4 * kTileRows * 8 : 0);
 }
-constexpr int BarrierBytes(const GemmConfig& config) {
-  return 2 * config.stages * 8;
-}
 // Work items that the producer has begun and the consumers have not ended: one stage each at least,
 // and one more whose stages are free already.
 constexpr int WorkSlots(const GemmConfig& config) {
@@ -177,15 +174,25 @@ constexpr int WorkSlots(const GemmConfig& config) {
 constexpr int WorkBytes(const GemmConfig& config) {
   return WorkSlots(config) * 16;
 }
+// A stage has two, a work item one.
+constexpr int BarrierBytes(const GemmConfig& config) {
+  return (2 * config.stages + WorkSlots(config)) * 8;
+}
 // Large tiles keep there where their tokens are in x: the producer has not the registers for it.
 constexpr int SourceBytes(const GemmConfig& config) {
   return config.tokens_are_m ? config.tokens * 4 : 0;
 }
+// Block scales of decoded weights, two windows of 16 bytes for each of a consumer warp's 32 rows.
+inline constexpr int kWeightScaleRowBytes = 32;
+inline constexpr int kWeightScaleWarpBytes = 32 * kWeightScaleRowBytes;
+constexpr int WeightScaleBytes(const GemmConfig& config) {
+  return ScaleBytes(config.family) > 0 ? config.consumers * 4 * kWeightScaleWarpBytes : 0;
+}
 // From a start that is aligned to the 1024 bytes of a swizzle pattern.
 constexpr int SharedBytes(const GemmConfig& config) {
   return config.stages * (WeightBytes(config) + TokenBytes(config) + StageScaleBytes(config)) +
-         StagingBytes(config) + FactorBytes(config) + SourceBytes(config) + WorkBytes(config) +
-         BarrierBytes(config);
+         StagingBytes(config) + FactorBytes(config) + SourceBytes(config) +
+         WeightScaleBytes(config) + WorkBytes(config) + BarrierBytes(config);
 }
 constexpr int ThreadsPerBlock(const GemmConfig& config) {
   return 128 * (1 + config.consumers);
@@ -212,7 +219,7 @@ constexpr int ConsumerRegisters(const GemmConfig& config) {
   if (config.tokens != 96) {
     return 224;
   }
-  return !IsDecoded(config.family) ? 224 : config.promoted ? 232 : 216;
+  return !IsDecoded(config.family) || config.promoted ? 224 : 216;
 }
 constexpr int ProducerRegisters(const GemmConfig& config) {
   return (1 + config.consumers) * StartRegisters(config) -

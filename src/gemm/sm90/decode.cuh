@@ -91,33 +91,29 @@ __device__ __forceinline__ float WidenE4m3(uint32_t code) {
   return value;
 }
 
-// The scale of this lane's quarter (0 .. 3) of 128 codes; `chunk` holds the row's block scales of
-// these 128. `row_exponent` and `table` (shared memory) are for FP8 products.
+// What `scale` says, the bits of this lane's 32 codes: a byte, or two of NVFP4 or one of two bytes.
+// `row_exponent` and `table` (shared memory) are for FP8 products.
 template <Family kFamily>
-__device__ __forceinline__ BlockFactor PrepareScale(const uint32_t (&chunk)[2], int quarter,
-                                                    int row_exponent, uint32_t table) {
+__device__ __forceinline__ BlockFactor PrepareScale(uint32_t scale, int row_exponent,
+                                                    uint32_t table) {
   if constexpr (kFamily == Family::kMxFp4AsFp8) {
-    const int block = static_cast<int>(chunk[0] >> (8 * quarter)) & 0xFF;
-    int row = block - row_exponent - kFp8TableMin;
+    int row = static_cast<int>(scale) - row_exponent - kFp8TableMin;
     row = row < 0 ? 0 : (row < kFp8TableRows ? row : kFp8TableRows - 1);
-    BlockFactor scale;
+    BlockFactor factor;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
-                 : "=r"(scale.first), "=r"(scale.second)
+                 : "=r"(factor.first), "=r"(factor.second)
                  : "r"(table + 8 * static_cast<uint32_t>(row)));
-    return scale;
+    return factor;
   } else if constexpr (kFamily == Family::kNvFp4AsBf16) {
-    const uint32_t both = (quarter < 2 ? chunk[0] : chunk[1]) >> (16 * (quarter % 2));
     const auto widened = [](uint32_t code) {
       return Twice(__float_as_uint(WidenE4m3(code) * 0x1p118F) >> 16);
     };
-    return {widened(both), widened(both >> 8)};
+    return {widened(scale), widened(scale >> 8)};
   } else if constexpr (kFamily == Family::kMxInt4AsBf16) {
-    const uint32_t bits = ((quarter < 2 ? chunk[0] : chunk[1]) >> (16 * (quarter % 2))) & 0xFFFFU;
-    return {Twice(bits), Twice(bits)};
+    return {Twice(scale), Twice(scale)};
   } else if constexpr (ScaleBytes(kFamily) == 4) {
     // e8m0: 2^(b - 127); 0 is subnormal and 255 NaN, both by the top mantissa bit.
-    const uint32_t block = (chunk[0] >> (8 * quarter)) & 0xFFU;
-    const uint32_t bits = block << 7 | (block == 0 || block == 255 ? 0x40U : 0U);
+    const uint32_t bits = scale << 7 | (scale == 0 || scale == 255 ? 0x40U : 0U);
     return {Twice(bits), Twice(bits)};
   } else {
     return {0, 0};
@@ -134,9 +130,11 @@ __device__ __forceinline__ uint32_t SpreadPair(uint32_t low, uint32_t high, int 
     const uint32_t biased = ((low >> (4 * pair)) & 0x000F000FU) ^ 0x43084308U;
     return AddBf16x2(biased, 0xC308C308U);
   } else if constexpr (WeightRowBytes(kFamily) == 64) {
-    // Exponent and mantissa bits go to bits 8 .. 6 of each half: 2^-126 of the value.
-    const uint32_t magnitude = pair < 2 ? low << (6 - 4 * pair) : low >> (4 * pair - 6);
-    return AndOr(magnitude, 0x01C001C0U, (low << (12 - 4 * pair)) & kSigns);
+    // Exponent and mantissa bits go to bits 8 .. 6 of each half, the sign to bit 15: 2^-126 of the
+    // value. A multiplication moves the code to both places; the units that shift are busier than
+    // those that multiply.
+    const uint32_t codes = (pair < 2 ? low : low >> 8) & 0x000F000FU << (4 * (pair % 2));
+    return codes * (pair % 2 == 0 ? (1U << 12 | 1U << 6) : (1U << 8 | 1U << 2)) & 0x81C081C0U;
   } else {
     // Byte `pair` of both words to the top of each half; 4 bits down: 2^-120 of the value.
     const auto nibble = static_cast<uint32_t>(pair);
@@ -171,17 +169,26 @@ __device__ __forceinline__ uint4 LoadCodes(uint32_t shared) {
 template <Family kFamily>
 inline constexpr int kSteps = BlockK(kFamily) / (IsFp8Math(kFamily) ? 32 : 16);
 
-// This lane's 32 codes of one row, `h` = 0 or 1, into a[step][2 * i + h].
+// Where in a tile this lane's 32 codes of its first row are, as one value: the compiler would keep
+// its parts.
 template <Family kFamily>
-__device__ __forceinline__ void DecodeRow(uint32_t tile, int h, const BlockFactor& scale,
+__device__ __forceinline__ uint32_t PlaceOfCodes() {
+  const uint32_t thread = threadIdx.x % 128;
+  const uint32_t row = thread / 32 * 16 + thread % 32 / 4;
+  uint32_t place = row * WeightRowBytes(kFamily) + thread % 4 * (WeightRowBytes(kFamily) / 4);
+  asm volatile("mov.u32 %0, %0;" : "+r"(place));
+  return place;
+}
+
+// This lane's 32 codes of one row, `h` = 0 or 1, into a[step][2 * i + h]. `codes_at`: of its first
+// row, in shared memory.
+template <Family kFamily>
+__device__ __forceinline__ void DecodeRow(uint32_t codes_at, int h, const BlockFactor& scale,
                                           uint32_t (&a)[kSteps<kFamily>][4]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + 8 * h + lane / 4;
-  const uint32_t at = tile + static_cast<uint32_t>(row * WeightRowBytes(kFamily) +
-                                                   lane % 4 * (WeightRowBytes(kFamily) / 4));
+  const uint32_t at = codes_at + static_cast<uint32_t>(8 * h * WeightRowBytes(kFamily));
   if constexpr (WeightRowBytes(kFamily) == 128) {
     // Odd rows read their second half first, so that the lanes of a quad group meet no bank twice.
-    const uint32_t odd = 16U * static_cast<uint32_t>(row % 2);
+    const uint32_t odd = threadIdx.x / 4 % 2 * 16;
     const uint4 one = LoadCodes(at + odd);
     const uint4 other = LoadCodes(at + (odd ^ 16U));
     const uint4 low = odd != 0 ? other : one;
@@ -201,8 +208,10 @@ __device__ __forceinline__ void DecodeRow(uint32_t tile, int h, const BlockFacto
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if constexpr (kFamily == Family::kMxFp4AsFp8) {
-        // Four magnitudes by table, their signs from bit 3 of each nibble.
-        const uint32_t selector = words[j] & 0x77777777U;
+        // Four magnitudes by table, their signs from bit 3 of each nibble. One mask for both
+        // selectors: of what it is for the compiler knows nothing, or it would make two.
+        uint32_t selector = 0;
+        asm("and.b32 %0, %1, 0x77777777;" : "=r"(selector) : "r"(words[j]));
         const uint32_t even = words[j] << 4;
         a[j][h] = AndOr(__byte_perm(even, words[j], 0x5140), 0x80808080U,
                         __byte_perm(scale.first, scale.second, selector));

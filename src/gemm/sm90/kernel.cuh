@@ -24,7 +24,7 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
   tile.base = shared.base;
   ClearFactors(tile);
   for (RingPosition<WorkSlots(kConfig)> slot;; slot.Advance()) {
-    shared.Full(self.ring.stage).Wait(self.ring.parity);
+    shared.Posted(slot.stage).Wait(slot.parity);
     float acc[2][kSums<Row>];
     {
       const Work work = shared.LoadWork(slot.stage);
@@ -78,6 +78,9 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), BlocksPerProces
       shared.Full(stage).Init(Shared<Row>::kFullArrivals);
       // Every consumer warp.
       shared.Empty(stage).Init(kConfig.consumers * 4);
+    }
+    for (int slot = 0; slot < WorkSlots(kConfig); ++slot) {
+      shared.Posted(slot).Init(1);
     }
     hopyard::sm90::FenceBarrierInit();
   }

@@ -191,29 +191,36 @@ struct WeightTiles {
       kSumRegisters + 2 * 4 * kSteps<kFamily> + kScaleRegisters <= kRoom ? 2 : 1;
   uint32_t a[kSets][kSteps<kFamily>][4];
   BlockScales<Row> scales;
+  uint32_t place;  // of this lane's codes in a tile
 
-  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work,
-                                        int64_t feature) {
+  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Shared<Row>& shared,
+                                        const Work& work, const Consumer<Row>& self) {
+    if constexpr (IsDecoded(kFamily)) {
+      place = PlaceOfCodes<kFamily>();
+    }
     if constexpr (kScaled) {
-      scales.Begin(args, work.expert, feature);
+      scales.Begin(args, shared, work,
+                   int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
     }
   }
-  // Call with block = 0, 1, 2, ... before its tiles.
-  __device__ __forceinline__ void BeginBlock(int block) {
+  // The first stage has the last group of K, the second the first group, and so on (BlockOfTurn):
+  // call with group = 0, 1, 2, ... ahead of every stage but the first.
+  __device__ __forceinline__ void NextScales(const GroupedGemmArgs& args, int group) {
     if constexpr (kScaled) {
-      scales.Advance(block);
+      scales.Advance(args, group);
     }
   }
   __device__ __forceinline__ void Prepare(const Shared<Row>& shared, const Consumer<Row>& self,
-                                          int stage, int half, int block) {
+                                          int stage, int half) {
     if constexpr (IsDecoded(kFamily)) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         BlockFactor row_scale{0, 0};
         if constexpr (kScaled) {
-          row_scale = scales.Of(half, h, block, self.table);
+          row_scale = scales.Of(half, h, self.table);
         }
-        DecodeRow<kFamily>(shared.Weights(stage, self.number, half), h, row_scale, a[half % kSets]);
+        DecodeRow<kFamily>(shared.Weights(stage, self.number, half) + place, h, row_scale,
+                           a[half % kSets]);
       }
     }
   }
@@ -254,28 +261,32 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
   // Groups that may be under way while the next tile is decoded.
   constexpr int kPending = WeightTiles<Row>::kSets - 1;
   WeightTiles<Row> tiles;
-  tiles.Begin(args, work,
-              int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
+  tiles.Begin(args, shared, work, self);
   int previous = -1;
   for (int block = 0; block < k_blocks; ++block) {
     const int stage = self.ring.stage;
+    if (block > 0) {
+      tiles.NextScales(args, block - 1);
+    }
     shared.AwaitFull(stage, self.ring.parity);
-    tiles.BeginBlock(block);
-    tiles.Prepare(shared, self, stage, 0, block);
+    tiles.Prepare(shared, self, stage, 0);
     tiles.Issue(shared, self, stage, 0, block > 0, acc[0]);
     // The second tile of the stage before is done.
     hopyard::sm90::MmaWait<kPending>();
-    if (previous >= 0) {
+    if (kPending > 0 && previous >= 0) {
       Release(shared.Empty(previous));
     }
-    tiles.Prepare(shared, self, stage, 1, block);
+    tiles.Prepare(shared, self, stage, 1);
     tiles.Issue(shared, self, stage, 1, block > 0, acc[1]);
     hopyard::sm90::MmaWait<kPending>();
+    if constexpr (kPending == 0) {
+      Release(shared.Empty(stage));
+    }
     previous = stage;
     self.ring.Advance();
   }
   hopyard::sm90::MmaWait<0>();
-  if (previous >= 0) {
+  if (kPending > 0 && previous >= 0) {
     Release(shared.Empty(previous));
   }
   hopyard::sm90::Touch(acc[0]);
@@ -290,8 +301,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
                                  const Work& work, Consumer<Row>& self,
                                  float (&acc)[2][kSums<Row>]) {
   WeightTiles<Row> tiles;
-  tiles.Begin(args, work,
-              int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
+  tiles.Begin(args, shared, work, self);
   float part[kSums<Row>];
   const bool complete = ScalesAreComplete<Row>(args);
 #pragma unroll
@@ -324,8 +334,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   const bool in_turn = Row::kConfig.consumers == 2 && BlocksPerProcessor(Row::kConfig) == 1 &&
                        (!Row::kConfig.tokens_are_m || work.num_rows > kTileRows);
   shared.AwaitFull(self.ring.stage, self.ring.parity);
-  tiles.BeginBlock(0);
-  tiles.Prepare(shared, self, self.ring.stage, 0, 0);
+  tiles.Prepare(shared, self, self.ring.stage, 0);
   for (int block = 0; block < blocks; ++block) {
     const int stage = self.ring.stage;
     if (in_turn && block == 0 && self.number == 1) {
@@ -333,28 +342,29 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
     }
     tiles.Issue(shared, self, stage, 0, false, part);
     if constexpr (kAhead) {
-      tiles.Prepare(shared, self, stage, 1, block);
+      tiles.Prepare(shared, self, stage, 1);
     }
     add(0, stage, in_turn && block == 0 && self.number == 0);
     if constexpr (!kAhead) {
-      tiles.Prepare(shared, self, stage, 1, block);
+      tiles.Prepare(shared, self, stage, 1);
     }
     tiles.Issue(shared, self, stage, 1, false, part);
     self.ring.Advance();
     const bool more = block + 1 < blocks;
-    const auto prepare_next = [&] {
-      tiles.BeginBlock(block + 1);
-      tiles.Prepare(shared, self, self.ring.stage, 0, block + 1);
-    };
+    // Scales come ahead of the stage where there are registers for them.
     if (more) {
+      if constexpr (kAhead) {
+        tiles.NextScales(args, block);
+      }
       shared.AwaitFull(self.ring.stage, self.ring.parity);
       if constexpr (kAhead) {
-        prepare_next();
+        tiles.Prepare(shared, self, self.ring.stage, 0);
       }
     }
     add(1, stage, false);
     if (!kAhead && more) {
-      prepare_next();
+      tiles.NextScales(args, block);
+      tiles.Prepare(shared, self, self.ring.stage, 0);
     }
     if (!Row::kConfig.tokens_are_m || more) {
       Release(shared.Empty(stage));

@@ -194,15 +194,16 @@ struct StageScales {
                                               work.expert, row)
                                : &kOne;
         }
-        Load(0);
+        Load(BlockOfTurn(0, KBlocks<Row>(args)));
       }
     }
   }
-  // Call with block = 0, 1, 2, ... < blocks.
+  // Call with turn = 0, 1, 2, ... < blocks.
   __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Work& work,
-                                        const Shared<Row>& shared, int stage, int block,
+                                        const Shared<Row>& shared, int stage, int turn,
                                         int blocks) {
     if constexpr (kConfig.promoted) {
+      const int block = BlockOfTurn(turn, blocks);
       if (kWrites && !complete) {
         StoreBlocksOfRows(args, work, shared, stage, block);
       }
@@ -218,8 +219,8 @@ struct StageScales {
                          "f"(scale)
                          : "memory");
           }
-          if (block + 1 < blocks) {
-            Load(block + 1);
+          if (turn + 1 < blocks) {
+            Load(turn);
           }
         } else {
           hopyard::sm90::CopyWord(at, token + block * token_step);
@@ -287,17 +288,18 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
     if constexpr (!kWeightsFirst) {
       begin();
     }
-    for (int block = 0; block < k_blocks; ++block) {
+    for (int turn = 0; turn < k_blocks; ++turn) {
+      const int block = BlockOfTurn(turn, k_blocks);
       shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
-      if (block == 0 && threadIdx.x == 0) {
-        shared.StoreWork(slot.stage, work);
+      if (turn == 0 && threadIdx.x == 0) {
+        shared.PostWork(slot.stage, work);
       }
       weights.Issue(args, shared, fill.stage, block);
-      if (kWeightsFirst && block == 0) {
+      if (kWeightsFirst && turn == 0) {
         begin();
       }
       rows.Issue(args, shared, fill.stage, block);
-      scales.Issue(args, work, shared, fill.stage, block, k_blocks);
+      scales.Issue(args, work, shared, fill.stage, turn, k_blocks);
       Announce(shared, fill.stage);
       fill.Advance();
     }
@@ -306,10 +308,8 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
   shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
   if (threadIdx.x == 0) {
     work.expert = -1;
-    shared.StoreWork(slot.stage, work);
-    shared.Full(fill.stage).Arrive();
+    shared.PostWork(slot.stage, work);
   }
-  Announce(shared, fill.stage);
 }
 
 }  // namespace hopyard::gemm::sm90

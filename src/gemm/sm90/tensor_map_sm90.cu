@@ -48,14 +48,12 @@ TensorMap MakeTensorMap(const MapShape& shape) {
   }
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
   CUtensorMap map;
-  const bool packed = dims.box[0] * dims.element_bytes == 64;
   const CUresult status = FindEncoder()(
       &map,
       dims.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8, 5,
       const_cast<uint8_t*>(dims.begin), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       dims.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-      packed ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   HOPYARD_CHECK(status == CUDA_SUCCESS, kCuda)
       << "cuTensorMapEncodeTiled returned " << static_cast<int>(status);
   TensorMap result;

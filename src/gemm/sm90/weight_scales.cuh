@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/sm90/copy.cuh"
 #include "device/sm90/warp.cuh"
 #include "formats/row_map.h"
 #include "gemm/sm90/decode.cuh"
@@ -37,119 +38,176 @@ __device__ __forceinline__ int64_t StoredRow(const MatrixArgs& matrix, int64_t r
   return formats::StoredPosition(matrix.row_map, PositionInOrder(matrix, row));
 }
 
-// 4 bytes of which the first `left` exist; the others read as zero. Rows of scales may begin at any
-// byte (2880 / 32 = 90 a row).
-__device__ __forceinline__ uint32_t LoadScaleWord(const uint8_t* at, int left) {
-  const auto address = reinterpret_cast<uintptr_t>(at);
-  if (left >= 4 && address % 4 == 0) {
-    return __ldg(static_cast<const uint32_t*>(static_cast<const void*>(at)));
-  }
-  uint32_t word = 0;
-  if (left >= 4 && address % 2 == 0) {
-    const auto* halves = static_cast<const uint16_t*>(static_cast<const void*>(at));
-    return __ldg(halves) | static_cast<uint32_t>(__ldg(halves + 1)) << 16;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    word |= i < left ? static_cast<uint32_t>(__ldg(at + i)) << (8 * i) : 0U;
-  }
-  return word;
-}
-
-// Block scales of decoded weights. The four lanes that share a row read 128-groups g, g + 1, g + 2
-// and g + 3 of it, four groups before the first is wanted, and pass them round.
+// Block scales of decoded weights. Each consumer warp copies those of its 32 rows, 16 of either
+// tile, into shared memory: windows of 16 bytes a row, two at a time, the next ahead of its use. It
+// copies aligned words and finds a row's first byte inside them: rows of scales may begin at any
+// (2880 / 32 = 90 bytes a row).
 template <class Row>
 struct BlockScales {
   static constexpr Family kFamily = Row::kConfig.family;
-  static constexpr int kBytes = ScaleBytes(kFamily);
-  static constexpr int kWords = kBytes == 8 ? 2 : 1;
+  static constexpr int kBytes = ScaleBytes(kFamily);  // of 128 weights
+  static constexpr int kBytesOfQuarter = kBytes / 4;
+  static constexpr int kRowsOfWord = 4 / kBytesOfQuarter;
+  static constexpr int kScaleSize = kFamily == Family::kMxInt4AsBf16 ? 2 : 1;
+  static constexpr int kGroups = 16 / kBytes;  // of a window
 
-  // Of row 0 of each tile, and from there to row 1. Registers are short here.
-  const uint8_t* begin[2];
-  int other_row[2];
-  int group_stride;  // bytes from one 128 of K to the next
-  int word_stride;
-  int row_bytes;           // that exist
-  uint32_t row_exponents;  // a byte each
-  uint32_t now[2][2][kWords];
-  uint32_t next[2][2][kWords];
+  uint32_t base;       // of shared memory
+  const uint8_t* row;  // aligned, of row `lane`
+  // A byte for each of the thread's rows of weights.
+  uint32_t skews;  // bytes of the first word that are not the row's
+  uint32_t row_exponents;
+  uint32_t now[kBytesOfQuarter];  // this lane's quarter of a group, of its rows side by side
 
-  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, int expert, int64_t feature) {
-    // Scales are of one byte, or two where 8 bytes hold four.
-    constexpr int kSize = kFamily == Family::kMxInt4AsBf16 ? 2 : 1;
-    const bool linear = args.first.scale_layout == ScaleLayout::kLinear;
-    constexpr int kBlock = 128 * kSize / kBytes;
-    row_bytes = static_cast<int>((args.k + kBlock - 1) / kBlock) * kSize;
-    group_stride = linear ? kBytes : kBytes / (4 * kSize) * 512 * kSize;
-    word_stride = linear || kSize == 2 ? 4 : 512;
+  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Shared<Row>& shared,
+                                        const Work& work, int64_t feature) {
+    const int lane = hopyard::sm90::LaneId();
+    const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
+    base = shared.base;
+    const bool second = Row::kConfig.gated && lane >= 16;
+    const MatrixArgs& matrix = second ? args.second : args.first;
+    const int64_t natural =
+        feature + (Row::kConfig.gated ? 0 : lane / 16 * kTileRows) + warp % 4 * 16 + lane % 16;
+    const ExpertPointers* const pointers = matrix.pointers + work.expert;
+    const int64_t stored = StoredRow(matrix, natural);
+    const int64_t first = IsLinear(args) ? stored * matrix.scale_stride
+                                         : stored / 128 * ((matrix.scale_stride + 3) / 4 * 512) +
+                                               stored % 32 * 16 + stored % 128 / 32 * 4;
+    const uint8_t* const begin = static_cast<const uint8_t*>(pointers->scales) + first * kScaleSize;
+    const auto skew = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(begin) % 4);
+    row = begin - skew;
+    uint32_t exponent = 0;
+    if constexpr (kFamily == Family::kMxFp4AsFp8) {
+      exponent = pointers->row_exponents[natural < matrix.rows ? natural : matrix.rows - 1];
+    }
+    skews = 0;
     row_exponents = 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const WeightRow at = ThreadRow<Row>(args, feature, half, h);
-        const MatrixArgs& matrix = *at.matrix;
-        const int64_t row = StoredRow(matrix, at.row);
-        const ExpertPointers* const pointers = matrix.pointers + expert;
-        const int64_t first = linear ? row * matrix.scale_stride
-                                     : row / 128 * ((matrix.scale_stride + 3) / 4 * 512) +
-                                           row % 32 * 16 + row % 128 / 32 * 4;
-        const uint8_t* const mine = static_cast<const uint8_t*>(pointers->scales) + first * kSize;
-        if (h == 0) {
-          begin[half] = mine;
-        } else {
-          other_row[half] = static_cast<int>(mine - begin[half]);
-        }
-        if constexpr (kFamily == Family::kMxFp4AsFp8) {
-          const int64_t real = at.row < matrix.rows ? at.row : matrix.rows - 1;
-          row_exponents |= uint32_t{pointers->row_exponents[real]} << (16 * half + 8 * h);
-        }
-      }
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t of_row =
+          __shfl_sync(hopyard::sm90::kAllLanes, skew << 8 | exponent, RowOfThread(i, threadIdx.x));
+      skews |= of_row >> 8 << (8 * i);
+      row_exponents |= (of_row & 0xFFU) << (8 * i);
     }
-    Load(0);
+    LoadLastGroup(args);
+    // All have read what they wanted of the work item before, and no copy for it is under way.
+    hopyard::sm90::AwaitPieces<0>();
+    __syncwarp();
+    CopyWindow(args, 0);
+    CopyWindow(args, 1);
   }
-  // Starts reading groups `group` .. + 3 into `next`.
-  __device__ __forceinline__ void Load(int group) {
-    const int mine = group + static_cast<int>(threadIdx.x) % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          const int at = mine * group_stride + w * word_stride;
-          const int left = word_stride == 4 ? row_bytes - mine * kBytes - 4 * w
-                                            : (mine * kBytes + 4 * w < row_bytes ? 4 : 0);
-          next[half][h][w] = LoadScaleWord(begin[half] + (h == 1 ? other_row[half] : 0) + at, left);
-        }
+  // `Of` is of the last group. Call with group = 0, 1, 2, ... for the others.
+  __device__ __forceinline__ void Advance(const GroupedGemmArgs& args, int group) {
+    if (group % kGroups == 0) {
+      // Every lane has left the window before this one.
+      __syncwarp();
+      if (group == 0) {
+        hopyard::sm90::AwaitPieces<1>();
+      } else {
+        CopyWindow(args, group / kGroups + 1);
       }
+      __syncwarp();
+    }
+    if (group % kGroups == kGroups - 1) {
+      // The last bytes of a skewed row are in the next one.
+      hopyard::sm90::AwaitPieces<0>();
+      __syncwarp();
+    }
+    const uint32_t thread = hopyard::sm90::ThreadHere();
+    ForEachRow([&](int i) { return LoadQuarter(i, group, thread); });
+  }
+  __device__ __forceinline__ BlockFactor Of(int half, int h, uint32_t table) const {
+    const int i = 2 * half + h;
+    const uint32_t scale = now[i / kRowsOfWord] >> (32 / kRowsOfWord * (i % kRowsOfWord));
+    return PrepareScale<kFamily>(scale & (kRowsOfWord == 4 ? 0xFFU : 0xFFFFU),
+                                 static_cast<int>(row_exponents >> (16 * half + 8 * h) & 0xFFU),
+                                 table);
+  }
+
+ private:
+  __device__ __forceinline__ static bool IsLinear(const GroupedGemmArgs& args) {
+    return args.first.scale_layout == ScaleLayout::kLinear;
+  }
+  // Row i = 2 * half + h of the thread among its warp's 32: a multiple of 8, and lane / 4.
+  __device__ __forceinline__ static int RowOfThread(int i, uint32_t thread) {
+    return 8 * i + static_cast<int>(thread) % 32 / 4;
+  }
+  // Where byte `at` of such a row is; 8 rows do not meet in a bank.
+  __device__ __forceinline__ uint32_t Place(int i, uint32_t at, uint32_t thread) const {
+    const uint32_t turn = thread % 32 / 4 * 4;
+    return base + Shared<Row>::kWeightScales + (thread / 32 - 4) * kWeightScaleWarpBytes +
+           static_cast<uint32_t>(RowOfThread(i, thread) * kWeightScaleRowBytes) +
+           (at + turn) % kWeightScaleRowBytes;
+  }
+  // `load` returns the bits of row i.
+  template <class Load>
+  __device__ __forceinline__ void ForEachRow(const Load& load) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits = load(i) << (32 / kRowsOfWord * (i % kRowsOfWord));
+      now[i / kRowsOfWord] = i % kRowsOfWord == 0 ? bits : now[i / kRowsOfWord] | bits;
     }
   }
-  // Call with group = 0, 1, 2, ...
-  __device__ __forceinline__ void Advance(int group) {
-    if (group % 4 == 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) {
-            now[half][h][w] = next[half][h][w];
-          }
-        }
-      }
-      Load(group + 4);
-    }
+  // That exist.
+  __device__ __forceinline__ static int RowBytes(const GroupedGemmArgs& args) {
+    constexpr int kBlock = 128 * kScaleSize / kBytes;
+    return static_cast<int>((args.k + kBlock - 1) / kBlock) * kScaleSize;
   }
-  __device__ __forceinline__ BlockFactor Of(int half, int h, int group, uint32_t table) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    uint32_t chunk[2] = {0, 0};
+  // Of a row's word from its first, in bytes. In 128x4, 4 columns of 128 rows lie together.
+  __device__ __forceinline__ static int OffsetOf(const GroupedGemmArgs& args, int word) {
+    return IsLinear(args)    ? 4 * word
+           : kScaleSize == 2 ? word / 2 * 1024 + word % 2 * 4
+                             : word * 512;
+  }
+  const __device__ __forceinline__ uint8_t* RowAt(int i, uint32_t thread) const {
+    return reinterpret_cast<const uint8_t*>(__shfl_sync(hopyard::sm90::kAllLanes,
+                                                        reinterpret_cast<unsigned long long>(row),
+                                                        RowOfThread(i, thread)));
+  }
+  __device__ __forceinline__ void LoadLastGroup(const GroupedGemmArgs& args) {
+    const int begin =
+        (KBlocks<Row>(args) - 1) * kBytes + static_cast<int>(threadIdx.x) % 4 * kBytesOfQuarter;
+    ForEachRow([&](int i) {
+      const uint8_t* const from = RowAt(i, threadIdx.x) + SkewOf(i);
+      uint32_t scale = 0;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      chunk[w] = __shfl_sync(hopyard::sm90::kAllLanes, now[half][h][w], (lane & ~3) | (group & 3));
+      for (int at = begin; at < begin + kBytesOfQuarter; ++at) {
+        const bool exists = at < RowBytes(args);
+        const uint32_t byte = exists ? __ldg(from + OffsetOf(args, at / 4) + at % 4) : 0U;
+        scale |= byte << (8 * (at - begin));
+      }
+      return scale;
+    });
+  }
+  // A quad copies words of the four rows that its lanes read.
+  __device__ __forceinline__ void CopyWindow(const GroupedGemmArgs& args, int window) const {
+    const uint32_t thread = hopyard::sm90::ThreadHere();
+    const int word = 4 * window + static_cast<int>(thread) % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int left = RowBytes(args) - 4 * word;
+      left = IsLinear(args) ? left + static_cast<int>(SkewOf(i)) : 4 * left;
+      left = left < 0 ? 0 : (left < 4 ? left : 4);
+      hopyard::sm90::CopyPartOfWord(Place(i, 4U * static_cast<uint32_t>(word), thread),
+                                    RowAt(i, thread) + OffsetOf(args, word), left);
     }
-    return PrepareScale<kFamily>(
-        chunk, lane % 4, static_cast<int>(row_exponents >> (16 * half + 8 * h) & 0xFFU), table);
+    hopyard::sm90::CommitPieces();
+  }
+  __device__ __forceinline__ uint32_t SkewOf(int i) const {
+    return skews >> (8 * i) & 0xFFU;
+  }
+  __device__ __forceinline__ uint32_t LoadQuarter(int i, int group, uint32_t thread) const {
+    const uint32_t at = SkewOf(i) + static_cast<uint32_t>(group * kBytes) +
+                        thread % 4 * static_cast<uint32_t>(kBytesOfQuarter);
+    uint32_t scale = LoadByte(Place(i, at, thread));
+    if constexpr (kBytesOfQuarter == 2) {
+      scale |= LoadByte(Place(i, at + 1, thread)) << 8;
+    }
+    return scale;
+  }
+  __device__ __forceinline__ static uint32_t LoadByte(uint32_t shared) {
+    uint32_t byte = 0;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(shared));
+    return byte;
   }
 };
 

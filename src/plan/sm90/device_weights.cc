@@ -92,6 +92,11 @@ void CheckUniform(const Source& source) {
         << source.name << ".scales[" << e << "] has " << ref.scale_stride
         << " elements from row to row; the GPU wants " << first.scale_stride
         << ", as for expert 0: copy them to one layout";
+    HOPYARD_CHECK(ref.scale_layout == ScaleLayout::kLinear ||
+                      reinterpret_cast<uintptr_t>(ref.scales) % 4 == 0,
+                  kUnsupported)
+        << source.name << ".scales[" << e << "] begins at " << ref.scales
+        << "; the GPU wants a multiple of 4 in the 128x4 layout";
     HOPYARD_CHECK(ref.bias_dtype == first.bias_dtype, kUnsupported)
         << source.name << ".bias[" << e << "] is " << ToString(ref.bias_dtype) << "; the GPU wants "
         << ToString(first.bias_dtype) << ", as for expert 0";
