@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights on a GPU: every layout gives the same bits or is refused by name, and an update is a
 // fresh load.
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -74,6 +76,66 @@ TEST(GpuWeights, MnMajorRunsOrIsRefusedByName) {
     EXPECT_EQ(error.message().rfind("weights.routed.gemm1.values", 0), 0U) << error.message();
   }
 }
+
+class GpuNan : public ::testing::TestWithParam<FormatPair> {
+ protected:
+  // Runs on both devices what `storage` holds now: the same elements are NaN, some but not all.
+  static void Compare(const MoeSpec& spec, const LayerWeights& storage) {
+    LayerInputs inputs(spec, 21);
+    inputs.Logits();
+    DeviceMirror mirror;
+    const Weights on_gpu(spec, mirror.Copy(storage.desc()));
+    const RunResult got = RunOnGpu(on_gpu, inputs.get());
+    const RunResult wanted = RunLayer(spec, storage.Make(), inputs.get());
+    const std::vector<uint8_t> activation = Nans(wanted.activation);
+    const std::vector<uint8_t> rows = Nans(wanted.rows);
+    EXPECT_TRUE(SameBits(Nans(got.activation), activation)) << "gemm1_activation";
+    EXPECT_TRUE(SameBits(Nans(got.rows), rows)) << "rows";
+    EXPECT_TRUE(SameBits(Nans(got.output), Nans(wanted.output))) << "output";
+    EXPECT_NE(std::count(rows.begin(), rows.end(), 1), 0);
+    EXPECT_NE(std::count(rows.begin(), rows.end(), 0), 0);
+  }
+  // The element or scale at byte `at` of an expert's tensor becomes NaN.
+  static void Spoil(const TensorView& view, int64_t expert, int64_t at) {
+    auto* const bytes = view.as<uint8_t>() + expert * view.strides[0] * SizeOf(view.dtype);
+    const int64_t size = SizeOf(view.dtype);
+    std::fill_n(bytes + at / size * size, size, uint8_t{0xFF});
+  }
+
+ private:
+  static std::vector<uint8_t> Nans(const std::vector<uint16_t>& values) {
+    std::vector<uint8_t> nans;
+    for (const double value : FromBf16(values)) {
+      nans.push_back(std::isnan(value) ? 1 : 0);
+    }
+    return nans;
+  }
+};
+
+// In each GEMM, a code where the format has one, else a block's scale.
+TEST_P(GpuNan, SpoilsWhatItSpoilsOnTheCpu) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = SmallSpec(GetParam().weights, GetParam().activations);
+  for (const bool second : {false, true}) {
+    LayerWeights codes(source);
+    ExpertMatrices& matrices = codes.mutable_desc()->routed;
+    const MatrixSet& set = second ? matrices.gemm2 : matrices.gemm1;
+    if (CodesPerByte(source.spec.weights) == 1) {
+      Spoil(set.values, 2, 3 * set.values.strides[1] * SizeOf(set.values.dtype) + 77);
+      Compare(source.spec, codes);
+    }
+    if (set.scales.defined()) {
+      LayerWeights scales(source);
+      ExpertMatrices& others = scales.mutable_desc()->routed;
+      Spoil((second ? others.gemm2 : others.gemm1).scales, 5, 9);
+      Compare(source.spec, scales);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Pairs, GpuNan, ::testing::ValuesIn(SupportedPairs()),
+                         [](const auto& test) { return ToString(test.param); });
 
 // A shard begins on a scale block of columns.
 TEST(GpuWeights, ShardsWithinScaleBlocks) {

@@ -39,6 +39,8 @@ constexpr uint32_t PowerBf16x2(int exponent) {
   return bits | bits << 16;
 }
 
+inline constexpr uint32_t kNanBf16x2 = 0x7FC07FC0U;
+
 // NVFP4 block scales are decoded 2^118 times too large: an e2m1 code's bits moved into a BF16 are
 // 2^-126 of its value, and 2^126 x 448 would overflow. What is left of the two, 2^8, is the row's.
 inline constexpr float kNvFp4RowFactor = 256.0F;
@@ -159,6 +161,11 @@ __device__ __forceinline__ uint32_t ScalePair(uint32_t pair, uint32_t scale) {
   }
 }
 
+// Bit 7 of every byte that holds an e4m3 NaN, beside bits that mean nothing.
+__device__ __forceinline__ uint32_t NanMarks(uint32_t codes) {
+  return (codes & 0x7F7F7F7FU) + 0x01010101U;
+}
+
 __device__ __forceinline__ uint4 LoadCodes(uint32_t shared) {
   uint4 codes;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -187,14 +194,21 @@ __device__ __forceinline__ void DecodeRow(uint32_t tile, int h, const BlockFacto
     const uint4 low = odd != 0 ? other : one;
     const uint4 high = odd != 0 ? one : other;
     const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    uint32_t marks = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
+      marks |= NanMarks(words[2 * j]) | NanMarks(words[2 * j + 1]);
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         a[2 * j + pair / 2][2 * (pair % 2) + h] = ScalePair<kFamily>(
             SpreadPair<kFamily>(words[2 * j], words[2 * j + 1], pair), scale.first);
       }
     }
+    // A NaN code comes out as 480. It spoils the row's sum with every token, wherever it stands in
+    // K: one for all of the lane's codes does.
+    uint32_t& last = a[kSteps<kFamily> - 1][2 + h];
+    last = (marks & 0x80808080U) != 0 ? kNanBf16x2 : last;
+    asm volatile("" : "+r"(last));  // here, not behind the fence of the products (C7519)
   } else {
     const uint4 codes = LoadCodes(at);
     const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};

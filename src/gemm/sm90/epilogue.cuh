@@ -111,9 +111,10 @@ __device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args,
     terms.factor = kNvFp4RowFactor;
   }
   if constexpr (Row::kConfig.family == Family::kMxFp4AsFp8) {
-    // 2^(b - 127); 2^-127 is subnormal.
+    // 2^(b - 127); 0 is subnormal and 255 NaN, both by the top mantissa bit.
     const uint32_t exponent = pointers->row_exponents[at.row];
-    terms.factor = __uint_as_float(exponent == 0 ? 0x00400000U : exponent << 23);
+    terms.factor =
+        __uint_as_float(exponent << 23 | (exponent == 0 || exponent == 255 ? 0x00400000U : 0U));
   }
   if (args.weights == WeightFormat::kFp8PerChannel) {
     terms.factor = static_cast<const float*>(pointers->scales)[stored * matrix.scale_stride];

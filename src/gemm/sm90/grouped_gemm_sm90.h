@@ -153,8 +153,9 @@ struct MapShape {
 [[nodiscard]] TensorMap MakeTensorMap(const MapShape& shape);
 
 // MXFP4 weights with FP8 products: the byte of 2^E by which all of a row's blocks are divided
-// (hopper-kernels 3): the largest block scale of the row less 6, 0 where there is none. Fills
-// out[experts][matrix.rows], on `stream`, from the codes and scales that are in memory then.
+// (hopper-kernels 3): the largest block scale of the row less 6, 0 where there is none, and 255
+// where a block's is NaN. Fills out[experts][matrix.rows], on `stream`, from the codes and scales
+// that are in memory then.
 struct RowExponentArgs {
   MatrixArgs matrix;
   MapShape shape;  // where the codes are; of expert e: values[e], a device table

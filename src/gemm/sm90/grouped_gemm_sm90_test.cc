@@ -37,6 +37,7 @@ struct Problem {
   bool gather = true;
   bool integers = false;  // small integers: sums are exact
   bool bias = false;
+  bool nans = false;     // among codes and scales: WeightSet::MakeNans
   bool ordered = false;  // output in KOrder::kBf16Decoded
   ActivationKind activation = ActivationKind::kIdentity;
 };
@@ -60,6 +61,9 @@ class WeightSet {
       }
     }
     MakeScales(problem.integers, random);
+    if (problem.nans) {
+      MakeNans();
+    }
     values_.resize(static_cast<size_t>(experts * rows * k_));
     ParallelFor(0, experts * rows, 16, MaxThreads(), [&](int64_t row, int) {
       for (int64_t k = 0; k < k_; ++k) {
@@ -163,6 +167,30 @@ class WeightSet {
         }
         default:
           std::memcpy(at, &factor, 4);
+      }
+    }
+  }
+  // A NaN code in every 8th row, a NaN scale in every 8th, of which every other has zero codes
+  // there. All ones but for the sign are NaN in each of the types; 4-bit codes have none.
+  void MakeNans() {
+    for (int64_t row = 0; row < experts_ * rows_; ++row) {
+      const int64_t k = row * 29 % k_;
+      if (row % 8 == 3 && rule_.codes_per_byte == 1) {
+        const int64_t size = SizeOf(rule_.code_dtype);
+        uint8_t* const at = codes_.data() + row * value_stride_ + k * size;
+        std::fill_n(at, size, uint8_t{0xFF});
+        at[size - 1] = row % 16 == 3 ? 0x7F : 0xFF;
+      }
+      if (row % 8 == 6 && rule_.scale_block > 0 && rule_.scale_block_rows == 1) {
+        const int64_t size = SizeOf(rule_.scale_dtype);
+        const int64_t block = k / rule_.scale_block;
+        std::fill_n(scales_.data() + row / rows_ * scale_bytes_ +
+                        (row % rows_ * scale_stride_ + block) * size,
+                    size, uint8_t{0xFF});
+        const int64_t bytes = rule_.scale_block / rule_.codes_per_byte;
+        const int64_t left = k_ / rule_.codes_per_byte - block * bytes;
+        std::fill_n(codes_.data() + row * value_stride_ + block * bytes,
+                    row % 16 == 6 ? std::min(bytes, left) : 0, uint8_t{0});
       }
     }
   }
@@ -459,6 +487,9 @@ class Call {
     } else if (problem_.integers) {
       return got == formats::RoundToBf16(static_cast<float>(want));
     }
+    if (std::isnan(want)) {
+      return std::isnan(got);
+    }
     // Half a BF16 step of rounding, and what FP32 sums lose. NaN is never near.
     return std::abs(got - want) <= 0x1p-8 * std::abs(want) + slack;
   }
@@ -553,6 +584,20 @@ TEST_P(GroupedGemm, EdgeSegmentsAndOddSizes) {
         ASSERT_FALSE(HasFatalFailure());
       }
     }
+  }
+}
+
+// Of codes and of scales, wherever they stand; other rows are what they were.
+TEST_P(GroupedGemm, NanWeightsSpoilTheirRowsOnly) {
+  HOPYARD_NEEDS_GPU();
+  const int64_t n = KernelAt(GetParam()).tokens;
+  Problem problem;
+  problem.nans = true;
+  for (const int64_t k : {40, 704}) {
+    problem.k = k;
+    problem.features = 300;
+    RunCase(problem, {1, n, 2});
+    ASSERT_FALSE(HasFatalFailure());
   }
 }
 

@@ -13,6 +13,8 @@ constexpr int kBlock = 32;    // codes of a scale
 constexpr int kWarps = 8;     // of a block of threads
 constexpr int kHeadroom = 6;  // 6 x 2^6 = 384 is the largest e4m3 number that a code may become
 constexpr int kKBlockBytes = 128;
+constexpr int kNanScale = 255;
+constexpr int kNanRow = 255;  // no other row has it: 254 less the headroom is the largest
 
 // The 16 bytes of block `block` hold a magnitude that is not zero.
 __device__ bool HasValues(const RowExponentArgs& args, const uint8_t* values, int64_t stored,
@@ -52,13 +54,15 @@ __global__ void RowExponentsKernel(const RowExponentArgs args, int64_t experts) 
             ? stored * args.matrix.scale_stride + block
             : (stored / 128 * ((args.matrix.scale_stride + 3) / 4) + block / 4) * 512 +
                   stored % 32 * 16 + stored % 128 / 32 * 4 + block % 4;
-    if (HasValues(args, values, stored, block)) {
-      largest = max(largest, static_cast<int>(scales[at]));
+    const int scale = scales[at];
+    if (scale == kNanScale || HasValues(args, values, stored, block)) {
+      largest = max(largest, scale);
     }
   }
   largest = hopyard::sm90::Max(largest);
   if (threadIdx.x % 32 == 0) {
-    args.out[expert * rows + row] = static_cast<uint8_t>(max(largest - kHeadroom, 0));
+    args.out[expert * rows + row] =
+        static_cast<uint8_t>(largest == kNanScale ? kNanRow : max(largest - kHeadroom, 0));
   }
 }
 
