@@ -79,6 +79,28 @@ TEST(GpuPlan, ATacticNamesAKernelOrAPair) {
   EXPECT_NE(caught.message.find(chosen[0].kernel), std::string::npos) << caught.message;
 }
 
+// A plan takes weights of either order: kernels for MN-major ones are named beside those that they
+// stand in for, and their names mean the same tactic.
+TEST(GpuPlan, KernelsOfMnMajorWeightsFollowTheOthers) {
+  const MoeSpec spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
+  PlanOptions options = OptionsFor(1000);
+  const std::vector<Candidate> all = Explain(spec, kGpu, options).candidates;
+  ASSERT_EQ(all.size() % 2, 0U);
+  for (size_t i = 0; i < all.size(); i += 2) {
+    EXPECT_EQ(all[i + 1].kernel.rfind("bf16_mn_", 0), 0U) << all[i + 1].kernel;
+    EXPECT_FALSE(all[i + 1].chosen);
+    EXPECT_EQ(all[i + 1].reason,
+              "takes the place of " + all[i].kernel + " in a GEMM whose weights are MN-major");
+  }
+  options.tactic = all[0].kernel;
+  const std::vector<Candidate> forced = Chosen(Explain(spec, kGpu, options));
+  options.tactic = all[1].kernel;
+  for (const Candidate& candidate : Chosen(Explain(spec, kGpu, options))) {
+    EXPECT_EQ(candidate.kernel.find("_mn_"), std::string::npos);
+  }
+  EXPECT_EQ(Chosen(Explain(spec, kGpu, options)).size(), forced.size());
+}
+
 TEST(GpuPlan, LimitsAreReasons) {
   MoeSpec spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
   spec.hidden_size = 252;

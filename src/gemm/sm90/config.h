@@ -40,6 +40,9 @@ struct GemmConfig {
   bool gated = false;
   bool promoted = false;  // scales of tokens and 128x128 blocks are applied every 128 of K
   bool tokens_are_m = false;
+  bool mn_major = false;  // weights lie [k, rows] in memory, K across
+
+  friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
 };
 
 inline constexpr int kTileRows = 64;            // M of one matrix instruction
@@ -223,13 +226,20 @@ constexpr int SharedLimit(const GemmConfig& config) {
   return BlocksPerProcessor(config) == 1 ? kMaxSharedBytes : (233472 / 2) - 1024;
 }
 
+// What the kernel for MN-major weights is to the one for K-major ones: all else is equal.
+constexpr bool IsMnMajorTwin(GemmConfig config, const GemmConfig& twin) {
+  config.mn_major = true;
+  return config == twin;
+}
+
 constexpr bool IsValid(const GemmConfig& config) {
   const bool tokens = config.tokens == 16 || config.tokens == 32 || config.tokens == 64 ||
                       config.tokens == 96 || config.tokens == 128;
   const bool can_promote = config.family != Family::kBf16;
   const bool operands = !config.tokens_are_m || (config.family == Family::kFp8 && config.promoted &&
                                                  config.consumers == 2 && config.tokens == 128);
-  return tokens && operands && (config.consumers == 1 || config.consumers == 2) &&
+  const bool major = !config.mn_major || config.family == Family::kBf16;
+  return tokens && operands && major && (config.consumers == 1 || config.consumers == 2) &&
          config.stages >= 3 && (can_promote || !config.promoted) &&
          SharedBytes(config) <= SharedLimit(config);
 }

@@ -98,6 +98,28 @@ TEST(Configs, EveryPairHasBothGemmsWithACommonTile) {
   }
 }
 
+// Plans do not know the order of the weights that calls will bring.
+TEST(Configs, EveryBf16RowHasATwinForMnMajorWeights) {
+  int twins = 0;
+  for (int i = 0; i < NumKernels(); ++i) {
+    const GemmConfig& config = kKernelRows[static_cast<size_t>(i)].config;
+    const int twin = MnMajorTwin(i);
+    const bool wanted = config.family == Family::kBf16 && !config.mn_major;
+    ASSERT_EQ(twin >= 0 && twin != i, wanted) << KernelAt(i).name;
+    if (wanted) {
+      EXPECT_TRUE(KernelAt(twin).mn_major);
+      EXPECT_EQ(KernelAt(twin).tokens, KernelAt(i).tokens);
+      EXPECT_EQ(KernelAt(twin).features, KernelAt(i).features);
+      EXPECT_EQ(KernelAt(twin).gated, KernelAt(i).gated);
+      ++twins;
+    }
+  }
+  for (int i = 0; i < NumKernels(); ++i) {
+    twins -= KernelAt(i).mn_major ? 1 : 0;
+  }
+  EXPECT_EQ(twins, 0);
+}
+
 // A row nobody can run would only cost time.
 TEST(Configs, EveryRowRunsSomePair) {
   const std::vector<FormatPair> pairs = SupportedPairs();

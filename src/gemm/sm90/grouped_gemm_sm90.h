@@ -121,12 +121,15 @@ struct KernelInfo {
   int tokens = 0;         // rows of a tile
   int features = 0;       // of a block
   bool gated = false;
-  bool rounds = false;  // can write GEMM1's output in the formats that GEMM2 then reads
+  bool mn_major = false;  // reads MN-major weights only; others do not
+  bool rounds = false;    // can write GEMM1's output in the formats that GEMM2 then reads
 };
 [[nodiscard]] int NumKernels();
 [[nodiscard]] KernelInfo KernelAt(int index);
-// Whether kernel `index` multiplies these weights with rows in this format.
+// Whether kernel `index` multiplies these weights, in its order, with rows in this format.
 [[nodiscard]] bool Runs(int index, WeightFormat weights, const RowFormat& x, bool gated);
+// The kernel that takes the place of `index` where weights are MN-major, or -1.
+[[nodiscard]] int MnMajorTwin(int index);
 
 // Describes natural rows of a checkpoint matrix to the copy engine.
 struct MapShape {
@@ -136,7 +139,8 @@ struct MapShape {
   int64_t expert_stride = 0;  // bytes
   int64_t rows = 0;           // natural rows of this part
   int64_t cols = 0;           // K
-  int64_t value_stride = 0;   // bytes from stored row to stored row; kBlockKMajor: block to block
+  // Bytes from stored row to stored row; kMnMajor: k to k; kBlockKMajor: block to block.
+  int64_t value_stride = 0;
   int64_t position_begin = 0;
   int64_t position_step = 1;
   MajorOrder major = MajorOrder::kKMajor;

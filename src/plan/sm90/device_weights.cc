@@ -50,6 +50,10 @@ struct Source {
   bool swizzled = false;  // tiles go to the tensor cores as they are
 };
 
+bool IsMnMajor(const MatrixSet& set) {
+  return set.major == MajorOrder::kMnMajor;
+}
+
 MapShape ShapeOf(const MatrixRef& ref, bool swizzled) {
   MapShape shape;
   shape.swizzled = swizzled;
@@ -235,6 +239,9 @@ Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploade
     group.second = matrix(apart ? "up" : "gemm1", apart ? matrices.up : matrices.gemm1,
                           &ExpertRef::up, operands.x);
   }
+  HOPYARD_CHECK(!apart || IsMnMajor(matrices.gate) == IsMnMajor(matrices.up), kUnsupported)
+      << "weights." << source.name << ".up is " << (IsMnMajor(matrices.up) ? "MN" : "K")
+      << "-major and gate is not; the GPU reads both in one pass: store them in the same order";
   group.down = matrix("gemm2", matrices.gemm2, &ExpertRef::down, operands.h);
   SetActivation(spec.activation, source.shared, &group, uploader);
   if (matrices.gemm2_input_scale.defined()) {

@@ -14,6 +14,7 @@ namespace {
 
 using gemm::sm90::KernelAt;
 using gemm::sm90::KernelInfo;
+using gemm::sm90::MnMajorTwin;
 using gemm::sm90::NumKernels;
 using gemm::sm90::RowFormat;
 
@@ -28,8 +29,12 @@ struct Role {
   int forced = -1;  // the kernel that options.tactic names
 };
 
+// Kernels for K-major weights; those for MN-major ones stand in for them when a call brings such.
 bool Fits(int index, const Role& role) {
-  return gemm::sm90::Runs(index, role.weights, role.rows, role.gated);
+  return !KernelAt(index).mn_major && gemm::sm90::Runs(index, role.weights, role.rows, role.gated);
+}
+bool HasName(int index, const std::string& name) {
+  return index >= 0 && KernelAt(index).name == name;
 }
 
 // GEMM1, GEMM2, and the same of shared experts where their weights have another format.
@@ -62,10 +67,10 @@ int KernelFor(const Role& role, int tile, bool wide) {
   return best;
 }
 
-// Index of the role's kernel of that name, or -1.
+// Index of the role's kernel of that name, its own or its MN-major twin's, or -1.
 int FindKernel(const Role& role, const std::string& name) {
   for (int i = 0; i < NumKernels(); ++i) {
-    if (KernelAt(i).name == name && Fits(i, role)) {
+    if (Fits(i, role) && (HasName(i, name) || HasName(MnMajorTwin(i), name))) {
       return i;
     }
   }
@@ -256,8 +261,14 @@ std::vector<Candidate> ListCandidates(const std::vector<Role>& roles,
             (candidate.reason.empty() ? "" : "; ") + std::string(role.name) + ", " + verdict.reason;
       }
     }
-    if (!candidate.reason.empty()) {
-      candidates.push_back(candidate);
+    if (candidate.reason.empty()) {
+      continue;
+    }
+    candidates.push_back(candidate);
+    if (MnMajorTwin(i) >= 0) {
+      candidates.push_back(
+          {std::string(KernelAt(MnMajorTwin(i)).name), false,
+           "takes the place of " + candidate.kernel + " in a GEMM whose weights are MN-major"});
     }
   }
   return candidates;

@@ -87,8 +87,11 @@ void LoadHidden(GroupPass* group, int64_t offset, int64_t row_bytes) {
   group->x_pitch = row_bytes / SizeOf(to.dtype);
 }
 
-// Under the tactic's name in a profile.
-void RunKernel(int index, const GroupedGemmArgs& args, const device::Queue& queue) {
+// The plan's kernel, or its twin where these weights are MN-major; under its name in a profile.
+void RunKernel(int chosen, const GroupMatrix& weights, const GroupedGemmArgs& args,
+               const device::Queue& queue) {
+  const int index =
+      weights.shape.major == MajorOrder::kMnMajor ? gemm::sm90::MnMajorTwin(chosen) : chosen;
   // A view of a literal, so a zero follows.
   const device::Range range(gemm::sm90::KernelAt(index).name.data());
   RunGroupedGemm(index, args, queue);
@@ -161,7 +164,7 @@ void RunGemm1(const GroupPass& group) {
     args.activation_out = pass.call->outputs->gemm1_activation.as<uint16_t>() +
                           pass.row_base() * spec.intermediate_size;
   }
-  RunKernel(group.kernels.gemm1, args, pass.queue());
+  RunKernel(group.kernels.gemm1, group.weights.first, args, pass.queue());
 }
 
 // Rounds the group's rows of the activation, as its operand of GEMM2.
@@ -207,7 +210,7 @@ void RunGemm2(const GroupPass& group, uint16_t* y) {
   }
   args.out = y;
   args.out_pitch = spec.hidden_size;
-  RunKernel(group.kernels.gemm2, args, pass.queue());
+  RunKernel(group.kernels.gemm2, group.weights.down, args, pass.queue());
 }
 
 }  // namespace
