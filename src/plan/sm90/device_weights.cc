@@ -218,14 +218,16 @@ Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploade
   group.segment_end = source.segment_end;
   const MoeSpec& spec = weights.spec;
   const ExpertMatrices& matrices = *source.matrices;
-  const gemm::sm90::LayerOperands operands = FormatsOf(spec, source.weights).operands;
-  const bool mxfp4 = source.weights == WeightFormat::kMxFp4;
+  const gemm::sm90::LayerOperands operands = FormatsOf(spec, source.weights, false).operands;
+  // Plans that round may come to the same weights.
+  const bool fp8_math = FormatsOf(spec, source.weights, true).operands.x.dtype == DType::kE4m3;
+  const bool row_exponents = fp8_math && source.weights == WeightFormat::kMxFp4;
   const auto matrix = [&](const char* field, const MatrixSet& set, MatrixRef ExpertRef::*part,
                           const gemm::sm90::RowFormat& rows) {
     Source one;
     one.name = std::string("weights.") + source.name + '.' + field;
     one.set = &set;
-    one.row_exponents = mxfp4 && rows.dtype == DType::kE4m3;
+    one.row_exponents = row_exponents;
     one.swizzled = gemm::sm90::IsSwizzled(source.weights, rows);
     for (int32_t s = group.segment_begin; s < group.segment_end; ++s) {
       one.experts.push_back(weights.experts[static_cast<size_t>(s)].*part);

@@ -4,6 +4,7 @@
 #include <limits>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
@@ -38,17 +39,26 @@ bool HasName(int index, const std::string& name) {
 }
 
 // GEMM1, GEMM2, and the same of shared experts where their weights have another format.
-std::vector<Role> RolesOf(const MoeSpec& spec) {
+std::vector<Role> RolesOf(const MoeSpec& spec, bool rounded) {
   const bool gated = IsGated(spec.activation.kind);
-  const GroupFormats routed = FormatsOf(spec, spec.weights);
+  const GroupFormats routed = FormatsOf(spec, spec.weights, rounded);
   std::vector<Role> roles = {{"GEMM1", routed.weights, routed.operands.x, gated},
                              {"GEMM2", routed.weights, routed.operands.h, false}};
   if (spec.shared.count > 0 && spec.shared.weights != spec.weights) {
-    const GroupFormats shared = FormatsOf(spec, spec.shared.weights);
+    const GroupFormats shared = FormatsOf(spec, spec.shared.weights, rounded);
     roles.push_back({"GEMM1 of shared experts", shared.weights, shared.operands.x, gated});
     roles.push_back({"GEMM2 of shared experts", shared.weights, shared.operands.h, false});
   }
   return roles;
+}
+
+// Whether a plan may name kernels that round what the formats do not ask to be rounded.
+bool HasRounding(const MoeSpec& spec) {
+  return gemm::sm90::RoundedOperandsOf(spec.weights, spec.activations).has_value();
+}
+const char* RoundingOf(const MoeSpec& spec) {
+  return spec.weights == WeightFormat::kNvFp4 ? "rounds weights to e4m3"
+                                              : "rounds activations to e4m3 in blocks of 128";
 }
 
 // The kernel of the role with tiles of `tile` rows: the one asked for, or of those there are the
@@ -274,6 +284,24 @@ std::vector<Candidate> ListCandidates(const std::vector<Role>& roles,
   return candidates;
 }
 
+// Kernels that a plan takes only if it names one of them, beside those of `roles`.
+void ListByNameOnly(const MoeSpec& spec, const std::vector<Role>& roles,
+                    std::vector<Candidate>* candidates) {
+  const std::vector<Role> rounded = RolesOf(spec, true);
+  for (int i = 0; i < NumKernels(); ++i) {
+    Candidate candidate{std::string(KernelAt(i).name), false, {}};
+    for (size_t r = 0; r < 2; ++r) {
+      if (Fits(i, rounded[r]) && !Fits(i, roles[r])) {
+        candidate.reason += std::string(candidate.reason.empty() ? "" : "; ") + rounded[r].name +
+                            ", by name only: " + RoundingOf(spec);
+      }
+    }
+    if (!candidate.reason.empty()) {
+      candidates->push_back(candidate);
+    }
+  }
+}
+
 std::string NoTileReason(const MoeSpec& spec, const std::vector<Role>& roles,
                          const PlanOptions& options) {
   for (const Role& role : roles) {
@@ -291,6 +319,24 @@ std::string NoTileReason(const MoeSpec& spec, const std::vector<Role>& roles,
              ? "no tile size has a GPU kernel for every GEMM of this layer; plan for the CPU"
              : "tactic '" + options.tactic +
                    "': the other GEMMs have no kernel with tiles of as many rows; name another";
+}
+
+// The roles that the tactic means: those of exact products, or, where it names a kernel that
+// rounds, those. Empty, or why it names none.
+std::string TakeTactic(const MoeSpec& spec, const std::string& tactic, std::vector<Role>* roles,
+                       bool* rounded) {
+  std::string reason = ForceTactic(tactic, roles);
+  if (reason.empty() || !HasRounding(spec)) {
+    return reason;
+  }
+  std::vector<Role> others = RolesOf(spec, true);
+  const std::string other_reason = ForceTactic(tactic, &others);
+  if (!other_reason.empty()) {
+    return reason + "; by name only:" + other_reason.substr(other_reason.rfind(':') + 1);
+  }
+  *roles = std::move(others);
+  *rounded = true;
+  return {};
 }
 
 // Limits of the kernels that hold for every format.
@@ -312,12 +358,12 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options) {
   if (!explanation.reason.empty()) {
     return out;
   }
-  std::vector<Role> roles = RolesOf(spec);
-  explanation.reason = ForceTactic(options.tactic, &roles);
+  std::vector<Role> roles = RolesOf(spec, false);
+  explanation.reason = TakeTactic(spec, options.tactic, &roles, &out.rounded);
   if (!explanation.reason.empty()) {
     return out;
   }
-  out.tiles = CommonTiles(roles, FormatsOf(spec, spec.weights).operands.fused_h);
+  out.tiles = CommonTiles(roles, FormatsOf(spec, spec.weights, out.rounded).operands.fused_h);
   if (out.tiles.empty()) {
     explanation.reason = NoTileReason(spec, roles, options);
   } else {
@@ -329,6 +375,9 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options) {
     explanation.supported = true;
   }
   explanation.candidates = ListCandidates(roles, out.tiles, options);
+  if (!out.rounded && HasRounding(spec)) {
+    ListByNameOnly(spec, roles, &explanation.candidates);
+  }
   return out;
 }
 

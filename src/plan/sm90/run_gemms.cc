@@ -62,6 +62,8 @@ void RoundHidden(const Pass& pass, const RowFormat& to, void* out, int64_t row_b
   args.in_dtype = in.hidden_states.dtype;
   args.in_pitch = in.hidden_states.strides[0];
   args.in_scales = pass.Rows<const void>(in.hidden_scales);
+  args.from_mxfp8 = spec.activations == ActivationFormat::kMxFp8 &&
+                    to.format == Format::kFp8Block1x128 && args.in_dtype != DType::kBf16;
   args.in_row_scales = pass.Rows<const float>(in.token_scales);
   args.static_scale = HasStaticScale(spec) ? pass.weights->gemm1_input_scale : nullptr;
   args.max_rows = pass.tokens;
