@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <random>
@@ -54,6 +55,9 @@ class GemmWeights {
     if (problem.nans) {
       MakeNans();
     }
+    if (problem.weights == WeightFormat::kNvFp4 && problem.x.dtype == DType::kE4m3) {
+      MakeRowPowers();
+    }
     values_.resize(static_cast<size_t>(experts * rows * k_));
     ParallelFor(0, experts * rows, 16, MaxThreads(), [&](int64_t row, int) {
       for (int64_t k = 0; k < k_; ++k) {
@@ -97,6 +101,14 @@ class GemmWeights {
         codes_.data() + static_cast<size_t>((expert * rows_ + row) * value_stride_ + byte);
     const auto nibble = static_cast<uint8_t>(k % 2 == 0 ? *at & 0xF : *at >> 4);
     const double scale = ScaleOf(expert, row, k);
+    if (!row_powers_.empty()) {
+      // The kernel rounds code x scale to e4m3, relative to the row.
+      const double power = row_powers_[static_cast<size_t>(expert * rows_ + row)];
+      const double global = global_[static_cast<size_t>(expert)];
+      const auto relative =
+          static_cast<float>(formats::DecodeE2m1(nibble) * (scale / global) / power);
+      return formats::DecodeE4m3(formats::EncodeE4m3(relative)) * power * global;
+    }
     switch (rule_.code_dtype) {
       case DType::kBf16: {
         uint16_t bits = 0;
@@ -174,7 +186,8 @@ class GemmWeights {
     }
   }
   // A NaN code in every 8th row, a NaN scale in every 8th, of which every other has zero codes
-  // there. All ones but for the sign are NaN in each of the types; 4-bit codes have none.
+  // there; in every 8th zeros under the largest scale, which are zeros. All ones but for the sign
+  // are NaN in each of the types; 4-bit codes have none.
   void MakeNans() {
     for (int64_t row = 0; row < experts_ * rows_; ++row) {
       const int64_t k = row * 29 % k_;
@@ -184,17 +197,38 @@ class GemmWeights {
         std::fill_n(at, size, uint8_t{0xFF});
         at[size - 1] = row % 16 == 3 ? 0x7F : 0xFF;
       }
-      if (row % 8 == 6 && rule_.scale_block > 0 && rule_.scale_block_rows == 1) {
+      const bool huge = row % 8 == 1;
+      if ((row % 8 == 6 || huge) && rule_.scale_block > 0 && rule_.scale_block_rows == 1) {
         const int64_t size = SizeOf(rule_.scale_dtype);
         const int64_t block = k / rule_.scale_block;
-        std::fill_n(scales_.data() + row / rows_ * scale_bytes_ +
-                        (row % rows_ * scale_stride_ + block) * size,
-                    size, uint8_t{0xFF});
+        uint8_t* const scale = scales_.data() + row / rows_ * scale_bytes_ +
+                               (row % rows_ * scale_stride_ + block) * size;
+        std::fill_n(scale, size, uint8_t{0xFF});
+        if (huge) {
+          // The largest number of the type.
+          scale[0] = rule_.scale_dtype == DType::kE4m3 ? 0x7E : size == 2 ? 0x7F : 0xFE;
+          scale[size - 1] = size == 2 ? 0x7F : scale[0];
+        }
         const int64_t bytes = rule_.scale_block / rule_.codes_per_byte;
         const int64_t left = k_ / rule_.codes_per_byte - block * bytes;
         std::fill_n(codes_.data() + row * value_stride_ + block * bytes,
-                    row % 16 == 6 ? std::min(bytes, left) : 0, uint8_t{0});
+                    huge || row % 16 == 6 ? std::min(bytes, left) : 0, uint8_t{0});
       }
+    }
+  }
+  // Of each row the power of two that takes the largest scale of a block with values to 32 .. 63.
+  void MakeRowPowers() {
+    for (int64_t row = 0; row < experts_ * rows_; ++row) {
+      double largest = 0.0;
+      for (int64_t k = 0; k < k_; ++k) {
+        const uint8_t byte = codes_[static_cast<size_t>(row * value_stride_ + k / 2)];
+        const double scale =
+            ScaleOf(row / rows_, row % rows_, k) / global_[static_cast<size_t>(row / rows_)];
+        if ((k % 2 == 0 ? byte & 0x7 : byte >> 4 & 0x7) != 0 && !std::isnan(scale)) {
+          largest = std::max(largest, scale);
+        }
+      }
+      row_powers_.push_back(largest == 0.0 ? 1.0 : std::ldexp(1.0, std::ilogb(largest) - 5));
     }
   }
   [[nodiscard]] double ScaleOf(int64_t expert, int64_t row, int64_t k) const {
@@ -236,6 +270,7 @@ class GemmWeights {
   std::vector<uint8_t> codes_;
   std::vector<uint8_t> scales_;
   std::vector<float> global_;
+  std::vector<double> row_powers_;  // NVFP4 with FP8 products
   std::vector<double> values_;
 };
 

@@ -75,7 +75,9 @@ TEST(GpuWeights, MnMajorGivesTheSameBits) {
     source.layout.separate = true;
     source.layout.per_expert = true;
     TwinLayer apart(source);
-    for (const int64_t tokens : {1, 60, 200, 700}) {
+    const std::vector<int64_t> counts =
+        SmallTests() ? std::vector<int64_t>{9} : std::vector<int64_t>{1, 60, 200, 700};
+    for (const int64_t tokens : counts) {
       LayerInputs inputs(source.spec, tokens);
       inputs.Logits();
       const RunResult wanted = k_major.Run(inputs);

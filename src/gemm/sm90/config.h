@@ -21,6 +21,7 @@ enum class Family : uint8_t {
   kNvFp4AsBf16,  // global scale left out
   kMxInt4AsBf16,
   kMxFp4AsFp8,  // scales included, but for a power of two per row
+  kNvFp4AsFp8,  // the same, rounded; global scale left out
 };
 
 // Which operand is M, of which a matrix instruction takes 64 rows. N may be few: weights are M
@@ -53,7 +54,11 @@ constexpr bool IsDecoded(Family family) {
   return family != Family::kBf16 && family != Family::kFp8;
 }
 constexpr bool IsFp8Math(Family family) {
-  return family == Family::kFp8 || family == Family::kMxFp4AsFp8;
+  return family == Family::kFp8 || family == Family::kMxFp4AsFp8 || family == Family::kNvFp4AsFp8;
+}
+// Weights are divided by a power of two per row (ComputeRowExponents) to be e4m3 numbers.
+constexpr bool HasRowExponents(Family family) {
+  return IsDecoded(family) && IsFp8Math(family);
 }
 constexpr KOrder OrderOf(Family family) {
   return !IsDecoded(family)  ? KOrder::kNatural
@@ -88,6 +93,7 @@ constexpr int ScaleBytes(Family family) {
       return 4;
     case Family::kNvFp4AsBf16:
     case Family::kMxInt4AsBf16:
+    case Family::kNvFp4AsFp8:
       return 8;
     default:
       return 0;
@@ -104,7 +110,7 @@ constexpr bool ReadsWeights(Family family, WeightFormat weights) {
     case WeightFormat::kMxFp8:
       return family == Family::kMxFp8AsBf16;
     case WeightFormat::kNvFp4:
-      return family == Family::kNvFp4AsBf16;
+      return family == Family::kNvFp4AsBf16 || family == Family::kNvFp4AsFp8;
     case WeightFormat::kMxFp4:
       return family == Family::kMxFp4AsBf16 || family == Family::kMxFp4AsFp8;
     case WeightFormat::kMxInt4:

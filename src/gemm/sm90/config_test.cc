@@ -68,8 +68,7 @@ std::set<int> Tiles(WeightFormat weights, const RowFormat& x, bool gated, bool d
 }
 
 // Both GEMMs of a pass take tiles of as many rows.
-void ExpectCommonTile(const FormatPair& pair, bool gated, bool dev) {
-  const LayerOperands operands = OperandsOf(pair.weights, pair.activations);
+void ExpectCommonTile(const FormatPair& pair, const LayerOperands& operands, bool gated, bool dev) {
   const std::set<int> gemm1 = Tiles(pair.weights, operands.x, gated, dev);
   const std::set<int> gemm2 = Tiles(pair.weights, operands.h, false, dev);
   EXPECT_TRUE(
@@ -92,8 +91,13 @@ TEST(Configs, EveryPairHasBothGemmsWithACommonTile) {
   }
   for (const FormatPair& pair : pairs) {
     for (const bool dev : {false, true}) {
-      ExpectCommonTile(pair, false, dev);
-      ExpectCommonTile(pair, true, dev);
+      const LayerOperands exact = OperandsOf(pair.weights, pair.activations);
+      const LayerOperands rounded =
+          RoundedOperandsOf(pair.weights, pair.activations).value_or(exact);
+      for (const bool gated : {false, true}) {
+        ExpectCommonTile(pair, exact, gated, dev);
+        ExpectCommonTile(pair, rounded, gated, dev);
+      }
     }
   }
 }
@@ -126,8 +130,13 @@ TEST(Configs, EveryRowRunsSomePair) {
   for (int i = 0; i < NumKernels(); ++i) {
     const bool gated = KernelAt(i).gated;
     EXPECT_TRUE(std::any_of(pairs.begin(), pairs.end(), [&](const FormatPair& pair) {
-      const LayerOperands operands = OperandsOf(pair.weights, pair.activations);
-      return Runs(i, pair.weights, operands.x, gated) || Runs(i, pair.weights, operands.h, gated);
+      const LayerOperands exact = OperandsOf(pair.weights, pair.activations);
+      const LayerOperands rounded =
+          RoundedOperandsOf(pair.weights, pair.activations).value_or(exact);
+      const RowFormat rows[] = {exact.x, exact.h, rounded.x, rounded.h};
+      return std::any_of(std::begin(rows), std::end(rows), [&](const RowFormat& x) {
+        return Runs(i, pair.weights, x, gated);
+      });
     })) << KernelAt(i).name;
   }
 }

@@ -110,7 +110,7 @@ __device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args,
   if constexpr (Row::kConfig.family == Family::kNvFp4AsBf16) {
     terms.factor = kNvFp4RowFactor;
   }
-  if constexpr (Row::kConfig.family == Family::kMxFp4AsFp8) {
+  if constexpr (HasRowExponents(Row::kConfig.family)) {
     // 2^(b - 127); 0 is subnormal and 255 NaN, both by the top mantissa bit.
     const uint32_t exponent = pointers->row_exponents[at.row];
     terms.factor =

@@ -156,9 +156,10 @@ struct MapShape {
 // Precondition: MapProblem is empty. Throws Error{kCuda} when the driver refuses.
 [[nodiscard]] TensorMap MakeTensorMap(const MapShape& shape);
 
-// MXFP4 weights with FP8 products: the byte of 2^E by which all of a row's blocks are divided
-// (hopper-kernels 3): the largest block scale of the row less 6, 0 where there is none, and 255
-// where a block's is NaN. Fills out[experts][matrix.rows], on `stream`, from the codes and scales
+// MXFP4 and NVFP4 weights with FP8 products: the byte of 2^E by which all of a row's blocks are
+// divided (hopper-kernels 3). MXFP4: the largest block scale of the row less 6, 0 where there is
+// none, and 255 where a block's is NaN. NVFP4: the exponent of that scale less 5, so that 6 x 1.875
+// x 2^5 is an e4m3 number. Blocks without values do not count. Fills out[experts][matrix.rows], on `stream`, from the codes and scales
 // that are in memory then.
 struct RowExponentArgs {
   MatrixArgs matrix;

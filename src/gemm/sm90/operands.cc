@@ -43,6 +43,10 @@ std::optional<LayerOperands> RoundedOperandsOf(WeightFormat weights, ActivationF
     // The rows of FP8 block activations: scales along K stand apart, as products in FP8 need them.
     return OperandsOf(weights, ActivationFormat::kFp8Block128);
   }
+  if (weights == WeightFormat::kNvFp4 && activations == ActivationFormat::kFp8PerToken) {
+    // The same codes as bytes; the weights are rounded on their way.
+    return OperandsOf(WeightFormat::kMxFp4, activations);
+  }
   return std::nullopt;
 }
 

@@ -100,7 +100,7 @@ struct BlockScales {
         } else {
           other_row[half] = static_cast<int>(mine - begin[half]);
         }
-        if constexpr (kFamily == Family::kMxFp4AsFp8) {
+        if constexpr (HasRowExponents(kFamily)) {
           const int64_t real = at.row < matrix.rows ? at.row : matrix.rows - 1;
           row_exponents |= uint32_t{pointers->row_exponents[real]} << (16 * half + 8 * h);
         }

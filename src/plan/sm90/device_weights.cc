@@ -221,7 +221,7 @@ Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploade
   const gemm::sm90::LayerOperands operands = FormatsOf(spec, source.weights, false).operands;
   // Plans that round may come to the same weights.
   const bool fp8_math = FormatsOf(spec, source.weights, true).operands.x.dtype == DType::kE4m3;
-  const bool row_exponents = fp8_math && source.weights == WeightFormat::kMxFp4;
+  const bool row_exponents = fp8_math && formats::RuleOf(source.weights).codes_per_byte == 2;
   const auto matrix = [&](const char* field, const MatrixSet& set, MatrixRef ExpertRef::*part,
                           const gemm::sm90::RowFormat& rows) {
     Source one;
