@@ -74,12 +74,13 @@ class GemmWeights {
   [[nodiscard]] int64_t value_stride() const { return value_stride_; }
   // Whole pieces of 16 bytes, and poison behind the rows.
   [[nodiscard]] int64_t mn_stride() const { return RoundUp(rows_ * 2, 16) + 16; }
-  // BF16 [experts][k][rows].
-  [[nodiscard]] std::vector<uint8_t> MnMajorCodes() const {
+  // BF16 [experts][k][rows], of which `order` says where row r goes.
+  template <class Order>
+  [[nodiscard]] std::vector<uint8_t> MnMajorCodes(Order&& order) const {
     std::vector<uint8_t> codes(static_cast<size_t>(experts_ * k_ * mn_stride()), 0xFF);
     for (int64_t row = 0; row < experts_ * rows_; ++row) {
       for (int64_t k = 0; k < k_; ++k) {
-        std::memcpy(codes.data() + (row / rows_ * k_ + k) * mn_stride() + row % rows_ * 2,
+        std::memcpy(codes.data() + (row / rows_ * k_ + k) * mn_stride() + order(row % rows_) * 2,
                     codes_.data() + row * value_stride_ + 2 * k, 2);
       }
     }

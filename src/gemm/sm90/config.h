@@ -42,6 +42,9 @@ struct GemmConfig {
   bool promoted = false;  // scales of tokens and 128x128 blocks are applied every 128 of K
   bool tokens_are_m = false;
   bool mn_major = false;  // weights lie [k, rows] in memory, K across
+  // Of those, gate and up in alternate columns: a consumer's two tiles are 128 columns, and gate
+  // and up meet in registers after the products.
+  bool interleaved = false;
 
   friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
 };
@@ -233,9 +236,16 @@ constexpr int SharedLimit(const GemmConfig& config) {
 }
 
 // What the kernel for MN-major weights is to the one for K-major ones: all else is equal.
-constexpr bool IsMnMajorTwin(GemmConfig config, const GemmConfig& twin) {
+constexpr bool IsMnMajorTwin(GemmConfig config, const GemmConfig& twin, bool interleaved) {
   config.mn_major = true;
+  config.interleaved = interleaved;
   return config == twin;
+}
+// The feature, of a consumer's 64, whose sums end up in row `row` of its tile. Interleaved: columns
+// 2 f and 2 f + 1 are gate and up of feature f; of a pair of rows the even one keeps the feature of
+// the first tile's, the odd one takes the second's.
+constexpr int FeatureOfRow(bool interleaved, int row) {
+  return interleaved ? row % 2 * (kTileRows / 2) + row / 2 : row;
 }
 
 constexpr bool IsValid(const GemmConfig& config) {
@@ -244,7 +254,8 @@ constexpr bool IsValid(const GemmConfig& config) {
   const bool can_promote = config.family != Family::kBf16;
   const bool operands = !config.tokens_are_m || (config.family == Family::kFp8 && config.promoted &&
                                                  config.consumers == 2 && config.tokens == 128);
-  const bool major = !config.mn_major || config.family == Family::kBf16;
+  const bool major = (!config.mn_major || config.family == Family::kBf16) &&
+                     (!config.interleaved || (config.mn_major && config.gated));
   return tokens && operands && major && (config.consumers == 1 || config.consumers == 2) &&
          config.stages >= 3 && (can_promote || !config.promoted) &&
          SharedBytes(config) <= SharedLimit(config);

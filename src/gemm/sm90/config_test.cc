@@ -103,25 +103,43 @@ TEST(Configs, EveryPairHasBothGemmsWithACommonTile) {
 }
 
 // Plans do not know the order of the weights that calls will bring.
-TEST(Configs, EveryBf16RowHasATwinForMnMajorWeights) {
+TEST(Configs, EveryBf16RowHasTwinsForMnMajorWeights) {
   int twins = 0;
   for (int i = 0; i < NumKernels(); ++i) {
     const GemmConfig& config = kKernelRows[static_cast<size_t>(i)].config;
-    const int twin = MnMajorTwin(i);
-    const bool wanted = config.family == Family::kBf16 && !config.mn_major;
-    ASSERT_EQ(twin >= 0 && twin != i, wanted) << KernelAt(i).name;
-    if (wanted) {
-      EXPECT_TRUE(KernelAt(twin).mn_major);
-      EXPECT_EQ(KernelAt(twin).tokens, KernelAt(i).tokens);
-      EXPECT_EQ(KernelAt(twin).features, KernelAt(i).features);
-      EXPECT_EQ(KernelAt(twin).gated, KernelAt(i).gated);
-      ++twins;
+    for (const bool interleaved : {false, true}) {
+      const int twin = MnMajorTwin(i, interleaved);
+      const bool wanted =
+          config.family == Family::kBf16 && !config.mn_major && (config.gated || !interleaved);
+      ASSERT_EQ(twin >= 0, wanted) << KernelAt(i).name;
+      if (wanted) {
+        EXPECT_TRUE(KernelAt(twin).mn_major);
+        EXPECT_EQ(KernelAt(twin).interleaved, interleaved);
+        EXPECT_EQ(KernelAt(twin).tokens, KernelAt(i).tokens);
+        EXPECT_EQ(KernelAt(twin).features, KernelAt(i).features);
+        EXPECT_EQ(KernelAt(twin).gated, KernelAt(i).gated);
+        ++twins;
+      }
     }
   }
   for (int i = 0; i < NumKernels(); ++i) {
     twins -= KernelAt(i).mn_major ? 1 : 0;
   }
   EXPECT_EQ(twins, 0);
+}
+
+// A feature of an interleaved tile has a row of its own, of the pair in which its columns lie.
+TEST(Configs, InterleavedRowsKeepEveryFeatureOnce) {
+  std::set<int> features;
+  for (int row = 0; row < kTileRows; ++row) {
+    EXPECT_EQ(FeatureOfRow(false, row), row);
+    const int feature = FeatureOfRow(true, row);
+    features.insert(feature);
+    // Columns 2 f and 2 f + 1 of 128: in the first tile for even rows, else in the second.
+    EXPECT_EQ(2 * feature / kTileRows, row % 2);
+    EXPECT_EQ(2 * feature % kTileRows / 2, row / 2);
+  }
+  EXPECT_EQ(features.size(), size_t{kTileRows});
 }
 
 // A row nobody can run would only cost time.
@@ -134,9 +152,8 @@ TEST(Configs, EveryRowRunsSomePair) {
       const LayerOperands rounded =
           RoundedOperandsOf(pair.weights, pair.activations).value_or(exact);
       const RowFormat rows[] = {exact.x, exact.h, rounded.x, rounded.h};
-      return std::any_of(std::begin(rows), std::end(rows), [&](const RowFormat& x) {
-        return Runs(i, pair.weights, x, gated);
-      });
+      return std::any_of(std::begin(rows), std::end(rows),
+                         [&](const RowFormat& x) { return Runs(i, pair.weights, x, gated); });
     })) << KernelAt(i).name;
   }
 }

@@ -121,15 +121,16 @@ struct KernelInfo {
   int tokens = 0;         // rows of a tile
   int features = 0;       // of a block
   bool gated = false;
-  bool mn_major = false;  // reads MN-major weights only; others do not
-  bool rounds = false;    // can write GEMM1's output in the formats that GEMM2 then reads
+  bool mn_major = false;     // reads MN-major weights only; others do not
+  bool interleaved = false;  // of those, gate and up in alternate columns only
+  bool rounds = false;       // can write GEMM1's output in the formats that GEMM2 then reads
 };
 [[nodiscard]] int NumKernels();
 [[nodiscard]] KernelInfo KernelAt(int index);
 // Whether kernel `index` multiplies these weights, in its order, with rows in this format.
 [[nodiscard]] bool Runs(int index, WeightFormat weights, const RowFormat& x, bool gated);
 // The kernel that takes the place of `index` where weights are MN-major, or -1.
-[[nodiscard]] int MnMajorTwin(int index);
+[[nodiscard]] int MnMajorTwin(int index, bool interleaved);
 
 // Describes natural rows of a checkpoint matrix to the copy engine.
 struct MapShape {
@@ -159,8 +160,8 @@ struct MapShape {
 // MXFP4 and NVFP4 weights with FP8 products: the byte of 2^E by which all of a row's blocks are
 // divided (hopper-kernels 3). MXFP4: the largest block scale of the row less 6, 0 where there is
 // none, and 255 where a block's is NaN. NVFP4: the exponent of that scale less 5, so that 6 x 1.875
-// x 2^5 is an e4m3 number. Blocks without values do not count. Fills out[experts][matrix.rows], on `stream`, from the codes and scales
-// that are in memory then.
+// x 2^5 is an e4m3 number. Blocks without values do not count. Fills out[experts][matrix.rows], on
+// `stream`, from the codes and scales that are in memory then.
 struct RowExponentArgs {
   MatrixArgs matrix;
   MapShape shape;  // where the codes are; of expert e: values[e], a device table

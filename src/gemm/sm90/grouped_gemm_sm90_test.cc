@@ -51,11 +51,18 @@ class Call {
   }
 
   void Run() {
-    const DeviceArray<uint8_t> codes(kernel_.mn_major ? weights_.MnMajorCodes() : weights_.codes());
+    const auto place = [&](int64_t row) { return PlaceOf(row); };
+    const DeviceArray<uint8_t> codes(kernel_.mn_major ? weights_.MnMajorCodes(place)
+                                                      : weights_.codes());
     const DeviceArray<uint8_t> scales(weights_.scales());
     const DeviceArray<float> global(weights_.global());
     const DeviceArray<uint8_t> x(x_);
-    const DeviceArray<float> bias(bias_);
+    std::vector<float> stored_bias(bias_.size());
+    for (size_t i = 0; i < bias_.size(); ++i) {
+      const auto row = static_cast<int64_t>(i);
+      stored_bias[static_cast<size_t>(row / rows_ * rows_ + place(row % rows_))] = bias_[i];
+    }
+    const DeviceArray<float> bias(stored_bias);
     const DeviceArray<float> block_scales(block_scales_);
     const DeviceArray<float> token_scales(token_scales_);
     const DeviceArray<int32_t> sources(sources_);
@@ -98,7 +105,8 @@ class Call {
       tables.push_back(std::make_unique<DeviceArray<ExpertPointers>>(mine));
       matrix.pointers = tables.back()->get();
       FillMatrix(codes.get(), part, matrix);
-      if (formats::RuleOf(problem_.weights).codes_per_byte == 2) {
+      if (formats::RuleOf(problem_.weights).codes_per_byte == 2 &&
+          problem_.x.dtype == DType::kE4m3) {
         ComputeRowExponents({matrix, ShapeOfPart(codes.get(), part), values_on_device.get(),
                              exponents.get() + part * experts_ * problem_.features},
                             nullptr);
@@ -124,6 +132,10 @@ class Call {
   }
 
  private:
+  // Of natural row `row` among gate's and up's, in the order in which an expert's are stored.
+  [[nodiscard]] int64_t PlaceOf(int64_t row) const {
+    return kernel_.interleaved ? row % problem_.features * 2 + row / problem_.features : row;
+  }
   [[nodiscard]] MapShape ShapeOfPart(const uint8_t* codes, int64_t part) const {
     MapShape shape;
     shape.format = problem_.weights;
@@ -135,6 +147,10 @@ class Call {
     shape.value_stride = weights_.value_stride();
     shape.position_begin = part * problem_.features;
     shape.swizzled = IsSwizzled(problem_.weights, problem_.x);
+    if (kernel_.interleaved) {
+      shape.position_begin = part;
+      shape.position_step = 2;
+    }
     if (kernel_.mn_major) {
       shape.major = MajorOrder::kMnMajor;
       shape.value_stride = weights_.mn_stride();
@@ -148,6 +164,7 @@ class Call {
     matrix.map = MakeTensorMap(shape);
     matrix.rows = problem_.features;
     matrix.position_begin = shape.position_begin;
+    matrix.position_step = shape.position_step;
     matrix.scale_stride = weights_.scale_stride();
     matrix.has_bias = problem_.bias;
     matrix.has_global_scale = weights_.has_global();
@@ -380,7 +397,9 @@ TEST_P(GroupedGemm, EdgeSegmentsAndOddSizes) {
         problem.features = features;
         problem.gather = gather;
         problem.bias = gather;
-        problem.ordered = features % 2 == 0 && features != 300 && !gather;
+        // No weights of alternate columns feed a GEMM that wants another order.
+        problem.ordered =
+            features % 2 == 0 && features != 300 && !gather && !KernelAt(GetParam()).interleaved;
         RunCase(problem, {0, 1, n - 1, 0, n, n + 1, 3 * n - 2, 0});
         ASSERT_FALSE(HasFatalFailure());
       }

@@ -56,9 +56,11 @@ void SetRows(const MapShape& shape, int64_t row, MapDims& dims) {
 }
 
 // MN-major: dimension 0 walks the rows of the whole matrix up to the part's last, whose begin need
-// not be one of an address that the copy engine takes; dimension 1 walks K.
+// not be one of an address that the copy engine takes (of both parts, where gate and up alternate);
+// dimension 1 walks K.
 void SetColumns(const MapShape& shape, MapDims& dims) {
-  dims.size = {shape.position_begin + shape.rows, shape.cols, 1, 1, shape.experts};
+  const int64_t end = shape.position_step == 1 ? shape.position_begin + shape.rows : 2 * shape.rows;
+  dims.size = {end, shape.cols, 1, 1, shape.experts};
   dims.stride = {dims.element_bytes, shape.value_stride, kCopyBytes, kCopyBytes,
                  shape.experts == 1 ? kCopyBytes : shape.expert_stride};
   dims.box = {kTileRows, BlockK(Family::kBf16), 1, 1, 1};
@@ -103,11 +105,7 @@ std::string MapProblem(const MapShape& shape) {
   std::ostringstream out;
   const auto address = reinterpret_cast<uintptr_t>(shape.values);
   const bool mn_major = shape.major == MajorOrder::kMnMajor;
-  if (mn_major && shape.position_step != 1) {
-    out << "is MN-major with gate and up in alternate columns, of which the copy engine cannot "
-           "take "
-           "every other: store one behind the other, or K-major";
-  } else if (mn_major && shape.row_map != RowMap::kNatural) {
+  if (mn_major && shape.row_map != RowMap::kNatural) {
     out << "is MN-major and shuffled; the Hopper kernels read MN-major weights in natural order: "
            "undo the row map";
   } else if (shape.value_stride % kCopyBytes != 0) {

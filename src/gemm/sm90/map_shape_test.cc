@@ -58,13 +58,20 @@ TEST(MapShape, MnMajorRowsAreCountedFromTheMatrix) {
   EXPECT_EQ(dims.row_unit, 1);
 }
 
-TEST(MapShape, ProblemsAreNamedWithTheRemedy) {
+// Where gate and up alternate, one map is of both.
+TEST(MapShape, AlternateColumnsAreMappedTogether) {
   MapShape shape = UpOf(MajorOrder::kMnMajor);
   shape.position_step = 2;
-  EXPECT_EQ(MapProblem(shape),
-            "is MN-major with gate and up in alternate columns, of which the copy engine cannot "
-            "take every other: store one behind the other, or K-major");
-  shape = UpOf(MajorOrder::kMnMajor);
+  for (const int64_t begin : {0, 1}) {
+    shape.position_begin = begin;
+    ASSERT_EQ(MapProblem(shape), "");
+    EXPECT_EQ(DimsOf(shape).begin, Memory());
+    EXPECT_EQ(DimsOf(shape).size, (Five{200, 72, 1, 1, 3}));
+  }
+}
+
+TEST(MapShape, ProblemsAreNamedWithTheRemedy) {
+  MapShape shape = UpOf(MajorOrder::kMnMajor);
   shape.row_map = RowMap::kShuffled128;
   EXPECT_EQ(MapProblem(shape),
             "is MN-major and shuffled; the Hopper kernels read MN-major weights in natural order: "

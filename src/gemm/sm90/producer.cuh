@@ -57,8 +57,10 @@ struct WeightCopies {
     const uint32_t tile = shared.Weights(stage, Tile() / 2, Tile() % 2);
     const MatrixArgs& matrix = Matrix(args);
     if constexpr (kConfig.mn_major) {
-      // The map is of the whole matrix, of which up may be a part that begins anywhere.
-      const int column = static_cast<int>(matrix.position_begin) + row;
+      // The map is of the whole matrix, of which up may be a part that begins anywhere, or every
+      // other column.
+      const int column = kConfig.interleaved ? 2 * row + Tile() % 2 * kTileRows
+                                             : static_cast<int>(matrix.position_begin) + row;
       hopyard::sm90::CopyBox(map, tile, barrier, {{column, k, 0, 0, expert}});
       return;
     }

@@ -21,7 +21,8 @@ template <class Row>
 __device__ __forceinline__ WeightRow ThreadRow(const GroupedGemmArgs& args, int64_t feature,
                                                int half, int h) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int in_tile = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + 8 * h + lane / 4;
+  const int in_tile = FeatureOfRow(
+      Row::kConfig.interleaved, static_cast<int>(threadIdx.x) % 128 / 32 * 16 + 8 * h + lane / 4);
   if constexpr (Row::kConfig.gated) {
     return {half == 0 ? &args.first : &args.second, feature + in_tile};
   } else {

@@ -80,7 +80,9 @@ int KernelFor(const Role& role, int tile, bool wide) {
 // Index of the role's kernel of that name, its own or its MN-major twin's, or -1.
 int FindKernel(const Role& role, const std::string& name) {
   for (int i = 0; i < NumKernels(); ++i) {
-    if (Fits(i, role) && (HasName(i, name) || HasName(MnMajorTwin(i), name))) {
+    const bool named = HasName(i, name) || HasName(MnMajorTwin(i, false), name) ||
+                       HasName(MnMajorTwin(i, true), name);
+    if (Fits(i, role) && named) {
       return i;
     }
   }
@@ -275,10 +277,14 @@ std::vector<Candidate> ListCandidates(const std::vector<Role>& roles,
       continue;
     }
     candidates.push_back(candidate);
-    if (MnMajorTwin(i) >= 0) {
-      candidates.push_back(
-          {std::string(KernelAt(MnMajorTwin(i)).name), false,
-           "takes the place of " + candidate.kernel + " in a GEMM whose weights are MN-major"});
+    for (const bool interleaved : {false, true}) {
+      const int twin = MnMajorTwin(i, interleaved);
+      if (twin >= 0) {
+        candidates.push_back({std::string(KernelAt(twin).name), false,
+                              "takes the place of " + candidate.kernel +
+                                  " in a GEMM whose weights are MN-major" +
+                                  (interleaved ? ", gate and up in alternate columns" : "")});
+      }
     }
   }
   return candidates;

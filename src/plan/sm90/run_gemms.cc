@@ -92,8 +92,9 @@ void LoadHidden(GroupPass* group, int64_t offset, int64_t row_bytes) {
 // The plan's kernel, or its twin where these weights are MN-major; under its name in a profile.
 void RunKernel(int chosen, const GroupMatrix& weights, const GroupedGemmArgs& args,
                const device::Queue& queue) {
-  const int index =
-      weights.shape.major == MajorOrder::kMnMajor ? gemm::sm90::MnMajorTwin(chosen) : chosen;
+  const int index = weights.shape.major == MajorOrder::kMnMajor
+                        ? gemm::sm90::MnMajorTwin(chosen, weights.shape.position_step != 1)
+                        : chosen;
   // A view of a literal, so a zero follows.
   const device::Range range(gemm::sm90::KernelAt(index).name.data());
   RunGroupedGemm(index, args, queue);
