@@ -2,6 +2,8 @@
 // The whole layer against the oracle: every pair of formats, kernel and odd size.
 #include "hopyard/forward.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -59,6 +61,33 @@ TEST_P(ForwardPair, EveryKernelMatchesOracle) {
 }
 
 // Partial scale blocks at the end of K, in both GEMMs.
+// In GEMM2's row 3 of expert 2, a code where the format has one, else the scale of 16 or 32 of
+// them.
+TEST_P(ForwardPair, ANanWeightSpoilsItsFeatureOnly) {
+  LayerWeights storage(source_);
+  LayerInputs inputs(source_.spec, 9);
+  inputs.Logits();
+  const RunResult before = RunLayer(source_.spec, storage.Make(), inputs.get());
+  const MatrixSet& set = storage.mutable_desc()->routed.gemm2;
+  const TensorView& view = CodesPerByte(GetParam().weights) == 1 ? set.values : set.scales;
+  const int64_t element = 2 * view.strides[0] + 3 * view.strides[1] + 1;
+  std::fill_n(view.as<uint8_t>() + element * SizeOf(view.dtype), SizeOf(view.dtype), uint8_t{0xFF});
+  const RunResult after = RunLayer(source_.spec, storage.Make(), inputs.get());
+  int64_t spoilt = 0;
+  for (size_t slot = 0; slot < before.ids.size(); ++slot) {
+    for (int64_t c = 0; c < source_.spec.hidden_size; ++c) {
+      const auto at = static_cast<size_t>(before.slot_to_row[slot] * source_.spec.hidden_size + c);
+      if (before.ids[slot] == 2 && c == 3) {
+        EXPECT_TRUE(std::isnan(FromBf16({after.rows[at]})[0])) << "slot " << slot;
+        ++spoilt;
+      } else {
+        ASSERT_EQ(after.rows[at], before.rows[at]) << "slot " << slot << ", column " << c;
+      }
+    }
+  }
+  EXPECT_GT(spoilt, 0);
+}
+
 TEST_P(ForwardPair, OddSizesMatchOracle) {
   struct Size {
     int64_t hidden;

@@ -15,7 +15,7 @@ struct PlanOptions {
   uint32_t struct_size = sizeof(PlanOptions);
   int64_t max_tokens = 0;  // capacity; Forward accepts 0 .. max_tokens
   // Kernel name to use; empty: the library chooses. On a GPU a kernel of GEMM1, or one of each GEMM
-  // joined by '+'; it then runs every number of tokens.
+  // joined by '+'; it then runs every number of tokens. Some are taken by name only, see Explain.
   std::string tactic;
   bool batch_invariant = false;  // a token's output depends on that token alone
   int64_t workspace_cap = 0;     // bytes; 0 = none. Larger batches are cut into chunks of tokens

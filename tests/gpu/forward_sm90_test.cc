@@ -110,7 +110,9 @@ TEST_P(GpuForward, EveryKernelMatchesOracle) {
     RunOptions run;
     run.plan.tactic = candidate.kernel;
     run.plan.max_tokens = 41;
-    if (Explain(layer.spec(), kGpu, run.plan).supported) {
+    // Those that round more than the formats ask have tests of their own.
+    const bool exact = candidate.reason.find("by name only") == std::string::npos;
+    if (exact && Explain(layer.spec(), kGpu, run.plan).supported) {
       SCOPED_TRACE(candidate.kernel);
       layer.Judge(inputs, layer.Run(inputs, run));
       ++ran;

@@ -79,6 +79,35 @@ TEST(GpuPlan, ATacticNamesAKernelOrAPair) {
   EXPECT_NE(caught.message.find(chosen[0].kernel), std::string::npos) << caught.message;
 }
 
+// A plan takes weights of either order: kernels for MN-major ones are named beside those that they
+// stand in for, and their names mean the same tactic.
+TEST(GpuPlan, KernelsOfMnMajorWeightsFollowTheOthers) {
+  const MoeSpec spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
+  PlanOptions options = OptionsFor(1000);
+  const std::vector<Candidate> all = Explain(spec, kGpu, options).candidates;
+  std::string before;
+  int twins = 0;
+  for (const Candidate& candidate : all) {
+    if (candidate.kernel.rfind("bf16_mn", 0) != 0) {
+      before = candidate.kernel;
+      continue;
+    }
+    EXPECT_FALSE(candidate.chosen);
+    EXPECT_EQ(
+        candidate.reason.rfind("takes the place of " + before + " in a GEMM whose weights", 0), 0U)
+        << candidate.kernel << ": " << candidate.reason;
+    ++twins;
+  }
+  EXPECT_GT(twins, 0);
+  options.tactic = all[0].kernel;
+  const std::vector<Candidate> forced = Chosen(Explain(spec, kGpu, options));
+  options.tactic = all[1].kernel;
+  for (const Candidate& candidate : Chosen(Explain(spec, kGpu, options))) {
+    EXPECT_EQ(candidate.kernel.find("_mn_"), std::string::npos);
+  }
+  EXPECT_EQ(Chosen(Explain(spec, kGpu, options)).size(), forced.size());
+}
+
 TEST(GpuPlan, LimitsAreReasons) {
   MoeSpec spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
   spec.hidden_size = 252;

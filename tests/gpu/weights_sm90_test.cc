@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights on a GPU: every layout gives the same bits or is refused by name, and an update is a
 // fresh load.
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -58,22 +60,139 @@ TEST_P(GpuLayout, RowsOffSixteenBytesAreRefusedByName) {
   EXPECT_EQ(caught.message.rfind("weights.routed.", 0), 0U) << caught.message;
 }
 
-// MN-major matrices either run, or are refused with the field's name.
-TEST(GpuWeights, MnMajorRunsOrIsRefusedByName) {
+// With every size of tile.
+TEST(GpuWeights, MnMajorGivesTheSameBits) {
+  HOPYARD_NEEDS_GPU();
+  for (const ActivationKind kind : {ActivationKind::kSwiGlu, ActivationKind::kRelu2}) {
+    WeightSource source;
+    source.spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
+    source.spec.intermediate_size = 104;
+    source.spec.activation.kind = kind;
+    source.bias = true;
+    TwinLayer k_major(source);
+    source.layout.major = MajorOrder::kMnMajor;
+    TwinLayer mn_major(source);
+    source.layout.separate = true;
+    source.layout.per_expert = true;
+    TwinLayer apart(source);
+    source.layout.separate = false;
+    source.layout.order = RowOrder::kInterleavedGateUp;
+    TwinLayer gate_up(source);
+    source.layout.order = RowOrder::kInterleavedUpGate;
+    TwinLayer up_gate(source);
+    const std::vector<int64_t> counts =
+        SmallTests() ? std::vector<int64_t>{9} : std::vector<int64_t>{1, 60, 200, 700};
+    for (const int64_t tokens : counts) {
+      LayerInputs inputs(source.spec, tokens);
+      inputs.Logits();
+      const RunResult wanted = k_major.Run(inputs);
+      EXPECT_TRUE(SameBits(mn_major.Run(inputs).output, wanted.output)) << tokens << " tokens";
+      EXPECT_TRUE(SameBits(apart.Run(inputs).output, wanted.output)) << tokens << " tokens, apart";
+      EXPECT_TRUE(SameBits(gate_up.Run(inputs).output, wanted.output))
+          << tokens << " tokens, gate and up alternate";
+      EXPECT_TRUE(SameBits(up_gate.Run(inputs).output, wanted.output))
+          << tokens << " tokens, up and gate alternate";
+    }
+  }
+}
+
+// Up begins where no address of the copy engine is; K-major, GEMM2's rows would not either.
+TEST(GpuWeights, MnMajorOfOddSizesMatchesOracle) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
+  source.spec.hidden_size = 248;
+  source.spec.intermediate_size = 100;
+  source.layout.major = MajorOrder::kMnMajor;
+  source.bias = true;
+  for (const RowOrder order : {RowOrder::kGateUp, RowOrder::kInterleavedUpGate}) {
+    source.layout.order = order;
+    TwinLayer layer(source);
+    for (const int64_t tokens : {3, 65}) {
+      LayerInputs inputs(source.spec, tokens);
+      layer.RunAndJudge(inputs.Logits().Delta());
+    }
+  }
+}
+
+TEST(GpuWeights, GateAndUpOfDifferentOrdersAreRefusedByName) {
   HOPYARD_NEEDS_GPU();
   WeightSource source;
   source.spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
   source.layout.major = MajorOrder::kMnMajor;
-  LayerInputs inputs(source.spec, 9);
-  inputs.Logits();
-  try {
-    TwinLayer layer(source);
-    layer.RunAndJudge(inputs);
-  } catch (const Error& error) {
-    EXPECT_EQ(error.kind(), ErrorKind::kUnsupported);
-    EXPECT_EQ(error.message().rfind("weights.routed.gemm1.values", 0), 0U) << error.message();
+  source.layout.separate = true;
+  const LayerWeights mn(source);
+  source.layout.major = MajorOrder::kKMajor;
+  const LayerWeights k(source);
+  DeviceMirror mirror;
+  WeightsDesc desc = mirror.Copy(mn.desc());
+  desc.routed.up = mirror.Copy(k.desc()).routed.up;
+  const Caught caught = CatchError([&] { const Weights weights(source.spec, desc); });
+  EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
+  EXPECT_EQ(caught.message,
+            "weights.routed.up is K-major and gate is not; the GPU reads both in one pass: store "
+            "them in the same order");
+}
+
+class GpuNan : public ::testing::TestWithParam<FormatPair> {
+ protected:
+  // Runs on both devices what `storage` holds now: the same elements are NaN, some but not all.
+  static void Compare(const MoeSpec& spec, const LayerWeights& storage) {
+    LayerInputs inputs(spec, 21);
+    inputs.Logits();
+    DeviceMirror mirror;
+    const Weights on_gpu(spec, mirror.Copy(storage.desc()));
+    const RunResult got = RunOnGpu(on_gpu, inputs.get());
+    const RunResult wanted = RunLayer(spec, storage.Make(), inputs.get());
+    const std::vector<uint8_t> activation = Nans(wanted.activation);
+    const std::vector<uint8_t> rows = Nans(wanted.rows);
+    EXPECT_TRUE(SameBits(Nans(got.activation), activation)) << "gemm1_activation";
+    EXPECT_TRUE(SameBits(Nans(got.rows), rows)) << "rows";
+    EXPECT_TRUE(SameBits(Nans(got.output), Nans(wanted.output))) << "output";
+    EXPECT_NE(std::count(rows.begin(), rows.end(), 1), 0);
+    EXPECT_NE(std::count(rows.begin(), rows.end(), 0), 0);
+  }
+  // The element or scale at byte `at` of an expert's tensor becomes NaN.
+  static void Spoil(const TensorView& view, int64_t expert, int64_t at) {
+    auto* const bytes = view.as<uint8_t>() + expert * view.strides[0] * SizeOf(view.dtype);
+    const int64_t size = SizeOf(view.dtype);
+    std::fill_n(bytes + at / size * size, size, uint8_t{0xFF});
+  }
+
+ private:
+  static std::vector<uint8_t> Nans(const std::vector<uint16_t>& values) {
+    std::vector<uint8_t> nans;
+    for (const double value : FromBf16(values)) {
+      nans.push_back(std::isnan(value) ? 1 : 0);
+    }
+    return nans;
+  }
+};
+
+// In each GEMM, a code where the format has one, else a block's scale.
+TEST_P(GpuNan, SpoilsWhatItSpoilsOnTheCpu) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = SmallSpec(GetParam().weights, GetParam().activations);
+  for (const bool second : {false, true}) {
+    LayerWeights codes(source);
+    ExpertMatrices& matrices = codes.mutable_desc()->routed;
+    const MatrixSet& set = second ? matrices.gemm2 : matrices.gemm1;
+    if (CodesPerByte(source.spec.weights) == 1) {
+      Spoil(set.values, 2, 3 * set.values.strides[1] * SizeOf(set.values.dtype) + 77);
+      Compare(source.spec, codes);
+    }
+    if (set.scales.defined()) {
+      LayerWeights scales(source);
+      ExpertMatrices& others = scales.mutable_desc()->routed;
+      Spoil((second ? others.gemm2 : others.gemm1).scales, 5, 9);
+      Compare(source.spec, scales);
+    }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Pairs, GpuNan, ::testing::ValuesIn(SupportedPairs()),
+                         [](const auto& test) { return ToString(test.param); });
 
 // A shard begins on a scale block of columns.
 TEST(GpuWeights, ShardsWithinScaleBlocks) {
@@ -198,15 +317,7 @@ TEST_P(GpuUpdate, SlicesFromHostAndDeviceEqualAFreshLoad) {
   HOPYARD_CUDA(cudaStreamDestroy(stream));
 }
 
-// MN-major matrices have a test of their own above.
-std::vector<UpdateCase> GpuUpdateCases() {
-  std::vector<UpdateCase> cases = UpdateCases();
-  std::erase_if(
-      cases, [](const UpdateCase& update) { return update.layout.major == MajorOrder::kMnMajor; });
-  return cases;
-}
-
-INSTANTIATE_TEST_SUITE_P(Layouts, GpuUpdate, ::testing::ValuesIn(GpuUpdateCases()),
+INSTANTIATE_TEST_SUITE_P(Layouts, GpuUpdate, ::testing::ValuesIn(UpdateCases()),
                          [](const auto& test) { return ToString(test.param); });
 
 }  // namespace

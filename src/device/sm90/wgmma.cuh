@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Warpgroup matrix products (PTX ISA, wgmma): D[64, N] += A[64, K] * B[N, K]^T, FP32 accumulators
-// in registers, K = 16 for BF16 and 32 for e4m3. Operands in shared memory are K-major with rows of
-// 128 bytes in the 128-byte swizzle; A may come from registers.
+// in registers, K = 16 for BF16 and 32 for e4m3. Operands in shared memory have rows of 128 bytes
+// in the 128-byte swizzle: a row is 128 bytes of K, or, of BF16 A with MultiplyMnMajor, the 64 M of
+// one K. A may come from registers.
 //
 // Accumulators of thread t, warp w = t / 32 of the warpgroup, lane l: d[4 * j + 2 * h + i] is row
 // 16 * w + 8 * h + l / 4, column 8 * j + 2 * (l % 4) + i. A in registers: a[2 * i + h] holds row
@@ -15,14 +16,15 @@
 
 namespace hopyard::sm90 {
 
-// A tile whose groups of 8 rows follow each other every 1024 bytes. Addresses need no mask: shared
+// A tile whose groups of 8 rows (of M or N, or, MN-major, of K) follow each other every 1024 bytes.
+// Addresses need no mask: shared
 // memory ends below 2^18.
 struct TileDescriptor {
   uint32_t low;  // the start in units of 16 bytes, and a stride that swizzled tiles do not use
 
   __device__ __forceinline__ explicit TileDescriptor(uint32_t shared)
       : low(shared >> 4 | 1U << 16) {}
-  // Moves `bytes` on: 32 are one instruction's K, 128 a row.
+  // Moves `bytes` on: 32 are one instruction's K (MN-major: 16 rows), 128 a row.
   __device__ __forceinline__ TileDescriptor Plus(uint32_t bytes) const {
     TileDescriptor moved(*this);
     moved.low += bytes >> 4;
@@ -56,7 +58,7 @@ __device__ __forceinline__ void Touch(float (&values)[kCount]) {
   }
 }
 
-// Multiply: D = A * B^T, plus D where `accumulate` is not 0.
+// Multiply and MultiplyMnMajor: D = A * B^T, plus D where `accumulate` is not 0.
 template <int kN>
 struct MmaBf16;
 template <int kN>
@@ -117,9 +119,9 @@ struct MmaE4m3;
   "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 
 // n columns; c = n / 2 accumulators, then the operands' numbers.
-#define HOPYARD_MMA_SHARED(n, c, a_at, b_at, p_at, suffix, tail)                              \
-  __device__ __forceinline__ static void Multiply(float (&d)[c], uint64_t a, uint64_t b,            \
-                                                  int accumulate) {                                 \
+#define HOPYARD_MMA_SHARED(name, n, c, a_at, b_at, p_at, suffix, tail)                              \
+  __device__ __forceinline__ static void name(float (&d)[c], uint64_t a, uint64_t b,                \
+                                              int accumulate) {                                     \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_at ", 0;\n"                                \
                  "wgmma.mma_async.sync.aligned.m64n" #n suffix " {" HOPYARD_D_##n "}, %" #a_at ", %"  \
                  #b_at ", p, 1, 1" tail ";\n}\n"                                                    \
@@ -138,12 +140,13 @@ struct MmaE4m3;
 #define HOPYARD_MMA(n, c, n1, n2, n3, n4, n5)                                                       \
   template <>                                                                                       \
   struct MmaBf16<n> {                                                                               \
-    HOPYARD_MMA_SHARED(n, c, c, n1, n2, "k16.f32.bf16.bf16", ", 0, 0")                     \
+    HOPYARD_MMA_SHARED(Multiply, n, c, c, n1, n2, "k16.f32.bf16.bf16", ", 0, 0")                    \
+    HOPYARD_MMA_SHARED(MultiplyMnMajor, n, c, c, n1, n2, "k16.f32.bf16.bf16", ", 1, 0")             \
     HOPYARD_MMA_REGISTERS(n, c, c, n1, n2, n3, n4, n5, "k16.f32.bf16.bf16", ", 0")                  \
   };                                                                                                \
   template <>                                                                                       \
   struct MmaE4m3<n> {                                                                               \
-    HOPYARD_MMA_SHARED(n, c, c, n1, n2, "k32.f32.e4m3.e4m3", "")                           \
+    HOPYARD_MMA_SHARED(Multiply, n, c, c, n1, n2, "k32.f32.e4m3.e4m3", "")                          \
     HOPYARD_MMA_REGISTERS(n, c, c, n1, n2, n3, n4, n5, "k32.f32.e4m3.e4m3", "")                     \
   };
 

@@ -21,6 +21,7 @@ enum class Family : uint8_t {
   kNvFp4AsBf16,  // global scale left out
   kMxInt4AsBf16,
   kMxFp4AsFp8,  // scales included, but for a power of two per row
+  kNvFp4AsFp8,  // the same, rounded; global scale left out
 };
 
 // Which operand is M, of which a matrix instruction takes 64 rows. N may be few: weights are M
@@ -40,6 +41,12 @@ struct GemmConfig {
   bool gated = false;
   bool promoted = false;  // scales of tokens and 128x128 blocks are applied every 128 of K
   bool tokens_are_m = false;
+  bool mn_major = false;  // weights lie [k, rows] in memory, K across
+  // Of those, gate and up in alternate columns: a consumer's two tiles are 128 columns, and gate
+  // and up meet in registers after the products.
+  bool interleaved = false;
+
+  friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
 };
 
 inline constexpr int kTileRows = 64;            // M of one matrix instruction
@@ -50,7 +57,11 @@ constexpr bool IsDecoded(Family family) {
   return family != Family::kBf16 && family != Family::kFp8;
 }
 constexpr bool IsFp8Math(Family family) {
-  return family == Family::kFp8 || family == Family::kMxFp4AsFp8;
+  return family == Family::kFp8 || family == Family::kMxFp4AsFp8 || family == Family::kNvFp4AsFp8;
+}
+// Weights are divided by a power of two per row (ComputeRowExponents) to be e4m3 numbers.
+constexpr bool HasRowExponents(Family family) {
+  return IsDecoded(family) && IsFp8Math(family);
 }
 constexpr KOrder OrderOf(Family family) {
   return !IsDecoded(family)  ? KOrder::kNatural
@@ -85,6 +96,7 @@ constexpr int ScaleBytes(Family family) {
       return 4;
     case Family::kNvFp4AsBf16:
     case Family::kMxInt4AsBf16:
+    case Family::kNvFp4AsFp8:
       return 8;
     default:
       return 0;
@@ -101,7 +113,7 @@ constexpr bool ReadsWeights(Family family, WeightFormat weights) {
     case WeightFormat::kMxFp8:
       return family == Family::kMxFp8AsBf16;
     case WeightFormat::kNvFp4:
-      return family == Family::kNvFp4AsBf16;
+      return family == Family::kNvFp4AsBf16 || family == Family::kNvFp4AsFp8;
     case WeightFormat::kMxFp4:
       return family == Family::kMxFp4AsBf16 || family == Family::kMxFp4AsFp8;
     case WeightFormat::kMxInt4:
@@ -230,13 +242,28 @@ constexpr int SharedLimit(const GemmConfig& config) {
   return BlocksPerProcessor(config) == 1 ? kMaxSharedBytes : (233472 / 2) - 1024;
 }
 
+// What the kernel for MN-major weights is to the one for K-major ones: all else is equal.
+constexpr bool IsMnMajorTwin(GemmConfig config, const GemmConfig& twin, bool interleaved) {
+  config.mn_major = true;
+  config.interleaved = interleaved;
+  return config == twin;
+}
+// The feature, of a consumer's 64, whose sums end up in row `row` of its tile. Interleaved: columns
+// 2 f and 2 f + 1 are gate and up of feature f; of a pair of rows the even one keeps the feature of
+// the first tile's, the odd one takes the second's.
+constexpr int FeatureOfRow(bool interleaved, int row) {
+  return interleaved ? row % 2 * (kTileRows / 2) + row / 2 : row;
+}
+
 constexpr bool IsValid(const GemmConfig& config) {
   const bool tokens = config.tokens == 16 || config.tokens == 32 || config.tokens == 64 ||
                       config.tokens == 96 || config.tokens == 128;
   const bool can_promote = config.family != Family::kBf16;
   const bool operands = !config.tokens_are_m || (config.family == Family::kFp8 && config.promoted &&
                                                  config.consumers == 2 && config.tokens == 128);
-  return tokens && operands && (config.consumers == 1 || config.consumers == 2) &&
+  const bool major = (!config.mn_major || config.family == Family::kBf16) &&
+                     (!config.interleaved || (config.mn_major && config.gated));
+  return tokens && operands && major && (config.consumers == 1 || config.consumers == 2) &&
          config.stages >= 3 && (can_promote || !config.promoted) &&
          SharedBytes(config) <= SharedLimit(config);
 }

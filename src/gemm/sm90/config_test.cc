@@ -68,8 +68,7 @@ std::set<int> Tiles(WeightFormat weights, const RowFormat& x, bool gated, bool d
 }
 
 // Both GEMMs of a pass take tiles of as many rows.
-void ExpectCommonTile(const FormatPair& pair, bool gated, bool dev) {
-  const LayerOperands operands = OperandsOf(pair.weights, pair.activations);
+void ExpectCommonTile(const FormatPair& pair, const LayerOperands& operands, bool gated, bool dev) {
   const std::set<int> gemm1 = Tiles(pair.weights, operands.x, gated, dev);
   const std::set<int> gemm2 = Tiles(pair.weights, operands.h, false, dev);
   EXPECT_TRUE(
@@ -92,10 +91,55 @@ TEST(Configs, EveryPairHasBothGemmsWithACommonTile) {
   }
   for (const FormatPair& pair : pairs) {
     for (const bool dev : {false, true}) {
-      ExpectCommonTile(pair, false, dev);
-      ExpectCommonTile(pair, true, dev);
+      const LayerOperands exact = OperandsOf(pair.weights, pair.activations);
+      const LayerOperands rounded =
+          RoundedOperandsOf(pair.weights, pair.activations).value_or(exact);
+      for (const bool gated : {false, true}) {
+        ExpectCommonTile(pair, exact, gated, dev);
+        ExpectCommonTile(pair, rounded, gated, dev);
+      }
     }
   }
+}
+
+// Plans do not know the order of the weights that calls will bring.
+TEST(Configs, EveryBf16RowHasTwinsForMnMajorWeights) {
+  int twins = 0;
+  for (int i = 0; i < NumKernels(); ++i) {
+    const GemmConfig& config = kKernelRows[static_cast<size_t>(i)].config;
+    for (const bool interleaved : {false, true}) {
+      const int twin = MnMajorTwin(i, interleaved);
+      const bool wanted =
+          config.family == Family::kBf16 && !config.mn_major && (config.gated || !interleaved);
+      ASSERT_EQ(twin >= 0, wanted) << KernelAt(i).name;
+      if (wanted) {
+        EXPECT_TRUE(KernelAt(twin).mn_major);
+        EXPECT_EQ(KernelAt(twin).interleaved, interleaved);
+        EXPECT_EQ(KernelAt(twin).tokens, KernelAt(i).tokens);
+        EXPECT_EQ(KernelAt(twin).features, KernelAt(i).features);
+        EXPECT_EQ(KernelAt(twin).gated, KernelAt(i).gated);
+        ++twins;
+      }
+    }
+  }
+  for (int i = 0; i < NumKernels(); ++i) {
+    twins -= KernelAt(i).mn_major ? 1 : 0;
+  }
+  EXPECT_EQ(twins, 0);
+}
+
+// A feature of an interleaved tile has a row of its own, of the pair in which its columns lie.
+TEST(Configs, InterleavedRowsKeepEveryFeatureOnce) {
+  std::set<int> features;
+  for (int row = 0; row < kTileRows; ++row) {
+    EXPECT_EQ(FeatureOfRow(false, row), row);
+    const int feature = FeatureOfRow(true, row);
+    features.insert(feature);
+    // Columns 2 f and 2 f + 1 of 128: in the first tile for even rows, else in the second.
+    EXPECT_EQ(2 * feature / kTileRows, row % 2);
+    EXPECT_EQ(2 * feature % kTileRows / 2, row / 2);
+  }
+  EXPECT_EQ(features.size(), size_t{kTileRows});
 }
 
 // A row nobody can run would only cost time.
@@ -104,8 +148,12 @@ TEST(Configs, EveryRowRunsSomePair) {
   for (int i = 0; i < NumKernels(); ++i) {
     const bool gated = KernelAt(i).gated;
     EXPECT_TRUE(std::any_of(pairs.begin(), pairs.end(), [&](const FormatPair& pair) {
-      const LayerOperands operands = OperandsOf(pair.weights, pair.activations);
-      return Runs(i, pair.weights, operands.x, gated) || Runs(i, pair.weights, operands.h, gated);
+      const LayerOperands exact = OperandsOf(pair.weights, pair.activations);
+      const LayerOperands rounded =
+          RoundedOperandsOf(pair.weights, pair.activations).value_or(exact);
+      const RowFormat rows[] = {exact.x, exact.h, rounded.x, rounded.h};
+      return std::any_of(std::begin(rows), std::end(rows),
+                         [&](const RowFormat& x) { return Runs(i, pair.weights, x, gated); });
     })) << KernelAt(i).name;
   }
 }

@@ -2,8 +2,8 @@
 // Weight codes in shared memory -> the A registers of a matrix instruction. Lane l of a warp owns
 // rows l / 4 and l / 4 + 8 of the warp's 16 and, of every 128 of K, the 32 contiguous codes
 // 32 * (l % 4) .. + 31 (k_order.h). Values are exact in the operand's type but for MXINT4 (one
-// rounding of code x scale to BF16) and for what lies 14 octaves below a row's largest MXFP4 block
-// (kMxFp4AsFp8).
+// rounding of code x scale to BF16), for what lies 14 octaves below a row's largest MXFP4 block
+// (kMxFp4AsFp8), and for kNvFp4AsFp8, which rounds code x scale to e4m3.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,11 @@ __device__ __forceinline__ uint32_t AndOr(uint32_t a, uint32_t mask, uint32_t b)
   return (a & mask) | b;
 }
 
+// (a & mask) ^ b.
+__device__ __forceinline__ uint32_t AndXor(uint32_t a, uint32_t mask, uint32_t b) {
+  return (a & mask) ^ b;
+}
+
 __device__ __forceinline__ uint32_t Twice(uint32_t bf16) {
   return bf16 | bf16 << 16;
 }
@@ -38,6 +43,8 @@ constexpr uint32_t PowerBf16x2(int exponent) {
   const auto bits = static_cast<uint32_t>(exponent + 127) << 7;
   return bits | bits << 16;
 }
+
+inline constexpr uint32_t kNanBf16x2 = 0x7FC07FC0U;
 
 // NVFP4 block scales are decoded 2^118 times too large: an e2m1 code's bits moved into a BF16 are
 // 2^-126 of its value, and 2^126 x 448 would overflow. What is left of the two, 2^8, is the row's.
@@ -76,16 +83,43 @@ constexpr Fp8Table MakeFp8Table() {
   return table;
 }
 
-// What a row's 32 codes of a block are multiplied by.
+// What a lane's 32 codes of a row are multiplied by.
 struct BlockFactor {
   uint32_t first;   // BF16 x 2 of codes 0 .. 15; FP8: table of magnitudes 0 .. 3
   uint32_t second;  // of codes 16 .. 31; magnitudes 4 .. 7
+  // kNvFp4AsFp8: the table of codes 16 .. 31.
+  uint32_t third = 0;
+  uint32_t fourth = 0;
 };
+
+// e4m3 codes, NaN included, of two bytes -> FP16 x 2.
+__device__ __forceinline__ uint32_t WidenE4m3Pair(uint32_t codes) {
+  uint32_t halves = 0;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
+  return halves;
+}
+__device__ __forceinline__ uint32_t MulF16x2(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+// e2m1 magnitudes 2 * i and 2 * i + 1 x `scale` (FP16 x 2), to e4m3 with ties to even. Products of
+// e2m1 and e4m3 numbers are exact in FP16.
+__device__ __forceinline__ uint32_t ScaledPair(uint32_t magnitudes, uint32_t scale) {
+  uint16_t codes = 0;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(codes) : "r"(MulF16x2(magnitudes, scale)));
+  return codes;
+}
+// The table of magnitudes for a block's scale; where that is NaN all are.
+__device__ __forceinline__ uint2 ScaledTable(uint32_t scale) {
+  constexpr uint32_t kPairs[4] = {0x38000000U, 0x3E003C00U, 0x42004000U, 0x46004400U};  // FP16 x 2
+  return {ScaledPair(kPairs[0], scale) | ScaledPair(kPairs[1], scale) << 16,
+          ScaledPair(kPairs[2], scale) | ScaledPair(kPairs[3], scale) << 16};
+}
 
 // e4m3 code -> FP32, NaN included.
 __device__ __forceinline__ float WidenE4m3(uint32_t code) {
-  uint32_t halves = 0;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(code & 0xFFU)));
+  const uint32_t halves = WidenE4m3Pair(code & 0xFFU);
   float value = 0.0F;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(halves & 0xFFFFU)));
   return value;
@@ -104,6 +138,16 @@ __device__ __forceinline__ BlockFactor PrepareScale(uint32_t scale, int row_expo
                  : "=r"(factor.first), "=r"(factor.second)
                  : "r"(table + 8 * static_cast<uint32_t>(row)));
     return factor;
+  } else if constexpr (kFamily == Family::kNvFp4AsFp8) {
+    // Relative to the row's power of two: 2^(127 - row_exponent) as FP16, whose bias is 15.
+    const uint32_t power = static_cast<uint32_t>(127 + 15 - row_exponent) << 10;
+    const uint32_t relative = MulF16x2(WidenE4m3Pair(scale), Twice(power));
+    // Only blocks of zeros may have more than 60; infinity would make NaN of them.
+    uint32_t both = 0;
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(both) : "r"(relative), "r"(Twice(0x5380U)));
+    const uint2 low = ScaledTable(__byte_perm(both, 0, 0x1010));
+    const uint2 high = ScaledTable(__byte_perm(both, 0, 0x3232));
+    return {low.x, low.y, high.x, high.y};
   } else if constexpr (kFamily == Family::kNvFp4AsBf16) {
     const auto widened = [](uint32_t code) {
       return Twice(__float_as_uint(WidenE4m3(code) * 0x1p118F) >> 16);
@@ -157,6 +201,11 @@ __device__ __forceinline__ uint32_t ScalePair(uint32_t pair, uint32_t scale) {
   }
 }
 
+// Bit 7 of every byte that holds an e4m3 NaN, beside bits that mean nothing.
+__device__ __forceinline__ uint32_t NanMarks(uint32_t codes) {
+  return (codes & 0x7F7F7F7FU) + 0x01010101U;
+}
+
 __device__ __forceinline__ uint4 LoadCodes(uint32_t shared) {
   uint4 codes;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -194,29 +243,39 @@ __device__ __forceinline__ void DecodeRow(uint32_t codes_at, int h, const BlockF
     const uint4 low = odd != 0 ? other : one;
     const uint4 high = odd != 0 ? one : other;
     const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    uint32_t marks = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
+      marks |= NanMarks(words[2 * j]) | NanMarks(words[2 * j + 1]);
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         a[2 * j + pair / 2][2 * (pair % 2) + h] = ScalePair<kFamily>(
             SpreadPair<kFamily>(words[2 * j], words[2 * j + 1], pair), scale.first);
       }
     }
+    // A NaN code comes out as 480. It spoils the row's sum with every token, wherever it stands in
+    // K: one for all of the lane's codes does.
+    uint32_t& last = a[kSteps<kFamily> - 1][2 + h];
+    last = (marks & 0x80808080U) != 0 ? kNanBf16x2 : last;
+    asm volatile("" : "+r"(last));  // here, not behind the fence of the products (C7519)
   } else {
     const uint4 codes = LoadCodes(at);
     const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if constexpr (kFamily == Family::kMxFp4AsFp8) {
-        // Four magnitudes by table, their signs from bit 3 of each nibble. One mask for both
-        // selectors: of what it is for the compiler knows nothing, or it would make two.
+      if constexpr (IsFp8Math(kFamily)) {
+        // Four magnitudes by table, the sign of each from bit 3 of its nibble. One mask for both
+        // selectors: the compiler, not knowing what it is for, does not make two of it.
+        const bool other = kFamily == Family::kNvFp4AsFp8 && j >= 2;
+        const uint32_t low = other ? scale.third : scale.first;
+        const uint32_t high = other ? scale.fourth : scale.second;
         uint32_t selector = 0;
         asm("and.b32 %0, %1, 0x77777777;" : "=r"(selector) : "r"(words[j]));
         const uint32_t even = words[j] << 4;
-        a[j][h] = AndOr(__byte_perm(even, words[j], 0x5140), 0x80808080U,
-                        __byte_perm(scale.first, scale.second, selector));
-        a[j][2 + h] = AndOr(__byte_perm(even, words[j], 0x7362), 0x80808080U,
-                            __byte_perm(scale.first, scale.second, selector >> 16));
+        a[j][h] = AndXor(__byte_perm(even, words[j], 0x5140), 0x80808080U,
+                         __byte_perm(low, high, selector));
+        a[j][2 + h] = AndXor(__byte_perm(even, words[j], 0x7362), 0x80808080U,
+                             __byte_perm(low, high, selector >> 16));
       } else {
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {

@@ -110,10 +110,11 @@ __device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args,
   if constexpr (Row::kConfig.family == Family::kNvFp4AsBf16) {
     terms.factor = kNvFp4RowFactor;
   }
-  if constexpr (Row::kConfig.family == Family::kMxFp4AsFp8) {
-    // 2^(b - 127); 2^-127 is subnormal.
+  if constexpr (HasRowExponents(Row::kConfig.family)) {
+    // 2^(b - 127); 0 is subnormal and 255 NaN, both by the top mantissa bit.
     const uint32_t exponent = pointers->row_exponents[at.row];
-    terms.factor = __uint_as_float(exponent == 0 ? 0x00400000U : exponent << 23);
+    terms.factor =
+        __uint_as_float(exponent << 23 | (exponent == 0 || exponent == 255 ? 0x00400000U : 0U));
   }
   if (args.weights == WeightFormat::kFp8PerChannel) {
     terms.factor = static_cast<const float*>(pointers->scales)[stored * matrix.scale_stride];
@@ -178,7 +179,8 @@ struct FeatureTerms {
                                                  int h) {
     const float2 rows =
         LoadPair(tile.delta_rows() + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
-    const int64_t feature = tile.feature_begin + FirstRowOfThread() + 8 * h;
+    const int64_t feature =
+        tile.feature_begin + FeatureOfRow(Row::kConfig.interleaved, FirstRowOfThread() + 8 * h);
     return {DeltaAt<Row>(args, part, feature, __float_as_int(rows.x)),
             DeltaAt<Row>(args, part, feature, __float_as_int(rows.y))};
   }
@@ -392,14 +394,36 @@ __device__ __forceinline__ void WriteStaged(const GroupedGemmArgs& args, OutputT
     }
   }
   auto* const out = static_cast<uint16_t*>(args.out);
-  if (args.out_format.order == KOrder::kNatural) {
+  if (Row::kConfig.interleaved || args.out_format.order == KOrder::kNatural) {
     StoreNatural({out, args.out_pitch, args.features}, tile);
-  } else {
+  } else if constexpr (!Row::kConfig.interleaved) {
     StoreOrdered({out, args.out_pitch, (args.features + kKGroup - 1) / kKGroup * kKGroup}, tile);
   }
 }
 
 // ---- a consumer's two tiles
+
+struct GateAndUp {
+  float2 gate;
+  float2 up;
+};
+// Of the same sums of both tiles. Interleaved: gate and up are alternate rows of each, which lanes
+// 4 apart hold; an even row's lane gives the second tile's for the first tile's of its neighbour.
+template <class Row>
+__device__ __forceinline__ GateAndUp Paired(const GroupedGemmArgs& args, float2 first,
+                                            float2 second) {
+  if constexpr (!Row::kConfig.interleaved) {
+    return {first, second};
+  }
+  const bool odd = hopyard::sm90::ThreadHere() / 4 % 2 == 1;
+  const float2 sent = odd ? first : second;
+  const float2 got = {__shfl_xor_sync(hopyard::sm90::kAllLanes, sent.x, 4),
+                      __shfl_xor_sync(hopyard::sm90::kAllLanes, sent.y, 4)};
+  const float2 even_row = odd ? got : first;
+  const float2 odd_row = odd ? second : got;
+  return args.first.position_begin == 0 ? GateAndUp{even_row, odd_row}
+                                        : GateAndUp{odd_row, even_row};
+}
 
 template <class Row>
 __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
@@ -411,8 +435,9 @@ __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const Ou
     const SwiGlu formula(parameters);
     StageDirectly(tile, [&](int at, int j, int h) {
       const float2 tokens = Terms<Row>::TokenFactors(tile, j);
-      const float2 g = gate_terms.Of(h, j, gate[at], gate[at + 1], tokens);
-      const float2 u = up_terms.Of(h, j, up[at], up[at + 1], tokens);
+      const GateAndUp sums = Paired<Row>(args, {gate[at], gate[at + 1]}, {up[at], up[at + 1]});
+      const float2 g = gate_terms.Of(h, j, sums.gate.x, sums.gate.y, tokens);
+      const float2 u = up_terms.Of(h, j, sums.up.x, sums.up.y, tokens);
       return float2{formula(g.x, u.x), formula(g.y, u.y)};
     });
   } else {
@@ -422,10 +447,12 @@ __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const Ou
           const int at = 4 * pair + 2 * h;
           const int j = 2 * chunk + pair;
           const float2 tokens = Terms<Row>::TokenFactors(tile, j);
-          const float2 g = WithDelta(args, tile, 1, j, h,
-                                     gate_terms.Of(h, j, gates.s[at], gates.s[at + 1], tokens));
+          const GateAndUp sums =
+              Paired<Row>(args, {gates.s[at], gates.s[at + 1]}, {ups.s[at], ups.s[at + 1]});
+          const float2 g =
+              WithDelta(args, tile, 1, j, h, gate_terms.Of(h, j, sums.gate.x, sums.gate.y, tokens));
           const float2 u =
-              WithDelta(args, tile, 0, j, h, up_terms.Of(h, j, ups.s[at], ups.s[at + 1], tokens));
+              WithDelta(args, tile, 0, j, h, up_terms.Of(h, j, sums.up.x, sums.up.y, tokens));
           return float2{formula(g.x, u.x), formula(g.y, u.y)};
         };
       });

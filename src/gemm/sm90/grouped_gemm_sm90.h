@@ -121,12 +121,16 @@ struct KernelInfo {
   int tokens = 0;         // rows of a tile
   int features = 0;       // of a block
   bool gated = false;
-  bool rounds = false;  // can write GEMM1's output in the formats that GEMM2 then reads
+  bool mn_major = false;     // reads MN-major weights only; others do not
+  bool interleaved = false;  // of those, gate and up in alternate columns only
+  bool rounds = false;       // can write GEMM1's output in the formats that GEMM2 then reads
 };
 [[nodiscard]] int NumKernels();
 [[nodiscard]] KernelInfo KernelAt(int index);
-// Whether kernel `index` multiplies these weights with rows in this format.
+// Whether kernel `index` multiplies these weights, in its order, with rows in this format.
 [[nodiscard]] bool Runs(int index, WeightFormat weights, const RowFormat& x, bool gated);
+// The kernel that takes the place of `index` where weights are MN-major, or -1.
+[[nodiscard]] int MnMajorTwin(int index, bool interleaved);
 
 // Describes natural rows of a checkpoint matrix to the copy engine.
 struct MapShape {
@@ -136,7 +140,8 @@ struct MapShape {
   int64_t expert_stride = 0;  // bytes
   int64_t rows = 0;           // natural rows of this part
   int64_t cols = 0;           // K
-  int64_t value_stride = 0;   // bytes from stored row to stored row; kBlockKMajor: block to block
+  // Bytes from stored row to stored row; kMnMajor: k to k; kBlockKMajor: block to block.
+  int64_t value_stride = 0;
   int64_t position_begin = 0;
   int64_t position_step = 1;
   MajorOrder major = MajorOrder::kKMajor;
@@ -152,9 +157,11 @@ struct MapShape {
 // Precondition: MapProblem is empty. Throws Error{kCuda} when the driver refuses.
 [[nodiscard]] TensorMap MakeTensorMap(const MapShape& shape);
 
-// MXFP4 weights with FP8 products: the byte of 2^E by which all of a row's blocks are divided
-// (hopper-kernels 3): the largest block scale of the row less 6, 0 where there is none. Fills
-// out[experts][matrix.rows], on `stream`, from the codes and scales that are in memory then.
+// MXFP4 and NVFP4 weights with FP8 products: the byte of 2^E by which all of a row's blocks are
+// divided (hopper-kernels 3). MXFP4: the largest block scale of the row less 6, 0 where there is
+// none, and 255 where a block's is NaN. NVFP4: the exponent of that scale less 5, so that 6 x 1.875
+// x 2^5 is an e4m3 number. Blocks without values do not count. Fills out[experts][matrix.rows], on
+// `stream`, from the codes and scales that are in memory then.
 struct RowExponentArgs {
   MatrixArgs matrix;
   MapShape shape;  // where the codes are; of expert e: values[e], a device table

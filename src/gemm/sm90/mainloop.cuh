@@ -65,8 +65,14 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
     for (int step = 0; step < kSteps; ++step) {
       const int accumulate = block > 0 || step > 0 ? 1 : 0;
       const uint64_t columns = tokens.Plus(32U * step).Bits();
-      Bf16::Multiply(first_sums, first.Plus(32U * step).Bits(), columns, accumulate);
-      Bf16::Multiply(second_sums, second.Plus(32U * step).Bits(), columns, accumulate);
+      if constexpr (Row::kConfig.mn_major) {
+        const uint32_t rows = 16U * 128U * step;
+        Bf16::MultiplyMnMajor(first_sums, first.Plus(rows).Bits(), columns, accumulate);
+        Bf16::MultiplyMnMajor(second_sums, second.Plus(rows).Bits(), columns, accumulate);
+      } else {
+        Bf16::Multiply(first_sums, first.Plus(32U * step).Bits(), columns, accumulate);
+        Bf16::Multiply(second_sums, second.Plus(32U * step).Bits(), columns, accumulate);
+      }
     }
     hopyard::sm90::MmaCommit();
     // The products of the stage before are done: it may be filled again.

@@ -55,6 +55,18 @@ void SetRows(const MapShape& shape, int64_t row, MapDims& dims) {
   dims.box[3] = kTileRows / dims.row_unit;
 }
 
+// MN-major: dimension 0 walks the rows of the whole matrix up to the part's last, whose begin need
+// not be one of an address that the copy engine takes (of both parts, where gate and up alternate);
+// dimension 1 walks K.
+void SetColumns(const MapShape& shape, MapDims& dims) {
+  const int64_t end = shape.position_step == 1 ? shape.position_begin + shape.rows : 2 * shape.rows;
+  dims.size = {end, shape.cols, 1, 1, shape.experts};
+  dims.stride = {dims.element_bytes, shape.value_stride, kCopyBytes, kCopyBytes,
+                 shape.experts == 1 ? kCopyBytes : shape.expert_stride};
+  dims.box = {kTileRows, BlockK(Family::kBf16), 1, 1, 1};
+  dims.swizzled = true;
+}
+
 }  // namespace
 
 MapDims DimsOf(const MapShape& shape) {
@@ -67,6 +79,10 @@ MapDims DimsOf(const MapShape& shape) {
   dims.size[0] = (block_major ? kKBlockBytes : row_bytes) / dims.element_bytes;
   dims.stride[0] = dims.element_bytes;
   dims.box[0] = (IsPacked(shape.format) ? 64 : 128) / dims.element_bytes;
+  if (shape.major == MajorOrder::kMnMajor) {
+    SetColumns(shape, dims);
+    return dims;
+  }
   SetRows(shape, block_major ? kKBlockBytes : shape.value_stride, dims);
   dims.size[4] = block_major ? (row_bytes + kKBlockBytes - 1) / kKBlockBytes : shape.experts;
   dims.stride[4] = block_major          ? shape.value_stride
@@ -88,8 +104,10 @@ int RowUnitOf(const MapShape& shape) {
 std::string MapProblem(const MapShape& shape) {
   std::ostringstream out;
   const auto address = reinterpret_cast<uintptr_t>(shape.values);
-  if (shape.major == MajorOrder::kMnMajor) {
-    out << "is MN-major; the Hopper kernels read K-major weights: transpose them once";
+  const bool mn_major = shape.major == MajorOrder::kMnMajor;
+  if (mn_major && shape.row_map != RowMap::kNatural) {
+    out << "is MN-major and shuffled; the Hopper kernels read MN-major weights in natural order: "
+           "undo the row map";
   } else if (shape.value_stride % kCopyBytes != 0) {
     out << "has rows " << shape.value_stride
         << " bytes apart; wanted a multiple of 16 (the copy"

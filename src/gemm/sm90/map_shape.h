@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A checkpoint matrix as five dimensions of which the copy engine takes a box of 64 natural rows:
-// K, three dimensions that walk the rows in natural order, and the expert (or the block of K).
+// K, three dimensions that walk the rows in natural order, and the expert (or the block of K). Of
+// MN-major ones it takes 64 rows of 64 K: the rows, K, two of one element, the expert.
 #pragma once
 
 #include <array>

@@ -38,6 +38,18 @@ LayerOperands OperandsOf(WeightFormat weights, ActivationFormat activations) {
           activations != ActivationFormat::kNvFp4PerToken};
 }
 
+std::optional<LayerOperands> RoundedOperandsOf(WeightFormat weights, ActivationFormat activations) {
+  if (weights == WeightFormat::kMxFp4 && activations == ActivationFormat::kMxFp8) {
+    // The rows of FP8 block activations: scales along K stand apart, as products in FP8 need them.
+    return OperandsOf(weights, ActivationFormat::kFp8Block128);
+  }
+  if (weights == WeightFormat::kNvFp4 && activations == ActivationFormat::kFp8PerToken) {
+    // The same codes as bytes; the weights are rounded on their way.
+    return OperandsOf(WeightFormat::kMxFp4, activations);
+  }
+  return std::nullopt;
+}
+
 bool IsPromoted(WeightFormat weights, const RowFormat& x) {
   return weights == WeightFormat::kFp8Block128 || x.format == Format::kFp8Block1x128;
 }

@@ -106,6 +106,27 @@ __device__ __forceinline__ uint32_t LoadHalf(uint32_t shared) {
   return value;
 }
 
+// Features 8 * piece .. + 7 of token n of those staged from `staging` on, in whichever rows of the
+// tile they are.
+template <class Row>
+__device__ __forceinline__ uint4 LoadFeatures(uint32_t staging, int n, int piece) {
+  if constexpr (!Row::kConfig.interleaved) {
+    return LoadPiece(staging + StagedAt(n, piece * 8));
+  }
+  // Every other of 16 rows.
+  const int row = piece % 4 * 16;
+  const uint4 low = LoadPiece(staging + StagedAt(n, row));
+  const uint4 high = LoadPiece(staging + StagedAt(n, row + 8));
+  const uint32_t which = piece < 4 ? 0x5410U : 0x7632U;
+  return make_uint4(__byte_perm(low.x, low.y, which), __byte_perm(low.z, low.w, which),
+                    __byte_perm(high.x, high.y, which), __byte_perm(high.z, high.w, which));
+}
+// FeatureOfRow, the other way round.
+__device__ __forceinline__ int RowOfFeature(bool interleaved, int feature) {
+  constexpr int kHalf = kTileRows / 2;
+  return interleaved ? feature % kHalf * 2 + feature / kHalf : feature;
+}
+
 // Where rows cannot be written in pieces of 16 bytes: the end of a row, or odd pitches.
 template <class Row>
 __device__ inline void StoreElements(const RowsOut& rows, const OutputTile<Row>& tile,
@@ -114,11 +135,11 @@ __device__ inline void StoreElements(const RowsOut& rows, const OutputTile<Row>&
   const int piece = thread % 8;
 #pragma unroll 1
   for (int n = thread / 8; n < tile.num_rows; n += 16) {
-    const uint32_t from = tile.staging() + StagedAt(n, piece * 8);
     uint16_t* const target = rows.out + (tile.row_begin + n) * rows.pitch + feature;
 #pragma unroll 1
     for (int i = 0; i < 8 && i < left; ++i) {
-      target[i] = static_cast<uint16_t>(LoadHalf(from + 2U * static_cast<uint32_t>(i)));
+      const int row = RowOfFeature(Row::kConfig.interleaved, piece * 8 + i);
+      target[i] = static_cast<uint16_t>(LoadHalf(tile.staging() + StagedAt(n, row)));
     }
   }
 }
@@ -137,14 +158,15 @@ __device__ __forceinline__ void StoreNatural(const RowsOut& rows, const OutputTi
   // Reads of several rows are under way before the first is stored.
   constexpr int kTurns = Row::kConfig.tokens / 16;
   constexpr int kBatch = kTurns % 4 == 0 ? 4 : (kTurns % 3 == 0 ? 3 : kTurns);
-  const uint32_t from = tile.staging() + StagedAt(first, piece * 8);
   uint16_t* target = rows.out + (tile.row_begin + first) * rows.pitch + feature;
 #pragma unroll
   for (int begin = 0; begin < kTurns; begin += kBatch) {
     uint4 values[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      values[i] = LoadPiece(from + 2048U * static_cast<uint32_t>(begin + i));
+      // 16 tokens are 2048 bytes, and the swizzle is the same.
+      const uint32_t tokens = tile.staging() + 2048U * static_cast<uint32_t>(begin + i);
+      values[i] = LoadFeatures<Row>(tokens, first, piece);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -160,6 +182,7 @@ __device__ __forceinline__ void StoreNatural(const RowsOut& rows, const OutputTi
 // 4 * b + e of k_order.h has codes 8 * b + e, + 4, + 32 and + 36 of the half.
 template <class Row>
 __device__ __forceinline__ void StoreOrdered(const RowsOut& rows, const OutputTile<Row>& tile) {
+  static_assert(!Row::kConfig.interleaved, "BF16 rows have their natural order");
   const int thread = static_cast<int>(hopyard::sm90::ThreadHere()) % 128;
   const int b = thread % 4;
   const int64_t group = tile.feature_begin / kKGroup * kKGroup;

@@ -56,6 +56,14 @@ struct WeightCopies {
     const int k = k_block * kStep;
     const uint32_t tile = shared.Weights(stage, Tile() / 2, Tile() % 2);
     const MatrixArgs& matrix = Matrix(args);
+    if constexpr (kConfig.mn_major) {
+      // The map is of the whole matrix, of which up may be a part that begins anywhere, or every
+      // other column.
+      const int column = kConfig.interleaved ? 2 * row + Tile() % 2 * kTileRows
+                                             : static_cast<int>(matrix.position_begin) + row;
+      hopyard::sm90::CopyBox(map, tile, barrier, {{column, k, 0, 0, expert}});
+      return;
+    }
     const bool whole = matrix.row_unit == 1;
     const bool blocks = matrix.k_blocks_last != 0;
     hopyard::sm90::CopyBox(map, tile, barrier,

@@ -9,22 +9,52 @@
 namespace hopyard::gemm::sm90 {
 namespace {
 
-constexpr int kBlock = 32;    // codes of a scale
-constexpr int kWarps = 8;     // of a block of threads
-constexpr int kHeadroom = 6;  // 6 x 2^6 = 384 is the largest e4m3 number that a code may become
+constexpr int kWarps = 8;  // of a block of threads
 constexpr int kKBlockBytes = 128;
+constexpr int kNanScale = 255;
+constexpr int kNanRow = 255;  // no other row has it: 254 less the headroom is the largest
 
-// The 16 bytes of block `block` hold a magnitude that is not zero.
+struct MxFp4 {
+  static constexpr int kBlock = 32;  // codes of a scale
+
+  // Grows with the scale; 0 for the least.
+  __device__ static int Rank(uint8_t scale) { return scale; }
+  __device__ static bool IsNan(uint8_t scale) { return scale == kNanScale; }
+  __device__ static int RowExponent(int largest) {
+    // 6 x 2^6 = 384 is the largest e4m3 number that a code may become.
+    constexpr int kHeadroom = 6;
+    return largest == kNanScale ? kNanRow : max(largest - kHeadroom, 0);
+  }
+};
+
+// NaN scales make NaN codes: no row is marked for them.
+struct NvFp4 {
+  static constexpr int kBlock = 16;
+
+  __device__ static int Rank(uint8_t scale) { return min(scale & 0x7F, 0x7E); }
+  __device__ static bool IsNan(uint8_t /*scale*/) { return false; }
+  __device__ static int RowExponent(int largest) {
+    constexpr int kHeadroom = 5;
+    if (largest == 0) {
+      return 127;
+    }
+    // Of e4m3: 2^(c / 8 - 7), or, below 8, c x 2^-9.
+    const int exponent = largest >= 8 ? largest / 8 - 7 : 31 - __clz(largest) - 9;
+    return 127 + exponent - kHeadroom;
+  }
+};
+
+// The block `block` of `codes` codes holds a magnitude that is not zero.
 __device__ bool HasValues(const RowExponentArgs& args, const uint8_t* values, int64_t stored,
-                          int64_t block) {
-  const int64_t byte = block * (kBlock / 2);
+                          int64_t block, int codes) {
+  const int64_t byte = block * (codes / 2);
   const int64_t row_bytes = args.shape.cols / 2;
   const uint8_t* at = values + (args.shape.major == MajorOrder::kBlockKMajor
                                     ? byte / kKBlockBytes * args.shape.value_stride +
                                           stored * kKBlockBytes + byte % kKBlockBytes
                                     : stored * args.shape.value_stride + byte);
   const int64_t left = row_bytes - byte;
-  const int count = left < kBlock / 2 ? static_cast<int>(left) : kBlock / 2;
+  const int count = left < codes / 2 ? static_cast<int>(left) : codes / 2;
   bool any = false;
   for (int i = 0; i < count; ++i) {
     any = any || (at[i] & 0x77U) != 0;
@@ -32,6 +62,7 @@ __device__ bool HasValues(const RowExponentArgs& args, const uint8_t* values, in
   return any;
 }
 
+template <class Rule>
 __global__ void RowExponentsKernel(const RowExponentArgs args, int64_t experts) {
   const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   const int64_t rows = args.matrix.rows;
@@ -44,7 +75,7 @@ __global__ void RowExponentsKernel(const RowExponentArgs args, int64_t experts) 
       args.matrix.row_map, args.matrix.position_begin + row * args.matrix.position_step);
   const auto* values = static_cast<const uint8_t*>(args.values[expert]);
   const auto* scales = static_cast<const uint8_t*>(args.matrix.pointers[expert].scales);
-  const int64_t blocks = (args.shape.cols + kBlock - 1) / kBlock;
+  const int64_t blocks = (args.shape.cols + Rule::kBlock - 1) / Rule::kBlock;
   int largest = 0;
   for (int64_t block = threadIdx.x % 32; block < blocks; block += 32) {
     const int64_t at =
@@ -52,13 +83,14 @@ __global__ void RowExponentsKernel(const RowExponentArgs args, int64_t experts) 
             ? stored * args.matrix.scale_stride + block
             : (stored / 128 * ((args.matrix.scale_stride + 3) / 4) + block / 4) * 512 +
                   stored % 32 * 16 + stored % 128 / 32 * 4 + block % 4;
-    if (HasValues(args, values, stored, block)) {
-      largest = max(largest, static_cast<int>(scales[at]));
+    const uint8_t scale = scales[at];
+    if (Rule::IsNan(scale) || HasValues(args, values, stored, block, Rule::kBlock)) {
+      largest = max(largest, Rule::Rank(scale));
     }
   }
   largest = hopyard::sm90::Max(largest);
   if (threadIdx.x % 32 == 0) {
-    args.out[expert * rows + row] = static_cast<uint8_t>(max(largest - kHeadroom, 0));
+    args.out[expert * rows + row] = static_cast<uint8_t>(Rule::RowExponent(largest));
   }
 }
 
@@ -70,7 +102,9 @@ void ComputeRowExponents(const RowExponentArgs& args, void* stream) {
     return;
   }
   const auto blocks = static_cast<unsigned>((rows + kWarps - 1) / kWarps);
-  RowExponentsKernel<<<blocks, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(
+  const auto kernel = args.shape.format == WeightFormat::kNvFp4 ? RowExponentsKernel<NvFp4>
+                                                                : RowExponentsKernel<MxFp4>;
+  kernel<<<blocks, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(
       args, args.shape.experts);
   HOPYARD_CUDA(cudaGetLastError());
 }

@@ -19,8 +19,23 @@ KernelInfo KernelAt(int index) {
   info.tokens = row.config.tokens;
   info.features = FeaturesPerBlock(row.config);
   info.gated = row.config.gated;
+  info.mn_major = row.config.mn_major;
+  info.interleaved = row.config.interleaved;
   info.rounds = RoundsRows(row.config);
   return info;
+}
+
+int MnMajorTwin(int index, bool interleaved) {
+  if (KernelAt(index).mn_major) {
+    return -1;
+  }
+  for (int i = 0; i < NumKernels(); ++i) {
+    if (IsMnMajorTwin(kKernelRows[static_cast<size_t>(index)].config,
+                      kKernelRows[static_cast<size_t>(i)].config, interleaved)) {
+      return i;
+    }
+  }
+  return -1;
 }
 
 bool Runs(int index, WeightFormat weights, const RowFormat& x, bool gated) {

@@ -71,5 +71,6 @@ LaunchRow LaunchOfMxFp4AsBf16(int index);
 LaunchRow LaunchOfNvFp4AsBf16(int index);
 LaunchRow LaunchOfMxInt4AsBf16(int index);
 LaunchRow LaunchOfMxFp4AsFp8(int index);
+LaunchRow LaunchOfNvFp4AsFp8(int index);
 
 }  // namespace hopyard::gemm::sm90

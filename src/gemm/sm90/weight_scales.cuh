@@ -22,7 +22,8 @@ template <class Row>
 __device__ __forceinline__ WeightRow ThreadRow(const GroupedGemmArgs& args, int64_t feature,
                                                int half, int h) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int in_tile = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + 8 * h + lane / 4;
+  const int in_tile = FeatureOfRow(
+      Row::kConfig.interleaved, static_cast<int>(threadIdx.x) % 128 / 32 * 16 + 8 * h + lane / 4);
   if constexpr (Row::kConfig.gated) {
     return {half == 0 ? &args.first : &args.second, feature + in_tile};
   } else {
@@ -76,7 +77,7 @@ struct BlockScales {
     const auto skew = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(begin) % 4);
     row = begin - skew;
     uint32_t exponent = 0;
-    if constexpr (kFamily == Family::kMxFp4AsFp8) {
+    if constexpr (HasRowExponents(kFamily)) {
       exponent = pointers->row_exponents[natural < matrix.rows ? natural : matrix.rows - 1];
     }
     skews = 0;
@@ -158,10 +159,10 @@ struct BlockScales {
            : kScaleSize == 2 ? word / 2 * 1024 + word % 2 * 4
                              : word * 512;
   }
-  const __device__ __forceinline__ uint8_t* RowAt(int i, uint32_t thread) const {
-    return reinterpret_cast<const uint8_t*>(__shfl_sync(hopyard::sm90::kAllLanes,
-                                                        reinterpret_cast<unsigned long long>(row),
-                                                        RowOfThread(i, thread)));
+  __device__ __forceinline__ auto RowAt(int i, uint32_t thread) const {
+    const auto address = reinterpret_cast<unsigned long long>(row);
+    return reinterpret_cast<const uint8_t*>(
+        __shfl_sync(hopyard::sm90::kAllLanes, address, RowOfThread(i, thread)));
   }
   __device__ __forceinline__ void LoadLastGroup(const GroupedGemmArgs& args) {
     const int begin =

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <utility>
+
 #include "device/memory.h"
 #include "device/range.h"
 #include "plan/backend_sm90.h"
@@ -20,10 +22,12 @@ class HopperBackend : public Backend {
                                                           int64_t tokens) const override {
     device::PrepareRanges();
     auto plan = std::make_shared<LayerPlan>();
-    plan->routed = FormatsOf(spec, spec.weights);
-    plan->shared = spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights) : plan->routed;
-    plan->tiles = ChooseKernels(spec, options).tiles;
-    plan->layout = MakeLayout(spec, plan->tiles, tokens);
+    KernelChoice choice = ChooseKernels(spec, options);
+    plan->routed = FormatsOf(spec, spec.weights, choice.rounded);
+    plan->shared =
+        spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights, choice.rounded) : plan->routed;
+    plan->layout = MakeLayout(spec, choice, tokens);
+    plan->tiles = std::move(choice.tiles);
     return plan;
   }
 

@@ -50,6 +50,10 @@ struct Source {
   bool swizzled = false;  // tiles go to the tensor cores as they are
 };
 
+bool IsMnMajor(const MatrixSet& set) {
+  return set.major == MajorOrder::kMnMajor;
+}
+
 MapShape ShapeOf(const MatrixRef& ref, bool swizzled) {
   MapShape shape;
   shape.swizzled = swizzled;
@@ -219,14 +223,16 @@ Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploade
   group.segment_end = source.segment_end;
   const MoeSpec& spec = weights.spec;
   const ExpertMatrices& matrices = *source.matrices;
-  const gemm::sm90::LayerOperands operands = FormatsOf(spec, source.weights).operands;
-  const bool mxfp4 = source.weights == WeightFormat::kMxFp4;
+  const gemm::sm90::LayerOperands operands = FormatsOf(spec, source.weights, false).operands;
+  // Plans that round may come to the same weights.
+  const bool fp8_math = FormatsOf(spec, source.weights, true).operands.x.dtype == DType::kE4m3;
+  const bool row_exponents = fp8_math && formats::RuleOf(source.weights).codes_per_byte == 2;
   const auto matrix = [&](const char* field, const MatrixSet& set, MatrixRef ExpertRef::*part,
                           const gemm::sm90::RowFormat& rows) {
     Source one;
     one.name = std::string("weights.") + source.name + '.' + field;
     one.set = &set;
-    one.row_exponents = mxfp4 && rows.dtype == DType::kE4m3;
+    one.row_exponents = row_exponents;
     one.swizzled = gemm::sm90::IsSwizzled(source.weights, rows);
     for (int32_t s = group.segment_begin; s < group.segment_end; ++s) {
       one.experts.push_back(weights.experts[static_cast<size_t>(s)].*part);
@@ -240,6 +246,9 @@ Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploade
     group.second = matrix(apart ? "up" : "gemm1", apart ? matrices.up : matrices.gemm1,
                           &ExpertRef::up, operands.x);
   }
+  HOPYARD_CHECK(!apart || IsMnMajor(matrices.gate) == IsMnMajor(matrices.up), kUnsupported)
+      << "weights." << source.name << ".up is " << (IsMnMajor(matrices.up) ? "MN" : "K")
+      << "-major and gate is not; the GPU reads both in one pass: store them in the same order";
   group.down = matrix("gemm2", matrices.gemm2, &ExpertRef::down, operands.h);
   SetActivation(spec.activation, source.shared, &group, uploader);
   if (matrices.gemm2_input_scale.defined()) {

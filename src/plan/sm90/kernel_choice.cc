@@ -4,6 +4,7 @@
 #include <limits>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
@@ -14,6 +15,7 @@ namespace {
 
 using gemm::sm90::KernelAt;
 using gemm::sm90::KernelInfo;
+using gemm::sm90::MnMajorTwin;
 using gemm::sm90::NumKernels;
 using gemm::sm90::RowFormat;
 
@@ -28,22 +30,35 @@ struct Role {
   int forced = -1;  // the kernel that options.tactic names
 };
 
+// Kernels for K-major weights; those for MN-major ones stand in for them when a call brings such.
 bool Fits(int index, const Role& role) {
-  return gemm::sm90::Runs(index, role.weights, role.rows, role.gated);
+  return !KernelAt(index).mn_major && gemm::sm90::Runs(index, role.weights, role.rows, role.gated);
+}
+bool HasName(int index, const std::string& name) {
+  return index >= 0 && KernelAt(index).name == name;
 }
 
 // GEMM1, GEMM2, and the same of shared experts where their weights have another format.
-std::vector<Role> RolesOf(const MoeSpec& spec) {
+std::vector<Role> RolesOf(const MoeSpec& spec, bool rounded) {
   const bool gated = IsGated(spec.activation.kind);
-  const GroupFormats routed = FormatsOf(spec, spec.weights);
+  const GroupFormats routed = FormatsOf(spec, spec.weights, rounded);
   std::vector<Role> roles = {{"GEMM1", routed.weights, routed.operands.x, gated},
                              {"GEMM2", routed.weights, routed.operands.h, false}};
   if (spec.shared.count > 0 && spec.shared.weights != spec.weights) {
-    const GroupFormats shared = FormatsOf(spec, spec.shared.weights);
+    const GroupFormats shared = FormatsOf(spec, spec.shared.weights, rounded);
     roles.push_back({"GEMM1 of shared experts", shared.weights, shared.operands.x, gated});
     roles.push_back({"GEMM2 of shared experts", shared.weights, shared.operands.h, false});
   }
   return roles;
+}
+
+// Whether a plan may name kernels that round what the formats do not ask to be rounded.
+bool HasRounding(const MoeSpec& spec) {
+  return gemm::sm90::RoundedOperandsOf(spec.weights, spec.activations).has_value();
+}
+const char* RoundingOf(const MoeSpec& spec) {
+  return spec.weights == WeightFormat::kNvFp4 ? "rounds weights to e4m3"
+                                              : "rounds activations to e4m3 in blocks of 128";
 }
 
 // The kernel of the role with tiles of `tile` rows: the one asked for, or of those there are the
@@ -62,10 +77,12 @@ int KernelFor(const Role& role, int tile, bool wide) {
   return best;
 }
 
-// Index of the role's kernel of that name, or -1.
+// Index of the role's kernel of that name, its own or its MN-major twin's, or -1.
 int FindKernel(const Role& role, const std::string& name) {
   for (int i = 0; i < NumKernels(); ++i) {
-    if (KernelAt(i).name == name && Fits(i, role)) {
+    const bool named = HasName(i, name) || HasName(MnMajorTwin(i, false), name) ||
+                       HasName(MnMajorTwin(i, true), name);
+    if (Fits(i, role) && named) {
       return i;
     }
   }
@@ -256,11 +273,39 @@ std::vector<Candidate> ListCandidates(const std::vector<Role>& roles,
             (candidate.reason.empty() ? "" : "; ") + std::string(role.name) + ", " + verdict.reason;
       }
     }
-    if (!candidate.reason.empty()) {
-      candidates.push_back(candidate);
+    if (candidate.reason.empty()) {
+      continue;
+    }
+    candidates.push_back(candidate);
+    for (const bool interleaved : {false, true}) {
+      const int twin = MnMajorTwin(i, interleaved);
+      if (twin >= 0) {
+        candidates.push_back({std::string(KernelAt(twin).name), false,
+                              "takes the place of " + candidate.kernel +
+                                  " in a GEMM whose weights are MN-major" +
+                                  (interleaved ? ", gate and up in alternate columns" : "")});
+      }
     }
   }
   return candidates;
+}
+
+// Kernels that a plan takes only if it names one of them, beside those of `roles`.
+void ListByNameOnly(const MoeSpec& spec, const std::vector<Role>& roles,
+                    std::vector<Candidate>* candidates) {
+  const std::vector<Role> rounded = RolesOf(spec, true);
+  for (int i = 0; i < NumKernels(); ++i) {
+    Candidate candidate{std::string(KernelAt(i).name), false, {}};
+    for (size_t r = 0; r < 2; ++r) {
+      if (Fits(i, rounded[r]) && !Fits(i, roles[r])) {
+        candidate.reason += std::string(candidate.reason.empty() ? "" : "; ") + rounded[r].name +
+                            ", by name only: " + RoundingOf(spec);
+      }
+    }
+    if (!candidate.reason.empty()) {
+      candidates->push_back(candidate);
+    }
+  }
 }
 
 std::string NoTileReason(const MoeSpec& spec, const std::vector<Role>& roles,
@@ -282,6 +327,24 @@ std::string NoTileReason(const MoeSpec& spec, const std::vector<Role>& roles,
                    "': the other GEMMs have no kernel with tiles of as many rows; name another";
 }
 
+// The roles that the tactic means: those of exact products, or, where it names a kernel that
+// rounds, those. Empty, or why it names none.
+std::string TakeTactic(const MoeSpec& spec, const std::string& tactic, std::vector<Role>* roles,
+                       bool* rounded) {
+  std::string reason = ForceTactic(tactic, roles);
+  if (reason.empty() || !HasRounding(spec)) {
+    return reason;
+  }
+  std::vector<Role> others = RolesOf(spec, true);
+  const std::string other_reason = ForceTactic(tactic, &others);
+  if (!other_reason.empty()) {
+    return reason + "; by name only:" + other_reason.substr(other_reason.rfind(':') + 1);
+  }
+  *roles = std::move(others);
+  *rounded = true;
+  return {};
+}
+
 // Limits of the kernels that hold for every format.
 std::string SpecReason(const MoeSpec& spec) {
   if (spec.hidden_size % 8 != 0) {
@@ -301,12 +364,12 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options) {
   if (!explanation.reason.empty()) {
     return out;
   }
-  std::vector<Role> roles = RolesOf(spec);
-  explanation.reason = ForceTactic(options.tactic, &roles);
+  std::vector<Role> roles = RolesOf(spec, false);
+  explanation.reason = TakeTactic(spec, options.tactic, &roles, &out.rounded);
   if (!explanation.reason.empty()) {
     return out;
   }
-  out.tiles = CommonTiles(roles, FormatsOf(spec, spec.weights).operands.fused_h);
+  out.tiles = CommonTiles(roles, FormatsOf(spec, spec.weights, out.rounded).operands.fused_h);
   if (out.tiles.empty()) {
     explanation.reason = NoTileReason(spec, roles, options);
   } else {
@@ -318,6 +381,9 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options) {
     explanation.supported = true;
   }
   explanation.candidates = ListCandidates(roles, out.tiles, options);
+  if (!out.rounded && HasRounding(spec)) {
+    ListByNameOnly(spec, roles, &explanation.candidates);
+  }
   return out;
 }
 

@@ -19,7 +19,8 @@ struct GroupFormats {
   WeightFormat weights = WeightFormat::kBf16;
   gemm::sm90::LayerOperands operands;
 };
-[[nodiscard]] GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights);
+// `rounded`: RoundedOperandsOf where there are such.
+[[nodiscard]] GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights, bool rounded);
 
 struct GroupKernels {
   int gemm1 = -1;  // gemm::sm90::KernelAt
@@ -40,6 +41,7 @@ struct TileChoice {
 struct KernelChoice {
   Explanation explanation;
   std::vector<TileChoice> tiles;  // ascending; the last takes any number of tokens
+  bool rounded = false;           // the tactic named a kernel of RoundedOperandsOf
 };
 [[nodiscard]] KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options);
 
@@ -64,8 +66,7 @@ struct Layout : RoutingLayout {
   int64_t h_row_scales = 0;    // f32 [slots]
   int64_t y = 0;               // bf16 [slots, hidden]
 };
-[[nodiscard]] Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles,
-                                int64_t tokens);
+[[nodiscard]] Layout MakeLayout(const MoeSpec& spec, const KernelChoice& choice, int64_t tokens);
 
 [[nodiscard]] PermuteOptions PermuteOptionsFor(const MoeSpec& spec, int tile);
 

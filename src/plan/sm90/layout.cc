@@ -49,10 +49,14 @@ int64_t TokensRoundedApart(const std::vector<TileChoice>& tiles, int64_t tokens)
 
 }  // namespace
 
-GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights) {
+GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights, bool rounded) {
   GroupFormats formats;
   formats.weights = weights;
   formats.operands = gemm::sm90::OperandsOf(weights, spec.activations);
+  if (rounded) {
+    formats.operands =
+        gemm::sm90::RoundedOperandsOf(weights, spec.activations).value_or(formats.operands);
+  }
   return formats;
 }
 
@@ -63,9 +67,11 @@ PermuteOptions PermuteOptionsFor(const MoeSpec& spec, int tile) {
   return options;
 }
 
-Layout MakeLayout(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int64_t tokens) {
-  const GroupFormats routed = FormatsOf(spec, spec.weights);
-  const GroupFormats shared = spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights) : routed;
+Layout MakeLayout(const MoeSpec& spec, const KernelChoice& choice, int64_t tokens) {
+  const std::vector<TileChoice>& tiles = choice.tiles;
+  const GroupFormats routed = FormatsOf(spec, spec.weights, choice.rounded);
+  const GroupFormats shared =
+      spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights, choice.rounded) : routed;
   Layout layout;
   layout.x_bytes = RowBytes(routed.operands.x, spec.hidden_size);
   layout.shared_x_bytes = RowBytes(shared.operands.x, spec.hidden_size);

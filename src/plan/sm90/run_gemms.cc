@@ -62,6 +62,8 @@ void RoundHidden(const Pass& pass, const RowFormat& to, void* out, int64_t row_b
   args.in_dtype = in.hidden_states.dtype;
   args.in_pitch = in.hidden_states.strides[0];
   args.in_scales = pass.Rows<const void>(in.hidden_scales);
+  args.from_mxfp8 = spec.activations == ActivationFormat::kMxFp8 &&
+                    to.format == Format::kFp8Block1x128 && args.in_dtype != DType::kBf16;
   args.in_row_scales = pass.Rows<const float>(in.token_scales);
   args.static_scale = HasStaticScale(spec) ? pass.weights->gemm1_input_scale : nullptr;
   args.max_rows = pass.tokens;
@@ -87,8 +89,12 @@ void LoadHidden(GroupPass* group, int64_t offset, int64_t row_bytes) {
   group->x_pitch = row_bytes / SizeOf(to.dtype);
 }
 
-// Under the tactic's name in a profile.
-void RunKernel(int index, const GroupedGemmArgs& args, const device::Queue& queue) {
+// The plan's kernel, or its twin where these weights are MN-major; under its name in a profile.
+void RunKernel(int chosen, const GroupMatrix& weights, const GroupedGemmArgs& args,
+               const device::Queue& queue) {
+  const int index = weights.shape.major == MajorOrder::kMnMajor
+                        ? gemm::sm90::MnMajorTwin(chosen, weights.shape.position_step != 1)
+                        : chosen;
   // A view of a literal, so a zero follows.
   const device::Range range(gemm::sm90::KernelAt(index).name.data());
   RunGroupedGemm(index, args, queue);
@@ -161,7 +167,7 @@ void RunGemm1(const GroupPass& group) {
     args.activation_out = pass.call->outputs->gemm1_activation.as<uint16_t>() +
                           pass.row_base() * spec.intermediate_size;
   }
-  RunKernel(group.kernels.gemm1, args, pass.queue());
+  RunKernel(group.kernels.gemm1, group.weights.first, args, pass.queue());
 }
 
 // Rounds the group's rows of the activation, as its operand of GEMM2.
@@ -207,7 +213,7 @@ void RunGemm2(const GroupPass& group, uint16_t* y) {
   }
   args.out = y;
   args.out_pitch = spec.hidden_size;
-  RunKernel(group.kernels.gemm2, args, pass.queue());
+  RunKernel(group.kernels.gemm2, group.weights.down, args, pass.queue());
 }
 
 }  // namespace

@@ -89,6 +89,10 @@ void RoundRowsSm90(const RoundRowsArgs& args, const device::Queue& queue) {
       << "rows in a GEMM's order want 16-byte alignment and whole groups of 128";
   HOPYARD_INTERNAL(args.in_dtype == DType::kBf16 || args.to.format != Format::kBf16)
       << "BF16 rows have no codes";
+  HOPYARD_INTERNAL(!args.from_mxfp8 ||
+                   (args.in_dtype == DType::kE4m3 && args.to.format == Format::kFp8Block1x128 &&
+                    args.to.dtype == DType::kE4m3))
+      << "MXFP8 codes are rounded anew to e4m3 codes in blocks of 128 only";
   HOPYARD_INTERNAL(args.segment_offsets == nullptr
                        ? args.static_scale_stride == 0
                        : args.num_rows == nullptr && args.segment_begin < args.segment_end)

@@ -103,6 +103,15 @@ __device__ __forceinline__ LaneWords TakeCodes(const RoundRowsLaunch& launch, co
   return LoadColumns < kFormat == Format::kNvFp4 ? 4 : 8 > (launch, at);
 }
 
+// MXFP8 as BF16 values, zero beyond cols.
+__device__ inline LaneWords LoadMxFp8Values(const RoundRowsLaunch& launch, const Place& at) {
+  float scale = 1.0F;
+  const LaneWords codes = TakeCodes<Format::kMxFp8>(launch, at, scale);
+  LaneWords values = gemm::sm90::CodesToBf16<Format::kMxFp8>(codes, scale);
+  gemm::sm90::ClearColumns<2>(launch.args.cols - at.k, values);
+  return values;
+}
+
 // ---- codes to elements of the output
 
 template <int kBytes>
@@ -160,9 +169,12 @@ __device__ __forceinline__ void RoundPlace(const RoundRowsLaunch& launch, const 
   const RoundRowsArgs& args = launch.args;
   float scale = 1.0F;
   LaneWords words;
-  if (kFormat == Format::kBf16 || args.in_dtype == DType::kBf16) {
+  constexpr bool kMayBeMxFp8 = kFormat == Format::kFp8Block1x128 && kOut == DType::kE4m3;
+  const bool anew = kMayBeMxFp8 && args.from_mxfp8;
+  if (kFormat == Format::kBf16 || args.in_dtype == DType::kBf16 || anew) {
     float divisor = 1.0F;
-    words = gemm::sm90::RoundColumns<kFormat>(LoadColumns<16>(launch, at), row, scale, divisor);
+    words = anew ? LoadMxFp8Values(launch, at) : LoadColumns<16>(launch, at);
+    words = gemm::sm90::RoundColumns<kFormat>(words, row, scale, divisor);
     if constexpr (kFormat == Format::kFp8Block1x128) {
       if (at.k < args.cols && at.k % formats::kFp8Block == 0) {
         const int64_t blocks = (args.cols + formats::kFp8Block - 1) / formats::kFp8Block;

@@ -24,6 +24,9 @@ struct RoundRowsArgs {
   bool row_global = false;
   const void* in = nullptr;  // kBf16: values to round; kE4m3, kUint8: codes of to.format
   DType in_dtype = DType::kBf16;
+  // Codes and scales of `in` are MXFP8, and their values are rounded to kFp8Block1x128 anew.
+  // to.dtype is then kE4m3.
+  bool from_mxfp8 = false;
   int64_t in_pitch = 0;             // elements of in_dtype from row to row
   const void* in_scales = nullptr;  // of codes: block scales, row-major; kFp8PerRow: f32 [rows]
   // Of kNvFp4 codes with row_global: f32 [rows], copied to out_row_scales.

@@ -462,6 +462,37 @@ TEST(RowsSm90, OnlyLiveRowsAreWritten) {
   }
 }
 
+// What the values of the codes would be rounded to as BF16.
+TEST(RowsSm90, MxFp8CodesAreRoundedAnew) {
+  HOPYARD_NEEDS_GPU();
+  for (const int64_t cols : {32, 128, 296, 2880}) {
+    const Shape shape{9, cols, cols + 8, RoundUp(cols, 128)};
+    const Case from{{Format::kMxFp8, DType::kBf16, false}, KOrder::kFp8Decoded, shape};
+    const Case to{{Format::kFp8Block1x128, DType::kE4m3, false}, KOrder::kFp8Decoded, shape};
+    const std::vector<uint16_t> x = MakeInput(from, static_cast<unsigned>(cols));
+    std::vector<uint8_t> codes(static_cast<size_t>(shape.rows * shape.in_pitch), 0xFF);
+    std::vector<uint8_t> scales;
+    std::vector<StoredRow> wanted;
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      const StoredRow stored = QuantizeRow(from, x.data() + row * shape.in_pitch);
+      std::copy(stored.codes.begin(), stored.codes.end(), codes.begin() + row * shape.in_pitch);
+      scales.insert(scales.end(), stored.scales.begin(), stored.scales.end());
+      wanted.push_back(QuantizeRow(to, ElementsOf(from, stored).data()));
+    }
+    const DeviceArray<uint8_t> in(codes);
+    const DeviceArray<uint8_t> in_scales(scales);
+    const Outputs outputs(to);
+    RoundRowsArgs args = ArgsOf(to, outputs);
+    args.in = in.get();
+    args.in_dtype = DType::kE4m3;
+    args.in_scales = in_scales.get();
+    args.from_mxfp8 = true;
+    RoundRowsSm90(args, nullptr);
+    ExpectOutputs(to, outputs, wanted, {0, shape.rows});
+    ASSERT_FALSE(HasFatalFailure());
+  }
+}
+
 // Empty segments at every place, segments of one row, all rows in one, none at all; the whole list,
 // its middle and its end.
 TEST(RowsSm90, SegmentsHaveTheirOwnScales) {
