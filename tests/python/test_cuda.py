@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import threading
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 
 import hopyard
 import layers
+from command import write_safetensors
 from elsewhere import has_gpu_backend
 
 torch = pytest.importorskip("torch")
@@ -419,15 +419,8 @@ def write_checkpoint(directory, data):
     for e in range(layers.EXPERTS):
         for name, part in (("w1", data.gate), ("w3", data.up), ("w2", data.down)):
             tensors[f"{root}.experts.{e}.{name}.weight"] = part[e]
-    header, body = {}, b""
-    for name, values in tensors.items():
-        raw = hopyard.to_bf16(values).tobytes()
-        offsets = [len(body), len(body) + len(raw)]
-        header[name] = {"dtype": "BF16", "shape": list(values.shape), "data_offsets": offsets}
-        body += raw
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
+    stored = {name: ("BF16", hopyard.to_bf16(values)) for name, values in tensors.items()}
+    write_safetensors(directory / "model.safetensors", stored)
 
 
 def test_a_layer_of_a_checkpoint(tmp_path, bf16):
