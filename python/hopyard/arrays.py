@@ -34,6 +34,7 @@ def to_bf16(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
         uint16 array of the same shape: the upper half of each float32. NaN stays NaN, overflow
         becomes infinity.
     """
+    require_host(values, "values", "to_bf16")
     source = np.ascontiguousarray(values, dtype=np.float32)
     bits = source.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
@@ -49,6 +50,7 @@ def from_bf16(bits: npt.ArrayLike) -> npt.NDArray[np.float32]:
     Raises:
         ValueError: the dtype is another one.
     """
+    require_host(bits, "bits", "from_bf16")
     source = np.ascontiguousarray(bits)
     if source.dtype.name == "bfloat16":
         source = source.view(np.uint16)

@@ -13,6 +13,7 @@ import hopyard
 import layers
 from elsewhere import Elsewhere, has_gpu_backend
 from hopyard import arrays, devices
+from hopyard._library import lib
 
 NO_BACKEND = "this build has no CUDA backend; plan for the CPU, or configure the build"
 
@@ -170,6 +171,10 @@ def test_quantize_and_dequantize_run_on_the_cpu():
     remedy = "is on cuda:1, wanted host memory: {} runs on the CPU; pass a copy in host memory"
     with pytest.raises(ValueError, match="source " + remedy.format("quantize")):
         hopyard.quantize(source, "mxfp8")
+    with pytest.raises(ValueError, match="values " + remedy.format("to_bf16")):
+        hopyard.to_bf16(source)
+    with pytest.raises(ValueError, match="bits " + remedy.format("from_bf16")):
+        hopyard.from_bf16(source)
     done = hopyard.quantize(np.zeros((2, 32), np.float32), "mxfp8")
     moved = hopyard.Quantized("mxfp8", done.codes, Elsewhere(done.scales, index=1), 1.0, 32)
     with pytest.raises(ValueError, match="quantized.scales " + remedy.format("dequantize")):
@@ -189,6 +194,18 @@ def test_nothing_of_torch_is_needed(monkeypatch):
     assert not arrays.is_torch(np.zeros(1))
     layer, data = layers.make()
     assert layer(data.bits, logits=data.logits).dtype == np.uint16
+
+
+def test_the_library_gives_memory_of_its_own():
+    made = lib.new_tensor([3, 5], "bfloat16", -1)
+    assert (made.shape, str(made.dtype)) == ((3, 5), "bfloat16")
+    assert made.data_ptr() % 256 == 0
+    counts = lib.new_tensor([4], "int32", -1)
+    assert not np.from_dlpack(counts).any()
+    lib.copy_tensor(arrays.as_tensor(np.full(4, -1, np.int32), "x"), counts)
+    np.testing.assert_array_equal(np.from_dlpack(counts), [-1] * 4)
+    with pytest.raises(ValueError, match="source is not contiguous or has another size"):
+        lib.copy_tensor(arrays.as_tensor(np.zeros(5, np.int32), "x"), counts)
 
 
 def test_an_int_is_the_same_as_fewer_rows():
