@@ -1,6 +1,15 @@
 # The extension of the Python package, over the headers and the library of the apache-tvm-ffi wheel
-# of the Python in use (its own CMake package wants a newer CMake than Debian 12 has).
-find_package(Python3 3.11 REQUIRED COMPONENTS Interpreter)
+# of the Python in use (its own CMake package wants a newer CMake than Debian 12 has). With
+# HOPYARD_FFI=AUTO a Python without the wheel means no extension.
+find_package(Python3 3.11 COMPONENTS Interpreter)
+execute_process(
+  COMMAND ${Python3_EXECUTABLE} -m tvm_ffi.config --libdir
+  OUTPUT_QUIET ERROR_QUIET RESULT_VARIABLE hopyard_tvm_ffi_missing)
+if(HOPYARD_FFI STREQUAL "AUTO" AND (NOT Python3_FOUND OR hopyard_tvm_ffi_missing))
+  message(STATUS "No Python extension: HOPYARD_FFI=AUTO, and ${Python3_EXECUTABLE} has no "
+                 "apache-tvm-ffi")
+  return()
+endif()
 function(hopyard_tvm_ffi_config flag result)
   execute_process(
     COMMAND ${Python3_EXECUTABLE} -m tvm_ffi.config ${flag}

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "hopyard/checkpoint.h"
+#include "hopyard/device.h"
 #include "hopyard/error.h"
 #include "hopyard/forward.h"
 #include "hopyard/permute.h"

@@ -88,14 +88,16 @@ struct RouteOutputs {
 
 // Routing alone: logits [T, E] -> expert ids and weights [T, K]. Bit-identical to the routing
 // inside Forward. Throws Error{kInvalidArgument} naming the argument; nothing is written then.
+// All tensors lie on the device of the logits. On a GPU one kernel is enqueued on `stream`, with
+// the bits of the CPU; num_tokens is then clamped to 0 .. T where it is used.
 void Route(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
-           const RouteOutputs& outputs);
+           const RouteOutputs& outputs, Stream stream = {});
 
 // FlashInfer's fused_topk_deepseek: sigmoid + bias, grouped top-k, normalised and scaled weights.
 // scores [T, E] f32/bf16/f16; bias [E] f32/bf16/f16; topk_values [T, K] of the dtype of scores;
 // topk_indices [T, K] i32; replay [>= T, K] i16 or absent. FlashInfer's compiled limits are lifted.
 void FusedTopkDeepseek(const TensorView& scores, const TensorView& bias, const RoutingRule& rule,
                        const TensorView& topk_values, const TensorView& topk_indices,
-                       const TensorView& replay);
+                       const TensorView& replay, Stream stream = {});
 
 }  // namespace hopyard

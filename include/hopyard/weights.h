@@ -76,6 +76,10 @@ struct WeightsDesc {
   std::shared_ptr<const void> owner;  // keeps the memory alive (a mapped file); may be null
 };
 
+// A copy in memory of `device`, which its `owner` holds: contiguous, MN-major matrices K-major. All
+// tensors of `desc` lie in host memory. Returns when the bytes have arrived.
+[[nodiscard]] WeightsDesc CopyWeights(const WeightsDesc& desc, Device device);
+
 // Part of an expert that Update writes.
 enum class WeightPart : uint8_t { kGate, kUp, kGemm1, kGemm2 };
 

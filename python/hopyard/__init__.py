@@ -6,8 +6,9 @@
     layer = hopyard.MoeLayer(spec, weights, max_tokens=512)
     output = layer(hidden, logits=logits)
 
-Arrays are NumPy arrays or torch CPU tensors. NumPy has no bfloat16: there, uint16 arrays hold
-bfloat16 bits (`to_bf16`, `from_bf16`). Errors: ValueError for a wrong argument, NotImplementedError
+Arrays are NumPy arrays, torch tensors, or others that speak DLPack; a layer runs where its weights
+lie, on the CPU or a Hopper GPU. NumPy has no bfloat16: there, uint16 arrays hold bfloat16 bits
+(`to_bf16`, `from_bf16`). Errors: ValueError for a wrong argument, NotImplementedError
 for what no kernel does, MemoryError, InternalError for a defect of Hopyard.
 """
 

@@ -3,7 +3,8 @@
 
 NumPy has no bfloat16, so a NumPy ``uint16`` array stands for bfloat16 bits wherever the library
 takes bfloat16, and a ``uint8`` array for float8 bytes (e4m3 or e8m0) wherever the number format
-says so. ``ml_dtypes`` arrays are taken as well. Torch tensors keep their own dtypes.
+says so. ``ml_dtypes`` arrays are taken as well. Torch tensors keep their own dtypes. Arrays on a
+GPU are torch's, CuPy's, or any that speak DLPack.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hopyard._library import tvm_ffi
+from hopyard._library import lib, tvm_ffi
+from hopyard.devices import CPU, device_name, device_of, dlpack_stream
 
-# A NumPy array, a torch CPU tensor, or any other CPU array that speaks DLPack.
+# A NumPy array, a torch tensor, or any other array that speaks DLPack.
 Array: TypeAlias = Any
 
 _BYTE_FLOATS = ("float8_e4m3fn", "float8_e8m0fnu")
@@ -32,6 +34,7 @@ def to_bf16(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
         uint16 array of the same shape: the upper half of each float32. NaN stays NaN, overflow
         becomes infinity.
     """
+    require_host(values, "values", "to_bf16")
     source = np.ascontiguousarray(values, dtype=np.float32)
     bits = source.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
@@ -47,6 +50,7 @@ def from_bf16(bits: npt.ArrayLike) -> npt.NDArray[np.float32]:
     Raises:
         ValueError: the dtype is another one.
     """
+    require_host(bits, "bits", "from_bf16")
     source = np.ascontiguousarray(bits)
     if source.dtype.name == "bfloat16":
         source = source.view(np.uint16)
@@ -83,11 +87,21 @@ def _numpy_tensor(array: npt.NDArray[Any]) -> Any:
 def _torch_tensor(tensor: Any) -> Any:
     if dtype_name(tensor) in _BYTE_FLOATS or dtype_name(tensor) == "float4_e2m1fn_x2":
         tensor = tensor.view(sys.modules["torch"].uint8)
-    return tvm_ffi.from_dlpack(tensor.detach())
+    tensor = tensor.detach()
+    if tensor.is_cuda and not hasattr(tensor, "__dlpack_c_exchange_api__"):
+        # Older torch's __dlpack__ serves the current GPU only.
+        return tvm_ffi.from_dlpack(sys.modules["torch"].utils.dlpack.to_dlpack(tensor))
+    return tvm_ffi.from_dlpack(tensor)
 
 
-def as_tensor(array: Any, name: str) -> Any:
+def as_tensor(array: Any, name: str, stream: int = 0) -> Any:
     """A tvm_ffi tensor that shares the memory of `array` and keeps it alive.
+
+    Args:
+        array: of any kind.
+        name: for messages.
+        stream: handle of the CUDA stream that will use it. Arrays of frameworks other than torch
+            make it wait for their own work; torch's current stream is the caller's to choose.
 
     Raises:
         ValueError: `array` is no array, or has a dtype that DLPack does not know.
@@ -100,6 +114,8 @@ def as_tensor(array: Any, name: str) -> Any:
         if isinstance(array, tvm_ffi.Tensor):
             return array
         if hasattr(array, "__dlpack__"):
+            if device_of(array) != CPU:
+                return tvm_ffi.from_dlpack(array.__dlpack__(stream=dlpack_stream(stream)))
             return tvm_ffi.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:
         raise ValueError(
@@ -111,7 +127,7 @@ def as_tensor(array: Any, name: str) -> Any:
     )
 
 
-def as_output(array: Any, name: str) -> Any:
+def as_output(array: Any, name: str, stream: int = 0) -> Any:
     """`as_tensor` for an array that will be written.
 
     Raises:
@@ -119,7 +135,7 @@ def as_output(array: Any, name: str) -> Any:
     """
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name} is read-only, wanted an array that can be written; pass a copy")
-    return as_tensor(array, name)
+    return as_tensor(array, name, stream)
 
 
 def is_read_only(array: Any) -> bool:
@@ -142,27 +158,73 @@ def require_not_float32(array: Any, name: str) -> None:
     )
 
 
-def empty_like_kind(like: Any, shape: tuple[int, ...], dtype: str, *, zero: bool = False) -> Array:
-    """A new CPU array of the kind of `like`: torch for torch, NumPy otherwise.
+def require_host(array: Any, name: str, function: str) -> None:
+    """Refuse arrays on a GPU.
+
+    Raises:
+        ValueError: naming the array, where it is, and how to get it to the host.
+    """
+    device = device_of(array)
+    if device == CPU:
+        return
+    remedy = f"{name}.cpu()" if is_torch(array) else "a copy in host memory"
+    raise ValueError(
+        f"{name} is on {device_name(device)}, wanted host memory: {function} runs on the CPU; pass "
+        f"{remedy}"
+    )
+
+
+def _new_of_library(
+    like: Any, shape: tuple[int, ...], dtype: str, fill: int | None, device: int
+) -> Array:
+    if dtype == "bfloat16" and dtype_name(like) == "uint16":
+        dtype = "uint16"
+    result = lib.new_tensor(list(shape), dtype, device)  # zeroed
+    if fill:
+        lib.copy_tensor(tvm_ffi.from_dlpack(np.full(shape, fill, dtype)), result)
+    return result
+
+
+def empty_like_kind(
+    like: Any, shape: tuple[int, ...], dtype: str, *, fill: int | None = None
+) -> Array:
+    """A new array of the kind of `like`, on its device.
+
+    Torch for torch and CuPy for CuPy; on the CPU NumPy otherwise. On a GPU a `tvm_ffi.Tensor`
+    otherwise, which every framework takes through its `from_dlpack`; it is memory of the library's
+    own, and allocating it waits for the device.
 
     Args:
         like: decides the kind.
         shape: of the new array.
-        dtype: NumPy name; "bfloat16" is uint16 in NumPy, unless `like` is an ml_dtypes array.
-        zero: fill with zeros.
+        dtype: NumPy name; "bfloat16" is uint16 in NumPy and CuPy, unless `like` is an ml_dtypes
+            array.
+        fill: value of every element; None leaves them undefined.
     """
     if is_torch(like):
         torch = sys.modules["torch"]
-        make = torch.zeros if zero else torch.empty
-        return make(shape, dtype=getattr(torch, dtype))
+        place = {"dtype": getattr(torch, dtype), "device": like.device}
+        return torch.empty(shape, **place) if fill is None else torch.full(shape, fill, **place)
+    device = device_of(like)
+    cupy = sys.modules.get("cupy")
+    in_cupy = cupy is not None and isinstance(like, cupy.ndarray)
+    if device != CPU and not in_cupy:
+        return _new_of_library(like, shape, dtype, fill, device)
     numpy_dtype: Any = dtype
     if dtype == "bfloat16":
         numpy_dtype = like.dtype if dtype_name(like) == "bfloat16" else np.uint16
-    return np.zeros(shape, numpy_dtype) if zero else np.empty(shape, numpy_dtype)
+    if in_cupy:
+        with like.device:
+            return (
+                cupy.empty(shape, numpy_dtype)
+                if fill is None
+                else cupy.full(shape, fill, numpy_dtype)
+            )
+    return np.empty(shape, numpy_dtype) if fill is None else np.full(shape, fill, numpy_dtype)
 
 
-def token_count(num_tokens: Any) -> Any:
-    """`num_tokens` as a tensor: an int becomes an int32 scalar, arrays go through."""
+def token_count(num_tokens: Any, stream: int = 0) -> Any:
+    """`num_tokens` as the extension takes it: an int as it is, arrays as tensors."""
     if isinstance(num_tokens, (int, np.integer)):
-        return as_tensor(np.array([num_tokens], np.int32), "num_tokens")
-    return as_tensor(num_tokens, "num_tokens")
+        return int(num_tokens)
+    return as_tensor(num_tokens, "num_tokens", stream)

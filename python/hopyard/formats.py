@@ -9,7 +9,15 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from hopyard._library import lib
-from hopyard.arrays import Array, as_output, as_tensor, dtype_name, empty_like_kind, is_torch
+from hopyard.arrays import (
+    Array,
+    as_output,
+    as_tensor,
+    dtype_name,
+    empty_like_kind,
+    is_torch,
+    require_host,
+)
 
 Format: TypeAlias = Literal[
     "bf16",
@@ -119,8 +127,10 @@ def quantize(
         Codes and scales of the kind of `source`, NumPy or torch.
 
     Raises:
-        ValueError: unknown format, wrong dtype or shape, odd cols of a 4-bit format.
+        ValueError: unknown format, wrong dtype or shape, odd cols of a 4-bit format, or an array on
+            a GPU.
     """
+    require_host(source, "source", "quantize")
     shape = tuple(int(n) for n in source.shape)
     if len(shape) not in (2, 3):
         raise ValueError(
@@ -159,10 +169,12 @@ def dequantize(quantized: Quantized, dtype: Literal["float32", "bfloat16"] = "fl
         Array of `quantized.shape`, NumPy or torch as the codes are.
 
     Raises:
-        ValueError: shapes or dtypes do not fit the format.
+        ValueError: shapes or dtypes do not fit the format, or an array lies on a GPU.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}, wanted 'float32' or 'bfloat16'")
+    for name, array in (("codes", quantized.codes), ("scales", quantized.scales)):
+        require_host(array, f"quantized.{name}", "dequantize")
     like = quantized.codes
     if dtype_name(like) == "bfloat16" and not is_torch(like) and dtype == "float32":
         like = np.empty(0, np.float32)

@@ -6,21 +6,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
-import numpy as np
-
 from hopyard._library import lib
 from hopyard.arrays import (
     Array,
     as_output,
     as_tensor,
     empty_like_kind,
+    is_torch,
     require_not_float32,
     token_count,
 )
+from hopyard.devices import Device, device_name, parse_device, stream_of
 from hopyard.spec import MoeSpec, spec_to_map
 from hopyard.weights import Weights
-
-_ALIGNMENT = 256
+from hopyard.workspace import Workspaces
 
 
 class PlanOptions(TypedDict, total=False):
@@ -98,7 +97,10 @@ class CallOptions(TypedDict, total=False):
         hidden_scales: block scales of quantised hidden states, [T, blocks] or [T].
         token_scales: [T] float32, activations "nvfp4_per_token".
         gemm1_delta: [T, K, f * I] bfloat16, rows up|gate, added to GEMM1 (LoRA).
-        num_tokens: live tokens, int or int32 scalar array, at most T; rows beyond stay untouched.
+        num_tokens: live tokens, at most T; rows beyond stay untouched. An int is the same as fewer
+            rows: nothing is read from a device, and a captured graph keeps it. An int32 scalar
+            array on the layer's device is read when the work runs, in a graph at each replay;
+            there it is clamped to 0 .. T.
         out: [T, W] bfloat16, W <= H, written instead of a new array.
         accumulate: add to `out`.
         replay_out: [>= T, K] int16, receives the selected ids.
@@ -108,6 +110,9 @@ class CallOptions(TypedDict, total=False):
         rows_out: [T * (K + S), H] bfloat16, GEMM2 rows before they are summed.
         slot_to_row_out: [T, K + S] int32, row of each slot or -1.
         gemm1_activation_out: [T * (K + S), I] bfloat16.
+        stream: GPU: handle of the CUDA stream as an int, where the work is enqueued. Without it,
+            torch's current stream of the layer's device if `hidden` is a torch tensor, else the
+            legacy default stream, 0. The caller orders it with his other streams.
     """
 
     logits: Array
@@ -132,6 +137,7 @@ class CallOptions(TypedDict, total=False):
     rows_out: Array
     slot_to_row_out: Array
     gemm1_activation_out: Array
+    stream: int
 
 
 _INPUT_NAMES = {
@@ -180,17 +186,18 @@ def _routing_mode(given: dict[str, Any]) -> str:
     return _ROUTING_MODES[names]
 
 
-def explain(spec: MoeSpec, **options: Unpack[PlanOptions]) -> Explanation:
-    """Say which kernels would run a spec, and why not the others; needs no weights.
+def explain(spec: MoeSpec, device: Device = "cpu", **options: Unpack[PlanOptions]) -> Explanation:
+    """Say which kernels would run a spec, and why not the others; needs no weights and no GPU.
 
     Args:
         spec: the layer.
+        device: "cpu", "cuda", "cuda:1" or a torch.device.
         **options: as for `MoeLayer`.
 
     Raises:
         ValueError: the spec means nothing. An unsupported spec is an answer, not an error.
     """
-    answer = lib.explain(spec_to_map(spec), {"max_tokens": 1, **options})
+    answer = lib.explain(spec_to_map(spec), {"max_tokens": 1, **options}, parse_device(device))
     return Explanation(
         supported=bool(answer["supported"]),
         reason=str(answer["reason"]),
@@ -202,36 +209,44 @@ def explain(spec: MoeSpec, **options: Unpack[PlanOptions]) -> Explanation:
     )
 
 
-def _new_workspace(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    offset = -memory.ctypes.data % _ALIGNMENT
-    return memory[offset : offset + size]
-
-
 class MoeLayer:
     """A layer that can be called; safe to call from several threads at once.
 
-    Calls release the GIL. Each concurrent call has a workspace of its own, kept for later calls.
+    Calls release the GIL. Each concurrent call has a workspace of its own.
+
+    On a GPU a call enqueues its work on a stream and returns; it never waits, and may be captured
+    into a CUDA graph. Calls on several streams, from one thread or several, have workspaces of
+    their own. For torch tensors a workspace is memory of torch's allocator, taken anew by each call
+    and shared with whatever else runs on the stream later; a captured call's is the graph's.
+    Otherwise it is the library's own and kept for the stream: make one call on the stream before
+    capturing it, and replay a graph only where calls on the stream it was captured on could run.
 
     Args:
         spec: the layer.
         weights: made for an equal spec; kept alive.
         max_tokens: capacity of a call.
+        device: that of the weights, which is also what None means; "cuda" takes any GPU.
         **options: the other options of `PlanOptions`.
 
     Raises:
-        ValueError: the spec means nothing, or weights belong to another one.
+        ValueError: the spec means nothing, or weights belong to another one or another device.
         NotImplementedError: no kernel runs it; the message says why, as `explain` does.
         MemoryError: there is no memory for the workspace.
     """
 
     def __init__(
-        self, spec: MoeSpec, weights: Weights, max_tokens: int, **options: Unpack[PlanOptions]
+        self,
+        spec: MoeSpec,
+        weights: Weights,
+        max_tokens: int,
+        device: Device = None,
+        **options: Unpack[PlanOptions],
     ) -> None:
         self._spec = spec
         self._weights = weights
         self._options: PlanOptions = {**options, "max_tokens": max_tokens}
-        self._plan = lib.make_plan(spec_to_map(spec), dict(self._options))
+        self._device = parse_device(weights.device if device is None else device, weights._device)
+        self._plan = lib.make_plan(spec_to_map(spec), dict(self._options), self._device)
         given, wanted = vars(weights.spec), vars(spec)
         for name in wanted:
             if given[name] != wanted[name]:
@@ -239,7 +254,12 @@ class MoeLayer:
                     f"weights were made for a spec with {name}={given[name]}, wanted {name}="
                     f"{wanted[name]}; make them for the layer's spec"
                 )
-        self._workspaces = [self._allocate()]
+        if weights._device != self._device:
+            raise ValueError(
+                f"weights are on {weights.device}, wanted {self.device}, the layer's device; copy "
+                "them there (Weights.to), or leave device out"
+            )
+        self._workspaces = Workspaces(self.workspace_bytes, self._device)
 
     @property
     def spec(self) -> MoeSpec:
@@ -250,6 +270,11 @@ class MoeLayer:
     def weights(self) -> Weights:
         """Its weights."""
         return self._weights
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu" or "cuda:0"."""
+        return device_name(self._device)
 
     @property
     def max_tokens(self) -> int:
@@ -268,23 +293,30 @@ class MoeLayer:
 
     def explain(self) -> Explanation:
         """Which kernels were chosen, and why not the others."""
-        return explain(self._spec, **self._options)
+        return explain(self._spec, self.device, **self._options)
 
-    def _allocate(self) -> Any:
-        return as_tensor(_new_workspace(self.workspace_bytes), "workspace")
-
-    def _inputs(self, hidden: Array, call: dict[str, Any]) -> dict[str, Any]:
+    def _inputs(self, hidden: Array, call: dict[str, Any], stream: int) -> dict[str, Any]:
         require_not_float32(hidden, "hidden")
         inputs = {
             "routing": _routing_mode(call),
-            "hidden_states": as_tensor(hidden, "hidden"),
+            "hidden_states": as_tensor(hidden, "hidden", stream),
         }
         for name, field in _INPUT_NAMES.items():
             if name in call:
-                inputs[field] = as_tensor(call[name], name)
+                inputs[field] = as_tensor(call[name], name, stream)
         if "num_tokens" in call:
-            inputs["num_tokens"] = token_count(call["num_tokens"])
+            inputs["num_tokens"] = token_count(call["num_tokens"], stream)
         return inputs
+
+    def _outputs(self, result: Array, call: dict[str, Any], stream: int) -> dict[str, Any]:
+        outputs = {
+            "output": as_output(result, "out", stream),
+            "accumulate": bool(call.get("accumulate", False)),
+        }
+        for name, field in _OUTPUT_NAMES.items():
+            if name in call:
+                outputs[field] = as_output(call[name], name, stream)
+        return outputs
 
     def __call__(self, hidden: Array, **call: Unpack[CallOptions]) -> Array:
         """Run the layer.
@@ -301,34 +333,29 @@ class MoeLayer:
         Raises:
             ValueError: before anything is written, naming the argument, what it is and what was
                 wanted.
-            MemoryError: there is no memory for the workspace of another concurrent call.
+            MemoryError: there is no memory for the workspace (torch's OutOfMemoryError where the
+                memory is torch's).
         """
         given: dict[str, Any] = {k: v for k, v in call.items() if v is not None}
         unknown = sorted(set(given) - CallOptions.__optional_keys__)
         if unknown:
             raise TypeError(f"a layer got unexpected arguments {unknown}")
-        inputs = self._inputs(hidden, given)
+        uses_torch = is_torch(hidden)
+        stream = stream_of(self._device, given.get("stream"), uses_torch=uses_torch)
+        inputs = self._inputs(hidden, given, stream)
         result = given.get("out")
         if result is None:
             if given.get("accumulate"):
                 raise ValueError("accumulate is set without out, wanted an array to add to")
             shape = (int(hidden.shape[0]), self._spec.hidden_size)
-            result = empty_like_kind(hidden, shape, "bfloat16", zero="num_tokens" in given)
+            fill = 0 if "num_tokens" in given else None
+            result = empty_like_kind(hidden, shape, "bfloat16", fill=fill)
         else:
             require_not_float32(result, "out")
-        outputs = {
-            "output": as_output(result, "out"),
-            "accumulate": bool(given.get("accumulate", False)),
-        }
-        for name, field in _OUTPUT_NAMES.items():
-            if name in given:
-                outputs[field] = as_output(given[name], name)
+        outputs = self._outputs(result, given, stream)
+        workspace = self._workspaces.take(stream, uses_torch=uses_torch)
         try:
-            workspace = self._workspaces.pop()
-        except IndexError:  # every workspace is in use by another thread
-            workspace = self._allocate()
-        try:
-            lib.forward(self._plan, self._weights._handle, inputs, outputs, workspace)
+            lib.forward(self._plan, self._weights._handle, inputs, outputs, workspace, stream)
         finally:
-            self._workspaces.append(workspace)
+            self._workspaces.give(workspace, stream, uses_torch=uses_torch)
         return result

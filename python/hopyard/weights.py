@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from hopyard._library import lib
-from hopyard.arrays import Array, as_tensor, is_read_only, require_not_float32
+from hopyard.arrays import Array, as_tensor, is_read_only, is_torch, require_not_float32
+from hopyard.devices import Device, device_name, parse_device, stream_of
 from hopyard.formats import Quantized
 from hopyard.spec import MoeSpec, WeightFormat, spec_to_map
 
@@ -97,13 +98,15 @@ class ExpertWeights:
 
 
 class _Collector:
-    """Turns arrays into tensors and remembers whether one of them is read-only."""
+    """Turns arrays into tensors; remembers whether one is read-only and whether one is torch's."""
 
     def __init__(self) -> None:
         self.read_only = False
+        self.uses_torch = False
 
     def one(self, array: Array, name: str) -> Any:
         self.read_only = self.read_only or is_read_only(array)
+        self.uses_torch = self.uses_torch or is_torch(array)
         return as_tensor(array, name)
 
     def one_or_many(self, arrays: Array | Sequence[Array] | None, name: str) -> Any:
@@ -154,6 +157,9 @@ class Weights:
     Nothing is copied, so a later write to the arrays is seen by the next call of a layer. Safe to
     share between threads; neither `update` nor such a write may run beside a call.
 
+    All arrays lie on one device, the CPU or a GPU, where a layer of these weights then runs. Making
+    weights on a GPU waits for it.
+
     Args:
         spec: the layer; shapes and dtypes are checked against it.
         routed: matrices of the local experts.
@@ -172,12 +178,14 @@ class Weights:
             fields["shared"] = collector.group(shared, "weights.shared", spec.shared.weights)
         fields["read_only"] = collector.read_only
         self._spec = spec
+        self._uses_torch = collector.uses_torch
         self._handle = lib.make_weights(spec_to_map(spec), fields)
 
     @classmethod
-    def _from_handle(cls, spec: MoeSpec, handle: Any) -> Weights:
+    def _from_handle(cls, spec: MoeSpec, handle: Any, *, uses_torch: bool = False) -> Weights:
         weights = cls.__new__(cls)
         weights._spec = spec
+        weights._uses_torch = uses_torch
         weights._handle = handle
         return weights
 
@@ -185,6 +193,36 @@ class Weights:
     def spec(self) -> MoeSpec:
         """The layer that these weights belong to."""
         return self._spec
+
+    @property
+    def _device(self) -> int:
+        return int(self._handle.device)
+
+    @property
+    def device(self) -> str:
+        """Where they lie: "cpu" or "cuda:0"."""
+        return device_name(self._device)
+
+    def to(self, device: Device) -> Weights:
+        """These weights on a device: themselves, or a copy in memory of the library's own.
+
+        Args:
+            device: "cpu", "cuda", "cuda:1" or a torch.device.
+
+        Returns:
+            Weights that can be updated, also where these are a mapped checkpoint. MN-major matrices
+            become K-major, which is what a GPU reads.
+
+        Raises:
+            ValueError: these weights lie on another GPU.
+            NotImplementedError: the build has no CUDA backend, or no kernel reads the layout.
+            MemoryError: the device has not enough memory.
+        """
+        index = parse_device(device, self._device)
+        if index == self._device:
+            return self
+        handle = lib.copy_weights(self._handle, index)
+        return Weights._from_handle(self._spec, handle, uses_torch=self._uses_torch)
 
     @property
     def bytes_per_expert(self) -> int:
@@ -200,9 +238,13 @@ class Weights:
         row_begin: int = 0,
         col_begin: int = 0,
         scales: Array | None = None,
+        stream: int | None = None,
         **others: Array,
     ) -> None:
         """Write part of one matrix in place, whatever layout it is stored in.
+
+        Weights on a GPU are written in the order of a stream; captured graphs of a layer see them.
+        The arrays may lie on that GPU or on the host; the call may wait for the GPU.
 
         Args:
             expert: local slot; shared expert j is num_local_experts + j.
@@ -212,6 +254,8 @@ class Weights:
                 matrix's edges.
             col_begin: first column; the same.
             scales: linear scales of exactly the blocks of `values`.
+            stream: GPU: handle of the CUDA stream; without it torch's current stream if the weights
+                or `values` are torch's, else the legacy default stream.
             **others: `bias` [rows] and `global_scale` float32 [1]; a new global scale comes with
                 values of the whole matrix, or alone.
 
@@ -228,7 +272,10 @@ class Weights:
             "row_begin": row_begin,
             "col_begin": col_begin,
         }
-        for name, array in {"values": values, "scales": scales, **others}.items():
+        arrays = {"values": values, "scales": scales, **others}
+        uses_torch = self._uses_torch or any(is_torch(array) for array in arrays.values())
+        handle = stream_of(self._device, stream, uses_torch=uses_torch)
+        for name, array in arrays.items():
             if array is not None:
-                fields[name] = as_tensor(array, name)
-        lib.update_weights(self._handle, fields)
+                fields[name] = as_tensor(array, name, handle)
+        lib.update_weights(self._handle, fields, handle)

@@ -3,12 +3,16 @@
 // machine's own ceilings measured in the same process right before and after it.
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include <CLI/CLI.hpp>
 #include <fmt/core.h>
 
+#include "hopyard/device.h"
+
 #include "cli/commands.h"
+#include "cli/device_option.h"
 #include "cli/layer_source.h"
 #include "cli/machine.h"
 #include "cli/session.h"
@@ -39,6 +43,7 @@ struct BenchOptions {
   std::vector<std::string> skews = {"uniform"};
   double seconds = 2.0;
   int threads = 0;
+  std::string device = "cpu";
 };
 
 struct InputSet {
@@ -58,13 +63,29 @@ struct Point {
 // One layer at several addresses, so that consecutive calls find none of it in a cache.
 class RotatingWeights {
  public:
-  RotatingWeights(const LoadedLayer& layer, int64_t cache_bytes) {
+  explicit RotatingWeights(const Session& session) {
+    const Device device = session.plan().device();
+    if (device.kind == DeviceKind::kCpu) {
+      CopyOnHost(session.layer());
+    } else {
+      CopyToGpu(session, GpuInfoOf(device.index));
+    }
+  }
+
+  [[nodiscard]] const std::vector<WeightsDesc>& all() const { return weights_; }
+
+ private:
+  static int64_t Copies(int64_t cache_bytes, int64_t layer_bytes) {
+    return std::min<int64_t>(CeilDiv(2 * cache_bytes, layer_bytes), kMaxCopies);
+  }
+
+  void CopyOnHost(const LoadedLayer& layer) {
     weights_.push_back(layer.weights);
     if (layer.owned == nullptr) {
       return;  // a checkpoint's own weights stay where its file is mapped
     }
     const int64_t bytes = std::max<int64_t>(layer.owned->bytes(), 1);
-    const int64_t wanted = std::min<int64_t>(CeilDiv(2 * cache_bytes, bytes), kMaxCopies);
+    const int64_t wanted = Copies(DescribeMachine().last_level_cache_bytes, bytes);
     while (static_cast<int64_t>(weights_.size()) < wanted && AvailableMemory() / 2 > bytes) {
       WeightsDesc copy = Describe(layer.owned->Copy());
       copy.routed.gemm1.bias = layer.weights.routed.gemm1.bias;
@@ -73,9 +94,15 @@ class RotatingWeights {
     }
   }
 
-  [[nodiscard]] const std::vector<WeightsDesc>& all() const { return weights_; }
+  void CopyToGpu(const Session& session, const GpuInfo& gpu) {
+    const int64_t bytes = std::max<int64_t>(LayerBytes(session.spec()), 1);
+    const int64_t fitting = std::max<int64_t>(gpu.free_bytes / 2 / bytes, 1);
+    const int64_t wanted = std::min(Copies(gpu.l2_bytes, bytes), fitting);
+    for (int64_t i = 0; i < wanted; ++i) {
+      weights_.push_back(session.Place(session.layer().weights));
+    }
+  }
 
- private:
   std::vector<WeightsDesc> weights_;
 };
 
@@ -122,24 +149,29 @@ void TimePoint(const BenchOptions& options, Session& session, const RotatingWeig
   }
   MoeOutputs outputs;
   outputs.output = session.output(point->tokens);
+  std::vector<StagedCall> calls;
+  calls.reserve(sets.size());
+  for (const InputSet& set : sets) {
+    calls.push_back(session.Stage(inputs_of(set), outputs));
+  }
   double total = 0.0;
   for (int call = 0; call < kMaxCalls && (call < kMinCalls || total < options.seconds); ++call) {
     const size_t set = static_cast<size_t>(call) % sets.size();
     // A set meets each copy in turn, also when both counts share a factor.
     const size_t copy =
         (static_cast<size_t>(call) + static_cast<size_t>(call) / sets.size()) % weights.size();
-    const MoeInputs inputs = inputs_of(sets[set]);
-    const double seconds = TimeSeconds([&] { session.Forward(weights[copy], inputs, outputs); });
+    const double seconds = TimeSeconds([&] { session.Run(calls[set], weights[copy]); });
     total += seconds;
     point->seconds.push_back(seconds);
     point->gbps.push_back(static_cast<double>(bytes[set]) / seconds * 1e-9);
   }
 }
 
+// Of the CPU; a GPU's are not measured here.
 struct Ceilings {
   Machine machine;
-  ReadBandwidth read;
-  double peak_gflops;
+  std::optional<ReadBandwidth> read;
+  double peak_gflops = 0.0;
 };
 
 void PrintPoint(const Point& point, const Session& session, const Ceilings& ceilings,
@@ -148,27 +180,34 @@ void PrintPoint(const Point& point, const Session& session, const Ceilings& ceil
   const double gflops = LayerFlops(session.spec(), point.tokens) / median * 1e-9;
   const double gbps = Quantile(point.gbps, 0.5);
   const double read = 0.5 * (point.read_before + point.read_after);
-  PrintJson({{"git", HOPYARD_GIT},
-             {"cpu", ceilings.machine.cpu_model},
-             {"isa", ToString(BestIsa())},
-             {"model", name},
-             {"weights", ToString(session.spec().weights)},
-             {"activations", ToString(session.spec().activations)},
-             {"tokens", point.tokens},
-             {"routing", ToString(point.skew)},
-             {"calls", point.seconds.size()},
-             {"median_us", median * 1e6},
-             {"p10_us", Quantile(point.seconds, 0.1) * 1e6},
-             {"p90_us", Quantile(point.seconds, 0.9) * 1e6},
-             {"gflops", gflops},
-             {"gbps", gbps},
-             {"read_gbps", read},
-             {"read_gbps_before", point.read_before},
-             {"read_gbps_after", point.read_after},
-             {"peak_gflops", ceilings.peak_gflops},
-             {"of_read", gbps / read},
-             {"of_peak", gflops / ceilings.peak_gflops},
-             {"threads", session.threads()}});
+  const Device device = session.plan().device();
+  Json line = {{"git", HOPYARD_GIT},
+               {"cpu", ceilings.machine.cpu_model},
+               {"isa", ToString(BestIsa())},
+               {"device", ToString(device)},
+               {"model", name},
+               {"weights", ToString(session.spec().weights)},
+               {"activations", ToString(session.spec().activations)},
+               {"tokens", point.tokens},
+               {"routing", ToString(point.skew)},
+               {"calls", point.seconds.size()},
+               {"median_us", median * 1e6},
+               {"p10_us", Quantile(point.seconds, 0.1) * 1e6},
+               {"p90_us", Quantile(point.seconds, 0.9) * 1e6},
+               {"gflops", gflops},
+               {"gbps", gbps}};
+  if (device.kind == DeviceKind::kCpu) {
+    line.update({{"read_gbps", read},
+                 {"read_gbps_before", point.read_before},
+                 {"read_gbps_after", point.read_after},
+                 {"peak_gflops", ceilings.peak_gflops},
+                 {"of_read", gbps / read},
+                 {"of_peak", gflops / ceilings.peak_gflops},
+                 {"threads", session.threads()}});
+  } else {
+    line["gpu"] = GpuInfoOf(device.index).name;
+  }
+  PrintJson(line);
 }
 
 void BenchFormat(const BenchOptions& options, const LayerRequest& request,
@@ -179,17 +218,20 @@ void BenchFormat(const BenchOptions& options, const LayerRequest& request,
   }
   PlanOptions plan_options;
   plan_options.max_tokens = *std::max_element(options.tokens.begin(), options.tokens.end());
-  (void)MakePlan(plan.spec, Device{}, plan_options);
-  Session session(LoadLayer(plan, request.seed), plan_options.max_tokens, options.threads);
-  const RotatingWeights rotating(session.layer(), ceilings.machine.last_level_cache_bytes);
+  plan_options.num_threads = options.threads;
+  const Device device = ParseDevice(options.device);
+  (void)MakePlan(plan.spec, device, plan_options);
+  Session session(LoadLayer(plan, request.seed), plan_options, device);
+  const RotatingWeights rotating(session);
+  const auto read = [&ceilings] { return ceilings.read ? ceilings.read->Measure() : 0.0; };
   for (const Skew skew : skews) {
     for (const int64_t tokens : options.tokens) {
       Point point;
       point.tokens = tokens;
       point.skew = skew;
-      point.read_before = ceilings.read.Measure();
+      point.read_before = read();
       TimePoint(options, session, rotating, &point);
-      point.read_after = ceilings.read.Measure();
+      point.read_after = read();
       PrintPoint(point, session, ceilings, plan.name);
     }
   }
@@ -218,8 +260,12 @@ void Run(const BenchOptions& options) {
     (void)ResolveLayer(requests.back());
   }
   const int threads = MaxThreads();
-  Ceilings ceilings{DescribeMachine(), ReadBandwidth(threads),
-                    MeasurePeakGflops(BestIsa(), threads)};
+  Ceilings ceilings;
+  ceilings.machine = DescribeMachine();
+  if (ParseDevice(options.device).kind == DeviceKind::kCpu) {
+    ceilings.read.emplace(threads);
+    ceilings.peak_gflops = MeasurePeakGflops(BestIsa(), threads);
+  }
   for (const LayerRequest& request : requests) {
     BenchFormat(options, request, skews, ceilings);
   }
@@ -232,6 +278,7 @@ void AddBenchCommand(CLI::App& app, CommandContext* context) {
       "bench", "Sweep tokens, formats and routing skew; one JSON line per point on stdout");
   auto options = std::make_shared<BenchOptions>();
   AddLayerOptions(*command, &options->layer, false);
+  AddDeviceOption(*command, &options->device);
   command->add_option("--tokens", options->tokens, "Batch sizes")
       ->delimiter(',')
       ->capture_default_str();

@@ -9,6 +9,7 @@
 #include "hopyard/plan.h"
 
 #include "cli/commands.h"
+#include "cli/device_option.h"
 #include "cli/layer_source.h"
 
 namespace hopyard::cli {
@@ -17,6 +18,7 @@ namespace {
 struct ExplainOptions {
   LayerRequest layer;
   int64_t tokens = 32;
+  std::string device = "cpu";
 };
 
 Json ToJson(const Explanation& explanation) {
@@ -34,11 +36,13 @@ void Run(const ExplainOptions& options, bool json) {
   const LayerPlan layer = ResolveLayer(options.layer);
   PlanOptions plan_options;
   plan_options.max_tokens = options.tokens;
-  const Explanation explanation = Explain(layer.spec, Device{}, plan_options);
+  const Device device = ParseDevice(options.device);
+  const Explanation explanation = Explain(layer.spec, device, plan_options);
   const int64_t workspace =
-      explanation.supported ? MakePlan(layer.spec, Device{}, plan_options).workspace_bytes() : 0;
+      explanation.supported ? MakePlan(layer.spec, device, plan_options).workspace_bytes() : 0;
   if (json) {
     Json result = {{"layer", layer.name},
+                   {"device", ToString(device)},
                    {"spec", ToString(layer.spec)},
                    {"tokens", options.tokens},
                    {"weights_bytes", LayerBytes(layer.spec)},
@@ -65,6 +69,7 @@ void AddExplainCommand(CLI::App& app, CommandContext* context) {
       app.add_subcommand("explain", "Which kernel a layer gets, and why others are refused");
   auto options = std::make_shared<ExplainOptions>();
   AddLayerOptions(*command, &options->layer, true);
+  AddDeviceOption(*command, &options->device);
   command->add_option("--tokens", options->tokens, "Capacity of the plan")->capture_default_str();
   AddCommonOptions(*command, context);
   command->final_callback([options, context] { Run(*options, context->common.json); });

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // hopyard info: the machine, the version and the backends.
 #include <memory>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 #include <fmt/core.h>
@@ -18,11 +19,33 @@ struct InfoOptions {
   bool measure = false;
 };
 
+std::vector<GpuInfo> Gpus() {
+  std::vector<GpuInfo> gpus;
+  for (int i = 0; i < CountGpus(); ++i) {
+    gpus.push_back(GpuInfoOf(i));
+  }
+  return gpus;
+}
+
+// By what a plan for any layer says.
+bool HasGpuBackend() {
+  MoeSpec spec;
+  spec.hidden_size = 128;
+  spec.intermediate_size = 128;
+  spec.num_experts = 8;
+  spec.top_k = 2;
+  PlanOptions options;
+  options.max_tokens = 1;
+  return Explain(spec, {DeviceKind::kCuda, 0}, options).supported;
+}
+
 void Run(const InfoOptions& options, bool json) {
   const Machine machine = DescribeMachine();
   const Isa isa = BestIsa();
+  const std::vector<GpuInfo> gpus = Gpus();
+  const Json backends = HasGpuBackend() ? Json::array({"cpu", "sm90"}) : Json::array({"cpu"});
   Json result = {{"version", HOPYARD_VERSION},
-                 {"backends", Json::array({"cpu"})},
+                 {"backends", backends},
                  {"cpu",
                   {{"model", machine.cpu_model},
                    {"logical_cpus", machine.logical_cpus},
@@ -31,6 +54,15 @@ void Run(const InfoOptions& options, bool json) {
                    {"last_level_cache_bytes", machine.last_level_cache_bytes}}},
                  {"memory_bytes", machine.memory_bytes},
                  {"memory_available_bytes", machine.memory_available_bytes}};
+  for (const GpuInfo& gpu : gpus) {
+    result["gpus"].push_back(
+        {{"name", gpu.name},
+         {"compute", fmt::format("{}.{}", gpu.compute_major, gpu.compute_minor)},
+         {"multiprocessors", gpu.multiprocessors},
+         {"memory_bytes", gpu.memory_bytes},
+         {"memory_free_bytes", gpu.free_bytes},
+         {"l2_bytes", gpu.l2_bytes}});
+  }
   for (const bench::ModelShape& shape : bench::ModelShapes()) {
     result["presets"].push_back(shape.name);
   }
@@ -42,13 +74,20 @@ void Run(const InfoOptions& options, bool json) {
     PrintJson(result);
     return;
   }
-  fmt::print("hopyard   {}\nbackends  cpu\n", HOPYARD_VERSION);
+  fmt::print("hopyard   {}\nbackends  {}\n", HOPYARD_VERSION,
+             HasGpuBackend() ? "cpu, sm90 (Hopper)" : "cpu");
   fmt::print("cpu       {}, {} logical CPUs, {} threads\n", machine.cpu_model, machine.logical_cpus,
              machine.threads);
   fmt::print("isa       {}\n", ToString(isa));
   fmt::print("memory    {} of {} available\n", HumanBytes(machine.memory_available_bytes),
              HumanBytes(machine.memory_bytes));
   fmt::print("cache     {} last level\n", HumanBytes(machine.last_level_cache_bytes));
+  for (size_t i = 0; i < gpus.size(); ++i) {
+    fmt::print("cuda:{}    {}, compute {}.{}, {} of {} free{}\n", i, gpus[i].name,
+               gpus[i].compute_major, gpus[i].compute_minor, HumanBytes(gpus[i].free_bytes),
+               HumanBytes(gpus[i].memory_bytes),
+               gpus[i].compute_major == 9 ? "" : "; the backend needs compute 9.0");
+  }
   if (options.measure) {
     fmt::print("read      {:.1f} GB/s\nfp32      {:.0f} GFLOP/s\n",
                result["read_gbps"].get<double>(), result["peak_gflops"].get<double>());

@@ -11,6 +11,7 @@
 #include "hopyard/checkpoint.h"
 
 #include "cli/commands.h"
+#include "cli/device_option.h"
 #include "cli/histogram.h"
 #include "cli/layer_source.h"
 #include "cli/machine.h"
@@ -35,6 +36,7 @@ struct RunOptions {
   int64_t verify = 16;
   int repeat = 5;
   int threads = 0;
+  std::string device = "cpu";
 };
 
 struct RunResult {
@@ -98,9 +100,10 @@ RunResult Execute(const RunOptions& options, Session& session, const MoeInputs& 
   }
   MoeOutputs timed;
   timed.output = session.output(tokens);
+  const StagedCall call = session.Stage(inputs, timed);
   Progress progress("timing", options.repeat);
   for (int i = 0; i < options.repeat; ++i) {
-    result.seconds.push_back(TimeSeconds([&] { session.Forward(inputs, timed); }));
+    result.seconds.push_back(TimeSeconds([&] { session.Run(call); }));
     progress.Advance();
   }
   return result;
@@ -138,6 +141,7 @@ Json ToJson(const RunResult& result, const Session& session, int64_t tokens,
                {"weights", ToString(session.spec().weights)},
                {"activations", ToString(session.spec().activations)},
                {"tokens", tokens},
+               {"device", ToString(session.plan().device())},
                {"kernel", ChosenKernel(session.plan())},
                {"threads", session.threads()},
                {"setup_seconds", result.setup_seconds},
@@ -158,8 +162,12 @@ void PrintText(const RunResult& result, const Session& session, int64_t tokens,
                const std::string& name) {
   const Figures figures = Summarise(result, session, tokens);
   fmt::print("layer    {}\nspec     {}\n", name, ToString(session.spec()));
-  fmt::print("kernel   {}, {} threads; ready after {:.1f} s\n", ChosenKernel(session.plan()),
-             session.threads(), result.setup_seconds);
+  const Device device = session.plan().device();
+  fmt::print("kernel   {}\n", ChosenKernel(session.plan()));
+  fmt::print("device   {}; ready after {:.1f} s\n",
+             device.kind == DeviceKind::kCpu ? fmt::format("cpu, {} threads", session.threads())
+                                             : ToString(device),
+             result.setup_seconds);
   fmt::print("time     {:.3f} ms for {} tokens (median of {})\n", figures.seconds * 1e3, tokens,
              result.seconds.size());
   fmt::print("rate     {:.1f} GFLOP/s, {:.1f} GB/s of weights ({} in {} experts)\n", figures.gflops,
@@ -172,6 +180,7 @@ void PrintText(const RunResult& result, const Session& session, int64_t tokens,
 
 int Run(const RunOptions& options, bool json) {
   CheckOptions(options);
+  const Device device = ParseDevice(options.device);
   const Skew skew = ParseSkew(options.skew);
   LimitThreads(options.threads);
   LayerPlan plan = ResolveLayer(options.layer);
@@ -185,11 +194,12 @@ int Run(const RunOptions& options, bool json) {
                                           : ReadReplay(options.replay, tokens.count, plan.spec);
   PlanOptions plan_options;
   plan_options.max_tokens = std::max<int64_t>(tokens.count, 1);
-  (void)MakePlan(plan.spec, Device{}, plan_options);
+  plan_options.num_threads = options.threads;
+  (void)MakePlan(plan.spec, device, plan_options);
   std::optional<Session> session;
   std::vector<float> logits;
   const double setup_seconds = TimeSeconds([&] {
-    session.emplace(LoadLayer(plan, options.layer.seed), plan_options.max_tokens, options.threads);
+    session.emplace(LoadLayer(plan, options.layer.seed), plan_options, device);
     logits = skew == Skew::kRouter
                  ? RouterLogits(tokens, session->layer())
                  : SkewedLogits(skew, tokens.count, plan.spec, options.layer.seed, 0);
@@ -213,6 +223,7 @@ void AddRunCommand(CLI::App& app, CommandContext* context) {
       app.add_subcommand("run", "Run one layer and verify sampled tokens against the oracle");
   auto options = std::make_shared<RunOptions>();
   AddLayerOptions(*command, &options->layer, true);
+  AddDeviceOption(*command, &options->device);
   CLI::Option* tokens =
       command->add_option("--tokens", options->tokens, "Generated tokens")->capture_default_str();
   command

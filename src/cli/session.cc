@@ -57,20 +57,26 @@ bool NeedsStaticScales(ActivationFormat format) {
   return format == ActivationFormat::kFp8PerTensor || format == ActivationFormat::kNvFp4;
 }
 
-Session::Session(LoadedLayer layer, int64_t max_tokens, int threads) : layer_(std::move(layer)) {
-  PlanOptions options;
-  options.max_tokens = max_tokens;
-  options.num_threads = threads;
-  plan_ = MakePlan(layer_.spec, Device{}, options);
+Session::Session(LoadedLayer layer, const PlanOptions& options, Device device)
+    : layer_(std::move(layer)) {
+  const bool on_host = device.kind == DeviceKind::kCpu;
+  const int64_t max_tokens = options.max_tokens;
+  plan_ = MakePlan(layer_.spec, device, options);
   if (NeedsStaticScales(layer_.spec.activations)) {
     scales_ = std::make_shared<StaticScales>();
+    device_scales_ = DeviceMemory(device, sizeof(StaticScales));
   }
-  weights_ = MakeWeights(layer_.weights);
+  placed_ = Place(layer_.weights);
+  RefreshWeights();
   const MoeSpec& spec = layer_.spec;
   const int64_t slots = max_tokens * spec.slots_per_token();
   const int64_t output_bytes = max_tokens * spec.hidden_size * SizeOf(DType::kBf16);
-  CheckMemory("workspace and output", plan_.workspace_bytes() + output_bytes, "use fewer --tokens");
-  workspace_ = Buffer(plan_.workspace_bytes());
+  const int64_t host_bytes = on_host ? plan_.workspace_bytes() : 0;
+  CheckMemory("workspace and output", host_bytes + output_bytes, "use fewer --tokens");
+  workspace_ = Buffer(host_bytes);
+  if (!on_host) {
+    device_workspace_ = DeviceMemory(device, plan_.workspace_bytes());
+  }
   output_ = Buffer(output_bytes);
   replay_ = Buffer(max_tokens * spec.top_k * SizeOf(DType::kInt16));
   routing_ids_ = Buffer(slots * SizeOf(DType::kInt32));
@@ -83,22 +89,32 @@ int Session::threads() const {
   return threads > 0 ? threads : MaxThreads();
 }
 
-WeightsDesc Session::WithScales(WeightsDesc desc) const {
+WeightsDesc Session::WithScales(WeightsDesc desc, const void* scales, Device device) const {
   if (scales_ == nullptr) {
     return desc;
   }
-  const auto fill = [](TensorView& view, const float* value) {
+  const auto* const pair = static_cast<const StaticScales*>(scales);
+  const auto fill = [&](TensorView& view, const float* value) {
     if (!view.defined()) {
-      view = TensorView::Contiguous(value, DType::kFloat32, {1});
+      view = TensorView::Contiguous(value, DType::kFloat32, {1}, device);
     }
   };
-  fill(desc.routed.gemm1_input_scale, &scales_->gemm1);
-  fill(desc.routed.gemm2_input_scale, &scales_->gemm2);
+  fill(desc.routed.gemm1_input_scale, &pair->gemm1);
+  fill(desc.routed.gemm2_input_scale, &pair->gemm2);
   if (layer_.spec.shared.count > 0) {
-    fill(desc.shared.gemm1_input_scale, &scales_->gemm1);
-    fill(desc.shared.gemm2_input_scale, &scales_->gemm2);
+    fill(desc.shared.gemm1_input_scale, &pair->gemm1);
+    fill(desc.shared.gemm2_input_scale, &pair->gemm2);
   }
   return desc;
+}
+
+// After the static scales have changed.
+void Session::RefreshWeights() {
+  if (scales_ != nullptr) {
+    CopyBytes(device_scales_.data(), scales_.get(), sizeof(StaticScales), plan_.device());
+  }
+  host_weights_ = {layer_.spec, WithScales(layer_.weights, scales_.get(), Device{})};
+  weights_ = MakeWeights(placed_);
 }
 
 float Session::IntermediateAmax(MoeInputs inputs) {
@@ -124,29 +140,48 @@ void Session::Calibrate(const MoeInputs& inputs) {
   }
   const ActivationFormat format = spec().activations;
   scales_->gemm1 = StaticScale(format, Amax(inputs.hidden_states));
-  weights_ = MakeWeights(layer_.weights);
+  RefreshWeights();
   // The activation output precedes its quantisation: the still unset GEMM2 scale has no part in it.
   scales_->gemm2 = StaticScale(format, IntermediateAmax(inputs));
-  weights_ = MakeWeights(layer_.weights);
+  RefreshWeights();
 }
 
 void Session::Poison() {
   for (const Buffer* buffer : {&workspace_, &output_, &replay_, &routing_ids_, &routing_weights_}) {
-    std::memset(buffer->data(), 0xFF, static_cast<size_t>(buffer->bytes()));
+    if (buffer->bytes() > 0) {
+      std::memset(buffer->data(), 0xFF, static_cast<size_t>(buffer->bytes()));
+    }
   }
+  cli::Poison(device_workspace_);
 }
 
-Weights Session::MakeWeights(const WeightsDesc& desc) const {
-  return {layer_.spec, WithScales(desc)};
+WeightsDesc Session::Place(const WeightsDesc& desc) const {
+  const bool on_host = plan_.device().kind == DeviceKind::kCpu;
+  return on_host ? desc : CopyWeights(desc, plan_.device());
+}
+
+Weights Session::MakeWeights(const WeightsDesc& placed) const {
+  return {layer_.spec, WithScales(placed, device_scales_.data(), plan_.device())};
+}
+
+StagedCall Session::Stage(const MoeInputs& inputs, const MoeOutputs& outputs) const {
+  return {plan_, inputs, outputs};
+}
+
+void Session::Run(const StagedCall& call) {
+  Run(call, weights_);
+}
+
+void Session::Run(const StagedCall& call, const Weights& weights) {
+  const bool on_host = plan_.device().kind == DeviceKind::kCpu;
+  call.Run(weights, {on_host ? workspace_.data() : device_workspace_.data(),
+                     static_cast<size_t>(plan_.workspace_bytes())});
 }
 
 void Session::Forward(const MoeInputs& inputs, const MoeOutputs& outputs) {
-  Forward(weights_, inputs, outputs);
-}
-
-void Session::Forward(const Weights& weights, const MoeInputs& inputs, const MoeOutputs& outputs) {
-  hopyard::Forward(plan_, weights, inputs, outputs,
-                   Workspace{workspace_.data(), static_cast<size_t>(workspace_.bytes())});
+  const StagedCall call = Stage(inputs, outputs);
+  Run(call);
+  call.Fetch();
 }
 
 TensorView Session::output(int64_t tokens) const {

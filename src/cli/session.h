@@ -6,11 +6,13 @@
 #include <memory>
 #include <vector>
 
+#include "hopyard/device.h"
 #include "hopyard/forward.h"
 #include "hopyard/plan.h"
 
 #include "cli/buffer.h"
 #include "cli/layer_source.h"
+#include "cli/staged_call.h"
 #include "cli/tokens.h"
 
 namespace hopyard::cli {
@@ -28,13 +30,15 @@ struct StaticScales {
 
 class Session {
  public:
-  // `max_tokens` >= 1. threads 0: all. Checks memory for workspace and outputs.
-  Session(LoadedLayer layer, int64_t max_tokens, int threads);
+  // `options.max_tokens` >= 1. Checks memory for workspace and outputs; on a GPU copies the weights
+  // there, once.
+  Session(LoadedLayer layer, const PlanOptions& options, Device device);
 
   [[nodiscard]] const LoadedLayer& layer() const { return layer_; }
   [[nodiscard]] const MoeSpec& spec() const { return layer_.spec; }
   [[nodiscard]] const Plan& plan() const { return plan_; }
-  [[nodiscard]] const Weights& weights() const { return weights_; }
+  // In host memory, wherever the layer runs.
+  [[nodiscard]] const Weights& weights() const { return host_weights_; }
   [[nodiscard]] int threads() const;
 
   // Sets missing static scales from amax of `inputs`' hidden states and of the intermediate they
@@ -43,10 +47,16 @@ class Session {
 
   // Fills output and workspace with 0xFF (NaN in bf16), so that nothing stale passes for a result.
   void Poison();
-  // The same layer at other addresses, with this session's static scales.
-  [[nodiscard]] Weights MakeWeights(const WeightsDesc& desc) const;
+  // A description of weights on the host as one on the session's device; a copy on a GPU.
+  [[nodiscard]] WeightsDesc Place(const WeightsDesc& desc) const;
+  // The same layer at other addresses of the device, with this session's static scales.
+  [[nodiscard]] Weights MakeWeights(const WeightsDesc& placed) const;
+  // One call with tensors on the host; their outputs are there when it returns.
   void Forward(const MoeInputs& inputs, const MoeOutputs& outputs);
-  void Forward(const Weights& weights, const MoeInputs& inputs, const MoeOutputs& outputs);
+  // The same call for repetition: nothing is copied while it runs, and nothing fetched.
+  [[nodiscard]] StagedCall Stage(const MoeInputs& inputs, const MoeOutputs& outputs) const;
+  void Run(const StagedCall& call);
+  void Run(const StagedCall& call, const Weights& weights);
 
   // [T, H] bf16; [T, K] i16; [T, K + S] i32 and f32; [E] i64.
   [[nodiscard]] TensorView output(int64_t tokens) const;
@@ -58,14 +68,19 @@ class Session {
   [[nodiscard]] MoeOutputs AllOutputs(int64_t tokens);
 
  private:
-  [[nodiscard]] WeightsDesc WithScales(WeightsDesc desc) const;
+  [[nodiscard]] WeightsDesc WithScales(WeightsDesc desc, const void* scales, Device device) const;
+  void RefreshWeights();
   [[nodiscard]] float IntermediateAmax(MoeInputs inputs);
 
   LoadedLayer layer_;
   Plan plan_;
-  Weights weights_;
+  WeightsDesc placed_;  // on the plan's device
+  Weights weights_;     // of these
+  Weights host_weights_;
   std::shared_ptr<StaticScales> scales_;
-  Buffer workspace_;
+  DeviceMemory device_scales_;
+  Buffer workspace_;               // CPU
+  DeviceMemory device_workspace_;  // GPU
   Buffer output_;
   Buffer replay_;
   Buffer routing_ids_;

@@ -5,7 +5,13 @@
 
 #include <cstdint>
 
+#include "hopyard/device.h"
+
 namespace hopyard::device {
+
+// 0 where the driver shows none, or there is no driver.
+[[nodiscard]] int Count();
+[[nodiscard]] GpuInfo InfoOf(int index);
 
 // Makes `index` the current device; the caller's comes back at the end.
 class CurrentDevice {
@@ -46,6 +52,8 @@ void Copy(void* to, const void* from, int64_t bytes);
 // In stream order; `from` must stay as it is until then.
 void CopyAsync(void* to, const void* from, int64_t bytes, void* stream);
 void Synchronize(void* stream);
+// Waits until the bytes are zero.
+void Zero(void* data, int64_t bytes);
 // Waits for everything that any stream of the current device holds.
 void SynchronizeDevice();
 

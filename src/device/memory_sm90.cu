@@ -6,6 +6,35 @@
 
 namespace hopyard::device {
 
+int Count() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {
+    static_cast<void>(cudaGetLastError());
+    return 0;
+  }
+  HOPYARD_CUDA(status);
+  return count;
+}
+
+GpuInfo InfoOf(int index) {
+  const CurrentDevice current(index);
+  cudaDeviceProp properties{};
+  HOPYARD_CUDA(cudaGetDeviceProperties(&properties, index));
+  size_t free_bytes = 0;
+  size_t total_bytes = 0;
+  HOPYARD_CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
+  GpuInfo info;
+  info.name = properties.name;
+  info.compute_major = properties.major;
+  info.compute_minor = properties.minor;
+  info.multiprocessors = properties.multiProcessorCount;
+  info.memory_bytes = static_cast<int64_t>(total_bytes);
+  info.free_bytes = static_cast<int64_t>(free_bytes);
+  info.l2_bytes = properties.l2CacheSize;
+  return info;
+}
+
 CurrentDevice::CurrentDevice(int index) {
   HOPYARD_CUDA(cudaGetDevice(&previous_));
   if (previous_ != index) {
@@ -31,8 +60,7 @@ Buffer::Buffer(int64_t bytes) {
     static_cast<void>(cudaGetLastError());
   }
   HOPYARD_CHECK(status != cudaErrorMemoryAllocation, kOutOfMemory)
-      << "the device has no " << bytes << " bytes left for what describes the weights to its "
-      << "kernels; free some of its memory";
+      << "the device has no " << bytes << " bytes left; free some of its memory";
   HOPYARD_CUDA(status);
 }
 
@@ -57,6 +85,11 @@ void Copy(void* to, const void* from, int64_t bytes) {
 void CopyAsync(void* to, const void* from, int64_t bytes, void* stream) {
   HOPYARD_CUDA(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault,
                                static_cast<cudaStream_t>(stream)));
+}
+
+void Zero(void* data, int64_t bytes) {
+  HOPYARD_CUDA(cudaMemset(data, 0, static_cast<size_t>(bytes)));
+  HOPYARD_CUDA(cudaStreamSynchronize(nullptr));
 }
 
 void Synchronize(void* stream) {

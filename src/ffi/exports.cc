@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The twelve functions of the extension module. Python (python/hopyard) is their only caller: it
+// The functions of the extension module. Python (python/hopyard) is their only caller: it
 // fills in defaults and converts arrays, so a field that is missing here is a field left out there.
 #include <string>
 
 #include <tvm/ffi/function.h>
 
+#include "calls.h"
 #include "objects.h"
 
 namespace hopyard::binding {
@@ -25,67 +26,6 @@ Dict ExplanationDict(const Explanation& explanation) {
               {"text", ffi::String(explanation.ToString())}};
 }
 
-RoutingInput RoutingInputOf(const std::string& name) {
-  if (name == "logits") {
-    return RoutingInput::kLogits;
-  }
-  if (name == "packed") {
-    return RoutingInput::kPacked;
-  }
-  if (name == "unpacked") {
-    return RoutingInput::kUnpacked;
-  }
-  if (name == "replay") {
-    return RoutingInput::kReplay;
-  }
-  if (name == "hash") {
-    return RoutingInput::kHash;
-  }
-  ThrowInvalid("routing is '" + name + "', wanted logits, packed, unpacked, replay or hash");
-}
-
-MoeInputs InputsOf(const Fields& fields, ActivationFormat activations) {
-  MoeInputs inputs;
-  inputs.routing = RoutingInputOf(fields.Text("routing", "logits"));
-  inputs.hidden_states = fields.View("hidden_states");
-  inputs.hidden_scales = fields.View("hidden_scales");
-  if (activations == ActivationFormat::kMxFp8) {
-    inputs.hidden_scales = BytesAs(inputs.hidden_scales, DType::kE8m0);
-  }
-  if (activations == ActivationFormat::kNvFp4 || activations == ActivationFormat::kNvFp4PerToken) {
-    inputs.hidden_scales = BytesAs(inputs.hidden_scales, DType::kE4m3);
-  } else {
-    inputs.hidden_states = BytesAs(inputs.hidden_states, DType::kE4m3);
-  }
-  inputs.token_scales = fields.View("token_scales");
-  inputs.logits = fields.View("logits");
-  inputs.routing_bias = fields.View("routing_bias");
-  inputs.packed_ids = fields.View("packed_ids");
-  inputs.expert_ids = fields.View("expert_ids");
-  inputs.expert_weights = fields.View("expert_weights");
-  inputs.token_ids = fields.View("token_ids");
-  inputs.token_to_experts = fields.View("token_to_experts");
-  inputs.shared_weights = fields.View("shared_weights");
-  inputs.expert_table = fields.View("expert_table");
-  inputs.num_tokens = fields.View("num_tokens");
-  inputs.gemm1_delta = fields.View("gemm1_delta");
-  return inputs;
-}
-
-MoeOutputs OutputsOf(const Fields& fields) {
-  MoeOutputs outputs;
-  outputs.output = fields.View("output");
-  outputs.accumulate = fields.Get<bool>("accumulate", false);
-  outputs.replay = fields.View("replay");
-  outputs.expert_load = fields.View("expert_load");
-  outputs.routing_weights = fields.View("routing_weights");
-  outputs.routing_ids = fields.View("routing_ids");
-  outputs.rows = fields.View("rows");
-  outputs.slot_to_row = fields.View("slot_to_row");
-  outputs.gemm1_activation = fields.View("gemm1_activation");
-  return outputs;
-}
-
 QuantizedView QuantizedOf(const Fields& fields) {
   QuantizedView view;
   view.format = FormatOf(fields.Text("format", ""));
@@ -97,15 +37,17 @@ QuantizedView QuantizedOf(const Fields& fields) {
   return view;
 }
 
-PlanRef MakePlanFn(const Dict& spec, const Dict& options) {
+PlanRef MakePlanFn(const Dict& spec, const Dict& options, int device) {
   return Guarded([&] {
-    return PlanRef(MakePlan(SpecOf(Fields(spec)), Device{}, PlanOptionsOf(Fields(options))));
+    return PlanRef(
+        MakePlan(SpecOf(Fields(spec)), DeviceOf(device), PlanOptionsOf(Fields(options))));
   });
 }
 
-Dict ExplainFn(const Dict& spec, const Dict& options) {
+Dict ExplainFn(const Dict& spec, const Dict& options, int device) {
   return Guarded([&] {
-    return ExplanationDict(Explain(SpecOf(Fields(spec)), Device{}, PlanOptionsOf(Fields(options))));
+    return ExplanationDict(
+        Explain(SpecOf(Fields(spec)), DeviceOf(device), PlanOptionsOf(Fields(options))));
   });
 }
 
@@ -116,48 +58,66 @@ WeightsRef MakeWeightsFn(const Dict& spec, const Dict& desc) {
   });
 }
 
-void UpdateWeightsFn(const WeightsRef& weights, const Dict& slice) {
+// A copy on another device.
+WeightsRef CopyWeightsFn(const WeightsRef& weights, int device) {
+  return Guarded([&] {
+    const Weights& from = weights->weights;
+    return WeightsRef(Weights(from.spec(), CopyWeights(from.desc(), DeviceOf(device))));
+  });
+}
+
+void UpdateWeightsFn(const WeightsRef& weights, const Dict& slice, int64_t stream) {
   Guarded([&] {
     Weights handle = weights->weights;  // shares the memory
-    handle.Update(SliceOf(handle.spec(), Fields(slice)));
+    handle.Update(SliceOf(handle.spec(), Fields(slice)), StreamOf(stream));
   });
 }
 
 void ForwardFn(const PlanRef& plan, const WeightsRef& weights, const Dict& inputs,
-               const Dict& outputs, const ffi::Tensor& workspace) {
+               const Dict& outputs, const ffi::Tensor& workspace, int64_t stream) {
   Guarded([&] {
     const Workspace memory{workspace.data_ptr(), static_cast<size_t>(workspace.numel())};
-    Forward(plan->plan, weights->weights, InputsOf(Fields(inputs), plan->plan.spec().activations),
-            OutputsOf(Fields(outputs)), memory);
+    LayerCall call = LayerCallOf(plan->plan.spec(), Fields(inputs), Fields(outputs));
+    Forward(plan->plan, weights->weights, call.inputs, call.outputs, memory, StreamOf(stream));
   });
 }
 
-void RouteFn(const Dict& rule, int top_k, const Dict& inputs, const Dict& outputs) {
+void RouteFn(const Dict& rule, int top_k, const Dict& inputs, const Dict& outputs, int64_t stream) {
   Guarded([&] {
-    const Fields in(inputs);
-    const Fields out(outputs);
-    RouteInputs route_inputs;
-    route_inputs.logits = in.View("logits");
-    route_inputs.bias = in.View("bias");
-    route_inputs.forced_ids = in.View("forced_ids");
-    route_inputs.token_ids = in.View("token_ids");
-    route_inputs.token_to_experts = in.View("token_to_experts");
-    route_inputs.num_tokens = in.View("num_tokens");
-    RouteOutputs route_outputs;
-    route_outputs.expert_ids = out.View("expert_ids");
-    route_outputs.weights = out.View("weights");
-    route_outputs.replay = out.View("replay");
-    route_outputs.expert_load = out.View("expert_load");
-    Route(RuleOf(Fields(rule)), top_k, route_inputs, route_outputs);
+    const RouteCall call = RouteCallOf(Fields(inputs), Fields(outputs));
+    Route(RuleOf(Fields(rule)), top_k, call.inputs, call.outputs, StreamOf(stream));
   });
 }
 
-void FusedTopkDeepseekFn(const Dict& rule, const Dict& tensors) {
+void FusedTopkDeepseekFn(const Dict& rule, const Dict& tensors, int64_t stream) {
   Guarded([&] {
     const Fields fields(tensors);
     FusedTopkDeepseek(fields.View("scores"), fields.View("bias"), RuleOf(Fields(rule)),
                       fields.View("topk_values"), fields.View("topk_indices"),
-                      fields.View("replay"));
+                      fields.View("replay"), StreamOf(stream));
+  });
+}
+
+int CountGpusFn() {
+  return Guarded([] { return CountGpus(); });
+}
+
+// Zeroed memory of the library's own, for arrays of frameworks that it does not know.
+ffi::Tensor NewTensorFn(const ffi::Array<int64_t>& shape, const ffi::String& dtype, int device) {
+  return Guarded([&] { return NewTensor(shape, dtype, DeviceOf(device)); });
+}
+
+// Between tensors of equal sizes, one of them on the host.
+void CopyTensorFn(const ffi::Tensor& from, const ffi::Tensor& to) {
+  Guarded([&] {
+    const TensorView source = ViewOf(from, "source");
+    const TensorView target = ViewOf(to, "destination");
+    const int64_t bytes = source.numel() * SizeOf(source.dtype);
+    if (bytes != target.numel() * SizeOf(target.dtype) || !source.is_contiguous()) {
+      ThrowInvalid("source is not contiguous or has another size than destination");
+    }
+    CopyBytes(target.data, source.data, bytes,
+              source.device.kind == DeviceKind::kCpu ? target.device : source.device);
   });
 }
 
@@ -215,10 +175,14 @@ Dict CheckpointLayerFn(const CheckpointRef& checkpoint, int index, const ffi::St
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_plan, MakePlanFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, ExplainFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_weights, MakeWeightsFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy_weights, CopyWeightsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(update_weights, UpdateWeightsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, ForwardFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, RouteFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_topk_deepseek, FusedTopkDeepseekFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(count_gpus, CountGpusFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(new_tensor, NewTensorFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy_tensor, CopyTensorFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(format_shape, FormatShapeFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize, QuantizeFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dequantize, DequantizeFn);

@@ -66,7 +66,7 @@ TensorView ViewOf(const ffi::Tensor& tensor, const std::string& name) {
   if (device.device_type != kDLCPU && device.device_type != kDLCUDA &&
       device.device_type != kDLCUDAHost) {
     ThrowInvalid(name + " is on DLPack device type " + std::to_string(device.device_type) +
-                 ", wanted the CPU");
+                 ", wanted the CPU or a CUDA GPU");
   }
   TensorView view;
   view.data = static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
@@ -109,6 +109,11 @@ std::string Fields::Text(const char* key, const char* fallback) const {
 
 Fields Fields::Nested(const char* key) const {
   return Fields(Get<Dict>(key, Dict()), where_ + key + ".");
+}
+
+std::optional<int64_t> Fields::Number(const char* key) const {
+  const std::optional<ffi::Any> value = Find(key);
+  return value ? value->try_cast<int64_t>() : std::nullopt;
 }
 
 TensorView Fields::View(const char* key) const {

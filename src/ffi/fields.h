@@ -26,6 +26,16 @@ TensorView ViewOf(const tvm::ffi::Tensor& tensor, const std::string& name);
 // Bytes sent as uint8 where the format says what they are (NumPy has neither e4m3 nor e8m0).
 [[nodiscard]] TensorView BytesAs(TensorView view, DType dtype);
 
+// GPU `index`, or the CPU for a negative one.
+[[nodiscard]] constexpr Device DeviceOf(int index) {
+  return index < 0 ? Device{} : Device{DeviceKind::kCuda, index};
+}
+// The handle that Python sends as a number.
+[[nodiscard]] inline Stream StreamOf(int64_t handle) {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): handles cross the border as integers.
+  return {reinterpret_cast<void*>(handle)};
+}
+
 class Fields {
  public:
   // `where` prefixes the names of fields in messages: "gemm1.", or nothing.
@@ -46,6 +56,8 @@ class Fields {
     return *std::move(converted);
   }
   [[nodiscard]] std::string Text(const char* key, const char* fallback) const;
+  // The number, where the field holds one.
+  [[nodiscard]] std::optional<int64_t> Number(const char* key) const;
   // Fields of a nested map; empty where it is missing.
   [[nodiscard]] Fields Nested(const char* key) const;
   // A view of the tensor, or an absent view.

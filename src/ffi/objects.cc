@@ -2,12 +2,13 @@
 #include "objects.h"
 
 #include <array>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <span>
 #include <string_view>
+#include <vector>
 
+#include <tvm/ffi/dtype.h>
 #include <tvm/ffi/reflection/registry.h>
 
 namespace hopyard::binding {
@@ -184,16 +185,19 @@ ExpertMatrices MatricesOf(const Fields& fields, WeightFormat format) {
   return matrices;
 }
 
-// malloc'ed memory of a tensor that the extension gives away.
-struct HostMemory {
+// Memory of a tensor that the extension gives away.
+class OwnedMemory {
+ public:
+  explicit OwnedMemory(Device device) : device_(device) {}
   void AllocData(DLTensor* tensor) {
-    const size_t bytes = ffi::GetDataSize(*tensor);
-    tensor->data = std::malloc(bytes == 0 ? 1 : bytes);
-    if (tensor->data == nullptr) {
-      throw std::bad_alloc();
-    }
+    memory_ = DeviceMemory(device_, static_cast<int64_t>(ffi::GetDataSize(*tensor)));
+    tensor->data = memory_.data();
   }
-  void FreeData(DLTensor* tensor) { std::free(tensor->data); }
+  void FreeData(DLTensor* /*tensor*/) { memory_ = DeviceMemory(); }
+
+ private:
+  Device device_;
+  DeviceMemory memory_;
 };
 
 }  // namespace
@@ -204,7 +208,9 @@ PlanObj::PlanObj(Plan value)
       tokens_per_chunk(plan.tokens_per_chunk()) {}
 
 WeightsObj::WeightsObj(Weights value)
-    : weights(std::move(value)), bytes_per_expert(weights.bytes_per_expert()) {}
+    : weights(std::move(value)),
+      bytes_per_expert(weights.bytes_per_expert()),
+      device(weights.device().kind == DeviceKind::kCuda ? weights.device().index : -1) {}
 
 CheckpointObj::CheckpointObj(Checkpoint value)
     : checkpoint(std::move(value)), model_type(std::string(checkpoint.model_type())) {
@@ -338,10 +344,18 @@ WeightSlice SliceOf(const MoeSpec& spec, const Fields& fields) {
   return slice;
 }
 
+ffi::Tensor NewTensor(const ffi::Array<int64_t>& shape, const std::string& dtype, Device device) {
+  const std::vector<int64_t> sizes(shape.begin(), shape.end());
+  const DLDevice place =
+      device.kind == DeviceKind::kCuda ? DLDevice{kDLCUDA, device.index} : DLDevice{kDLCPU, 0};
+  return ffi::Tensor::FromNDAlloc(OwnedMemory(device), ffi::ShapeView(sizes.data(), sizes.size()),
+                                  ffi::StringToDLDataType(dtype), place);
+}
+
 ffi::Tensor ToFloatTensor(const TensorView& view) {
   const std::array<int64_t, 2> shape = {view.shape[0], view.ndim == 2 ? view.shape[1] : 1};
   ffi::Tensor result = ffi::Tensor::FromNDAlloc(
-      HostMemory{}, ffi::ShapeView(shape.data(), static_cast<size_t>(view.ndim)),
+      OwnedMemory(Device{}), ffi::ShapeView(shape.data(), static_cast<size_t>(view.ndim)),
       DLDataType{kDLFloat, 32, 1}, DLDevice{kDLCPU, 0});
   const TensorView destination =
       TensorView::Contiguous(result.data_ptr(), DType::kFloat32, {shape[0], shape[1]});
@@ -362,7 +376,9 @@ TVM_FFI_STATIC_INIT_BLOCK() {
   refl::ObjectDef<PlanObj>()
       .def_ro("workspace_bytes", &PlanObj::workspace_bytes)
       .def_ro("tokens_per_chunk", &PlanObj::tokens_per_chunk);
-  refl::ObjectDef<WeightsObj>().def_ro("bytes_per_expert", &WeightsObj::bytes_per_expert);
+  refl::ObjectDef<WeightsObj>()
+      .def_ro("bytes_per_expert", &WeightsObj::bytes_per_expert)
+      .def_ro("device", &WeightsObj::device);
   refl::ObjectDef<CheckpointObj>()
       .def_ro("model_type", &CheckpointObj::model_type)
       .def_ro("moe_layers", &CheckpointObj::moe_layers);

@@ -37,6 +37,7 @@ class WeightsObj : public tvm::ffi::Object {
 
   Weights weights;
   int64_t bytes_per_expert;
+  int64_t device;  // number of the GPU, -1 on the CPU
 
   static constexpr bool _type_mutable = true;
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("hopyard.Weights", WeightsObj, tvm::ffi::Object);
@@ -76,6 +77,9 @@ class CheckpointRef : public tvm::ffi::ObjectRef {
 // Views of the caller's tensors, which desc.owner keeps alive.
 [[nodiscard]] WeightsDesc WeightsDescOf(const MoeSpec& spec, const Dict& map);
 [[nodiscard]] WeightSlice SliceOf(const MoeSpec& spec, const Fields& fields);
+// Zeroed memory of the library's own; `dtype` as tvm-ffi spells it: "float32", "bfloat16", "uint8".
+[[nodiscard]] tvm::ffi::Tensor NewTensor(const tvm::ffi::Array<int64_t>& shape,
+                                         const std::string& dtype, Device device);
 // A new FP32 tensor of an f32, bf16 or f16 view with one or two dimensions.
 [[nodiscard]] tvm::ffi::Tensor ToFloatTensor(const TensorView& view);
 

@@ -7,7 +7,9 @@
 #include <memory>
 #include <vector>
 
+#include "hopyard/device.h"
 #include "hopyard/forward.h"
+#include "hopyard/routing.h"
 
 #include "gemm/slice_write.h"
 #include "plan/plan_impl.h"
@@ -39,6 +41,15 @@ struct Call {
   void* stream = nullptr;  // cudaStream_t
 };
 
+struct RouteCall {
+  const RoutingRule* rule = nullptr;
+  int top_k = 0;
+  const RouteInputs* inputs = nullptr;
+  const RouteOutputs* outputs = nullptr;
+  Device device;
+  void* stream = nullptr;  // cudaStream_t
+};
+
 class Backend {
  public:
   Backend() = default;
@@ -65,9 +76,22 @@ class Backend {
   virtual void Wait(int index) const = 0;
   // Copies device memory to the host.
   virtual void Read(void* to, const void* from, int64_t bytes) const = 0;
+  // Routing alone, with checked arguments.
+  virtual void Route(const RouteCall& call) const = 0;
+  // What hopyard/device.h has, for GPUs.
+  [[nodiscard]] virtual int CountGpus() const = 0;
+  [[nodiscard]] virtual GpuInfo GpuInfoOf(int index) const = 0;
+  [[nodiscard]] virtual std::shared_ptr<void> Allocate(int index, int64_t bytes) const = 0;
+  virtual void Copy(int index, void* to, const void* from, int64_t bytes) const = 0;
+  virtual void Synchronize(int index, void* stream) const = 0;
 };
 
 // Null in a build without it.
 [[nodiscard]] const Backend* FindBackend();
+// Error{kUnsupported} in a build without it.
+[[nodiscard]] const Backend& NeedBackend();
+
+inline constexpr const char* kNoBackend =
+    "this build has no CUDA backend; plan for the CPU, or configure the build with HOPYARD_CUDA=ON";
 
 }  // namespace hopyard::sm90

@@ -100,9 +100,7 @@ Explanation ChooseKernel(const MoeSpec& spec, Device device, const PlanOptions& 
   }
   const sm90::Backend* const backend = sm90::FindBackend();
   if (device.kind == DeviceKind::kCuda && backend == nullptr) {
-    out.reason =
-        "this build has no CUDA backend; plan for the CPU, or configure the build with "
-        "HOPYARD_CUDA=ON";
+    out.reason = sm90::kNoBackend;
     return out;
   }
   if (options.max_tokens > std::numeric_limits<int32_t>::max() / spec.slots_per_token()) {

@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "core/parallel.h"
+#include "plan/backend_sm90.h"
 #include "spec/validate.h"
 #include "spec/validate_route.h"
 #include "stages/1_route/route.h"
@@ -63,6 +64,27 @@ RoutingRule MakeRule(RoutingScore score, RoutingWeight weight,
   rule.weight = weight;
   rule.renormalise = renormalise;
   return rule;
+}
+
+// The GPU of the logits, where the ids are on one as well. Without a GPU backend it can only be the
+// CPU.
+spec::Place PlaceOf(const RouteInputs& inputs, const RouteOutputs& outputs) {
+  spec::Place place;
+  const bool on_gpu = inputs.logits.device.kind == DeviceKind::kCuda &&
+                      outputs.expert_ids.device.kind == DeviceKind::kCuda;
+  if (on_gpu && sm90::FindBackend() != nullptr) {
+    place.device = inputs.logits.device;
+    place.whose = "the logits'";
+  }
+  return place;
+}
+
+void RouteChecked(const sm90::RouteCall& call) {
+  if (call.device.kind == DeviceKind::kCpu) {
+    route::RouteCpu(*call.rule, call.top_k, *call.inputs, *call.outputs, MaxThreads());
+  } else {
+    sm90::NeedBackend().Route(call);
+  }
 }
 
 }  // namespace
@@ -133,14 +155,15 @@ std::string ToString(const RoutingRule& rule) {
 }
 
 void Route(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
-           const RouteOutputs& outputs) {
-  spec::ValidateRoute(rule, top_k, inputs, outputs);
-  route::RouteCpu(rule, top_k, inputs, outputs, MaxThreads());
+           const RouteOutputs& outputs, Stream stream) {
+  const spec::Place place = PlaceOf(inputs, outputs);
+  spec::ValidateRoute(rule, top_k, inputs, outputs, place);
+  RouteChecked({&rule, top_k, &inputs, &outputs, place.device, stream.handle});
 }
 
 void FusedTopkDeepseek(const TensorView& scores, const TensorView& bias, const RoutingRule& rule,
                        const TensorView& topk_values, const TensorView& topk_indices,
-                       const TensorView& replay) {
+                       const TensorView& replay, Stream stream) {
   HOPYARD_CHECK(rule.score == RoutingScore::kSigmoid && rule.weight == RoutingWeight::kScore &&
                     rule.renormalise == Renormalise::kSumPlusEpsilon && rule.use_bias,
                 kInvalidArgument)
@@ -161,12 +184,14 @@ void FusedTopkDeepseek(const TensorView& scores, const TensorView& bias, const R
   // Route itself has no f16 weights; here the values follow the scores.
   outputs.weights = topk_values;
   outputs.weights.dtype = topk_values.dtype == DType::kFp16 ? DType::kBf16 : topk_values.dtype;
-  spec::ValidateRoute(rule, top_k, inputs, outputs, {"scores", "topk_indices", "topk_values"});
+  const spec::Place place = PlaceOf(inputs, outputs);
+  spec::ValidateRoute(rule, top_k, inputs, outputs, place,
+                      {"scores", "topk_indices", "topk_values"});
   HOPYARD_CHECK(topk_values.dtype == scores.dtype, kInvalidArgument)
       << "topk_values is " << ToString(topk_values.dtype) << "; wanted the dtype of scores, "
       << ToString(scores.dtype);
   outputs.weights.dtype = topk_values.dtype;
-  route::RouteCpu(rule, top_k, inputs, outputs, MaxThreads());
+  RouteChecked({&rule, top_k, &inputs, &outputs, place.device, stream.handle});
 }
 
 int64_t MaxTiles(int64_t num_slots, const PermuteOptions& options) {

@@ -6,7 +6,6 @@
 #include <limits>
 
 #include "core/error.h"
-#include "spec/validate.h"
 
 namespace hopyard::spec {
 namespace {
@@ -40,50 +39,55 @@ void CheckEnums(const RoutingRule& rule) {
       << "rule.renormalise=" << static_cast<int>(rule.renormalise) << " is not a Renormalise";
 }
 
-void CheckIds(int top_k, int64_t num_tokens, const RouteInputs& inputs) {
+void CheckIds(int top_k, int64_t num_tokens, const RouteInputs& inputs, const Place& place) {
   const bool forced = inputs.forced_ids.defined();
   const bool table = inputs.token_ids.defined() || inputs.token_to_experts.defined();
   HOPYARD_CHECK(!forced || !table, kInvalidArgument)
       << "forced_ids and token_ids / token_to_experts are both given; give one source of ids";
   if (forced) {
-    CheckTensor(inputs.forced_ids,
-                {"forced_ids", {DType::kInt16, DType::kInt32}, {num_tokens, top_k}});
+    place.CheckTensor(inputs.forced_ids,
+                      {"forced_ids", {DType::kInt16, DType::kInt32}, {num_tokens, top_k}});
   }
   if (table) {
-    CheckTensor(inputs.token_ids, {"token_ids", {DType::kInt32, DType::kInt64}, {num_tokens}});
-    CheckTensor(inputs.token_to_experts, {"token_to_experts", {DType::kInt32}, {-1, top_k}});
+    place.CheckTensor(inputs.token_ids,
+                      {"token_ids", {DType::kInt32, DType::kInt64}, {num_tokens}});
+    place.CheckTensor(inputs.token_to_experts, {"token_to_experts", {DType::kInt32}, {-1, top_k}});
   }
 }
 
-void CheckNumTokens(const TensorView& num_tokens, int64_t capacity) {
+void CheckNumTokens(const TensorView& num_tokens, int64_t capacity, const Place& place) {
   if (!num_tokens.defined()) {
     return;
   }
   if (num_tokens.ndim == 0) {
-    CheckTensor(num_tokens, {"num_tokens", {DType::kInt32}, {}});
+    place.CheckTensor(num_tokens, {"num_tokens", {DType::kInt32}, {}});
   } else {
-    CheckTensor(num_tokens, {"num_tokens", {DType::kInt32}, {1}});
+    place.CheckTensor(num_tokens, {"num_tokens", {DType::kInt32}, {1}});
+  }
+  if (place.device.kind != DeviceKind::kCpu) {
+    return;  // the kernel clamps it
   }
   const int32_t value = *num_tokens.as<const int32_t>();
   HOPYARD_CHECK(value >= 0 && value <= capacity, kInvalidArgument)
       << "num_tokens holds " << value << "; wanted 0 .. " << capacity << ", the rows of logits";
 }
 
-void CheckBias(const RoutingRule& rule, const TensorView& bias, int num_experts) {
+void CheckBias(const RoutingRule& rule, const TensorView& bias, int num_experts,
+               const Place& place) {
   if (!bias.defined()) {
     return;
   }
   HOPYARD_CHECK(rule.use_bias, kInvalidArgument)
       << "bias is given but the rule has use_bias = false, so it would be ignored; drop it or set "
          "use_bias";
-  CheckTensor(bias, {"bias", {DType::kFloat32, DType::kBf16, DType::kFp16}, {num_experts}});
+  place.CheckTensor(bias, {"bias", {DType::kFloat32, DType::kBf16, DType::kFp16}, {num_experts}});
 }
 
-void CheckReplay(const TensorView& replay, int top_k, int64_t num_tokens) {
+void CheckReplay(const TensorView& replay, int top_k, int64_t num_tokens, const Place& place) {
   if (!replay.defined()) {
     return;
   }
-  CheckTensor(replay, {"replay", {DType::kInt16}, {-1, top_k}});
+  place.CheckTensor(replay, {"replay", {DType::kInt16}, {-1, top_k}});
   HOPYARD_CHECK(replay.shape[0] >= num_tokens, kInvalidArgument)
       << "replay has " << replay.shape[0] << " rows; wanted at least one per token (" << num_tokens
       << ")";
@@ -108,25 +112,25 @@ void ValidateRule(const RoutingRule& rule, int num_experts, int top_k) {
 }
 
 void ValidateRoute(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
-                   const RouteOutputs& outputs, const RouteNames& names) {
-  CheckTensor(inputs.logits,
-              {names.logits, {DType::kFloat32, DType::kBf16, DType::kFp16}, {-1, -1}});
+                   const RouteOutputs& outputs, const Place& place, const RouteNames& names) {
+  place.CheckTensor(inputs.logits,
+                    {names.logits, {DType::kFloat32, DType::kBf16, DType::kFp16}, {-1, -1}});
   const int64_t num_tokens = inputs.logits.shape[0];
   HOPYARD_CHECK(inputs.logits.shape[1] <= kMaxExperts, kInvalidArgument)
       << names.logits << " have " << inputs.logits.shape[1] << " experts; wanted 1 .. "
       << kMaxExperts;
   const auto num_experts = static_cast<int>(inputs.logits.shape[1]);
   ValidateRule(rule, num_experts, top_k);
-  CheckBias(rule, inputs.bias, num_experts);
-  CheckIds(top_k, num_tokens, inputs);
-  CheckNumTokens(inputs.num_tokens, num_tokens);
-  CheckTensor(outputs.expert_ids, {names.expert_ids, {DType::kInt32}, {num_tokens, top_k}});
-  CheckTensor(outputs.weights,
-              {names.weights, {DType::kFloat32, DType::kBf16}, {num_tokens, top_k}});
-  CheckReplay(outputs.replay, top_k, num_tokens);
+  CheckBias(rule, inputs.bias, num_experts, place);
+  CheckIds(top_k, num_tokens, inputs, place);
+  CheckNumTokens(inputs.num_tokens, num_tokens, place);
+  place.CheckTensor(outputs.expert_ids, {names.expert_ids, {DType::kInt32}, {num_tokens, top_k}});
+  place.CheckTensor(outputs.weights,
+                    {names.weights, {DType::kFloat32, DType::kBf16}, {num_tokens, top_k}});
+  CheckReplay(outputs.replay, top_k, num_tokens, place);
   if (outputs.expert_load.defined()) {
-    CheckTensor(outputs.expert_load,
-                {"expert_load", {DType::kInt32, DType::kInt64}, {num_experts}});
+    place.CheckTensor(outputs.expert_load,
+                      {"expert_load", {DType::kInt32, DType::kInt64}, {num_experts}});
   }
 }
 

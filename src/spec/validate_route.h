@@ -5,6 +5,8 @@
 #include "hopyard/permute.h"
 #include "hopyard/routing.h"
 
+#include "spec/validate.h"
+
 namespace hopyard::spec {
 
 // A rule that can be applied to `num_experts` logits to choose `top_k`.
@@ -17,9 +19,9 @@ struct RouteNames {
   const char* weights = "weights";
 };
 
-// One call of Route.
+// One call of Route. Values are judged on the CPU only.
 void ValidateRoute(const RoutingRule& rule, int top_k, const RouteInputs& inputs,
-                   const RouteOutputs& outputs, const RouteNames& names = {});
+                   const RouteOutputs& outputs, const Place& place, const RouteNames& names = {});
 
 // Options alone: what MaxTiles and MaxRows need.
 void ValidatePermuteOptions(int64_t num_slots, const PermuteOptions& options);

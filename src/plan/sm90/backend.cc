@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <memory>
 #include <utility>
 
 #include "device/memory.h"
@@ -7,9 +8,43 @@
 #include "plan/sm90/device_weights.h"
 #include "plan/sm90/layer_plan.h"
 #include "plan/sm90/pass.h"
+#include "stages/1_route/route_sm90.h"
 
 namespace hopyard::sm90 {
 namespace {
+
+route::RouteSm90Args RouteArgsOf(const RouteCall& call) {
+  const RouteInputs& in = *call.inputs;
+  const RouteOutputs& out = *call.outputs;
+  route::RouteSm90Args args;
+  args.rule = *call.rule;
+  args.num_experts = static_cast<int>(in.logits.shape[1]);
+  args.top_k = call.top_k;
+  args.max_tokens = in.logits.shape[0];
+  args.num_tokens = in.num_tokens.as<const int32_t>();
+  args.logits = in.logits.data;
+  args.logits_dtype = in.logits.dtype;
+  args.bias = in.bias.data;
+  args.bias_dtype = in.bias.dtype;
+  if (in.forced_ids.defined()) {
+    args.source = route::IdSource::kForced;
+    args.forced_ids = in.forced_ids.data;
+    args.forced_dtype = in.forced_ids.dtype;
+  } else if (in.token_ids.defined()) {
+    args.source = route::IdSource::kTable;
+    args.token_ids = in.token_ids.data;
+    args.token_dtype = in.token_ids.dtype;
+    args.table = in.token_to_experts.as<const int32_t>();
+    args.table_rows = in.token_to_experts.shape[0];
+  }
+  args.ids = out.expert_ids.as<int32_t>();
+  args.weights = out.weights.data;
+  args.weights_dtype = out.weights.dtype;
+  args.replay = out.replay.as<int16_t>();
+  args.load = out.expert_load.data;
+  args.load_dtype = out.expert_load.dtype;
+  return args;
+}
 
 class HopperBackend : public Backend {
  public:
@@ -56,6 +91,33 @@ class HopperBackend : public Backend {
   void Read(void* to, const void* from, int64_t bytes) const override {
     device::Copy(to, from, bytes);
   }
+
+  void Route(const RouteCall& call) const override {
+    const device::CurrentDevice current(call.device.index);
+    route::RouteSm90(RouteArgsOf(call), call.stream);
+  }
+
+  [[nodiscard]] int CountGpus() const override { return device::Count(); }
+
+  [[nodiscard]] GpuInfo GpuInfoOf(int index) const override { return device::InfoOf(index); }
+
+  [[nodiscard]] std::shared_ptr<void> Allocate(int index, int64_t bytes) const override {
+    const device::CurrentDevice current(index);
+    auto buffer = std::make_shared<device::Buffer>(bytes);
+    void* const data = buffer->as<void>();
+    device::Zero(data, bytes);
+    return {std::move(buffer), data};
+  }
+
+  void Copy(int index, void* to, const void* from, int64_t bytes) const override {
+    const device::CurrentDevice current(index);
+    device::Copy(to, from, bytes);
+  }
+
+  void Synchronize(int index, void* stream) const override {
+    const device::CurrentDevice current(index);
+    device::Synchronize(stream);
+  }
 };
 
 }  // namespace
@@ -63,6 +125,10 @@ class HopperBackend : public Backend {
 const Backend* FindBackend() {
   static const HopperBackend backend;
   return &backend;
+}
+
+const Backend& NeedBackend() {
+  return *FindBackend();
 }
 
 }  // namespace hopyard::sm90

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices and streams as far as they can be judged without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import hopyard
+import layers
+from elsewhere import Elsewhere, has_gpu_backend
+from hopyard import arrays, devices
+from hopyard._library import lib
+
+NO_BACKEND = "this build has no CUDA backend; plan for the CPU, or configure the build"
+
+
+def needs_no_backend():
+    if has_gpu_backend():
+        pytest.skip("this build has a CUDA backend")
+
+
+@pytest.mark.parametrize(
+    ("device", "index"),
+    [
+        ("cpu", -1),
+        ("cpu:0", -1),
+        ("cuda", 0),
+        ("cuda:0", 0),
+        ("cuda:13", 13),
+        (SimpleNamespace(type="cpu", index=None), -1),
+        (SimpleNamespace(type="cuda", index=2), 2),
+        (SimpleNamespace(type="cuda", index=None), 0),
+    ],
+)
+def test_devices_have_numbers(device, index):
+    assert devices.parse_device(device) == index
+    name = devices.device_name(index)
+    assert devices.parse_device(name) == index
+
+
+def test_torch_devices_have_numbers():
+    torch = pytest.importorskip("torch")
+    assert devices.parse_device(torch.device("cpu")) == -1
+    assert devices.parse_device(torch.device("cuda", 3)) == 3
+
+
+def test_a_gpu_without_a_number_is_that_of_the_arrays():
+    assert devices.parse_device("cuda", 5) == 5
+    assert devices.parse_device("cuda", -1) == 0
+    assert devices.parse_device("cuda:1", 5) == 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cpu:1", "", 0, None, ["cuda"]])
+def test_bad_devices(device):
+    with pytest.raises(ValueError, match=r"wanted 'cpu', 'cuda', 'cuda:N' or a torch\.device"):
+        hopyard.explain(layers.spec(), device=device)
+
+
+def test_explain_needs_no_gpu():
+    answer = hopyard.explain(layers.spec(), device="cuda:7", max_tokens=64)
+    if answer.supported:
+        assert any("GEMM1" in c.reason for c in answer.candidates if c.chosen)
+    else:
+        assert NO_BACKEND in answer.reason
+    assert hopyard.explain(layers.spec()).supported
+
+
+def test_layers_know_their_device():
+    layer, _ = layers.make()
+    assert (layer.device, layer.weights.device) == ("cpu", "cpu")
+    assert layer.weights.to("cpu") is layer.weights
+    same, _ = layers.make(device="cpu")
+    assert same.device == "cpu"
+
+
+def test_a_layer_for_a_gpu_wants_weights_there():
+    data = layers.arrays()
+    weights = data.weights(layers.spec())
+    if has_gpu_backend():
+        with pytest.raises(ValueError, match=r"weights are on cpu, wanted cuda:1, .*Weights.to"):
+            hopyard.MoeLayer(layers.spec(), weights, 4, device="cuda:1")
+    else:
+        with pytest.raises(NotImplementedError, match=NO_BACKEND):
+            hopyard.MoeLayer(layers.spec(), weights, 4, device="cuda:1")
+        with pytest.raises(NotImplementedError, match=NO_BACKEND):
+            weights.to("cuda")
+
+
+ON_GPU = r"is a CUDA tensor \(cuda:1\); wanted host memory, the plan's device is the CPU: copy it"
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("hidden", "hidden_states"),
+        ("logits", "logits"),
+        ("out", "output"),
+        ("replay_out", "replay"),
+        ("load_out", "expert_load"),
+        ("num_tokens", "num_tokens"),
+    ],
+)
+def test_a_layer_on_the_cpu_refuses_gpu_arrays(name, field):
+    layer, data = layers.make()
+    call = {
+        "hidden": data.bits,
+        "logits": data.logits,
+        "out": np.zeros((layers.TOKENS, layers.HIDDEN), np.uint16),
+        "replay_out": np.zeros((layers.TOKENS, layers.TOP_K), np.int16),
+        "load_out": np.zeros(layers.EXPERTS, np.int32),
+        "num_tokens": np.array([3], np.int32),
+    }
+    call[name] = Elsewhere(call[name], index=1)
+    with pytest.raises(ValueError, match=f"{field} {ON_GPU}"):
+        layer(call.pop("hidden"), **call)
+    assert (np.asarray(getattr(call["out"], "_array", call["out"])) == 0).all()
+
+
+def test_weights_on_two_devices_are_refused():
+    data = layers.arrays()
+    gemm1 = Elsewhere(hopyard.to_bf16(data.gemm1), index=1)
+    with pytest.raises(ValueError, match=rf"weights.routed.gemm1.values {ON_GPU}"):
+        data.weights(layers.spec(), gemm1=gemm1)
+
+
+@pytest.mark.parametrize("kind", [3, 8])
+def test_only_host_memory_and_cuda_are_known(kind):
+    layer, data = layers.make()
+    hidden = Elsewhere(data.bits, kind=kind)  # 3: host memory that CUDA has pinned; 8: Metal
+    if kind == 3:
+        output = layer(hidden, logits=data.logits)
+        np.testing.assert_array_equal(output, layer(data.bits, logits=data.logits))
+    else:
+        with pytest.raises(ValueError, match="DLPack device type 8, wanted the CPU or a CUDA GPU"):
+            layer(hidden, logits=data.logits)
+
+
+def test_a_cpu_has_no_streams():
+    layer, data = layers.make()
+    with pytest.raises(ValueError, match="stream is given, but the device is the CPU"):
+        layer(data.bits, logits=data.logits, stream=0)
+    with pytest.raises(ValueError, match="stream is given"):
+        hopyard.route(data.logits, hopyard.RoutingRule.renormalize(), 2, stream=7)
+    with pytest.raises(ValueError, match="stream is given"):
+        layer.weights.update(0, "gemm2", hopyard.to_bf16(data.down[0]), stream=7)
+
+
+def test_streams_are_handles():
+    assert devices.stream_of(0, np.int64(7), uses_torch=False) == 7
+    assert devices.stream_of(0, None, uses_torch=False) == 0
+    for stream in (-1, 1.5, SimpleNamespace(cuda_stream=3)):
+        with pytest.raises(ValueError, match="wanted the handle of a CUDA stream as an int"):
+            devices.stream_of(0, stream, uses_torch=True)
+
+
+def test_arrays_are_asked_for_the_stream_that_uses_them():
+    array = Elsewhere(np.zeros(4, np.float32), index=2)
+    assert devices.device_of(array) == 2
+    tensor = arrays.as_tensor(array, "x", 99)
+    arrays.as_tensor(array, "x")
+    assert array.streams == [99, 1]  # DLPack's 1 is the legacy default stream
+    assert tuple(tensor.__dlpack_device__()) == (2, 2)
+
+
+def test_quantize_and_dequantize_run_on_the_cpu():
+    source = Elsewhere(np.zeros((2, 32), np.float32), index=1)
+    remedy = "is on cuda:1, wanted host memory: {} runs on the CPU; pass a copy in host memory"
+    with pytest.raises(ValueError, match="source " + remedy.format("quantize")):
+        hopyard.quantize(source, "mxfp8")
+    with pytest.raises(ValueError, match="values " + remedy.format("to_bf16")):
+        hopyard.to_bf16(source)
+    with pytest.raises(ValueError, match="bits " + remedy.format("from_bf16")):
+        hopyard.from_bf16(source)
+    done = hopyard.quantize(np.zeros((2, 32), np.float32), "mxfp8")
+    moved = hopyard.Quantized("mxfp8", done.codes, Elsewhere(done.scales, index=1), 1.0, 32)
+    with pytest.raises(ValueError, match="quantized.scales " + remedy.format("dequantize")):
+        hopyard.dequantize(moved)
+
+
+def test_route_refuses_a_gpu_without_a_backend():
+    needs_no_backend()
+    logits = Elsewhere(np.zeros((2, 8), np.float32))
+    with pytest.raises(NotImplementedError, match=NO_BACKEND):
+        hopyard.route(logits, hopyard.RoutingRule.renormalize(), 2)
+
+
+def test_nothing_of_torch_is_needed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert devices.parse_device("cuda") == 0
+    assert not arrays.is_torch(np.zeros(1))
+    layer, data = layers.make()
+    assert layer(data.bits, logits=data.logits).dtype == np.uint16
+
+
+def test_the_library_gives_memory_of_its_own():
+    made = lib.new_tensor([3, 5], "bfloat16", -1)
+    assert (made.shape, str(made.dtype)) == ((3, 5), "bfloat16")
+    assert made.data_ptr() % 256 == 0
+    counts = lib.new_tensor([4], "int32", -1)
+    assert not np.from_dlpack(counts).any()
+    lib.copy_tensor(arrays.as_tensor(np.full(4, -1, np.int32), "x"), counts)
+    np.testing.assert_array_equal(np.from_dlpack(counts), [-1] * 4)
+    with pytest.raises(ValueError, match="source is not contiguous or has another size"):
+        lib.copy_tensor(arrays.as_tensor(np.zeros(5, np.int32), "x"), counts)
+
+
+def test_an_int_is_the_same_as_fewer_rows():
+    layer, data = layers.make()
+    whole = layer(data.bits[:5], logits=data.logits[:5])
+    part = layer(data.bits, logits=data.logits, num_tokens=5)
+    np.testing.assert_array_equal(part[:5], whole)
+    assert not part[5:].any()
+    with pytest.raises(ValueError, match="logits has 23 rows; wanted 24, as many as hidden_states"):
+        layer(data.bits, logits=data.logits[:23], num_tokens=5)
+    with pytest.raises(
+        ValueError, match=r"num_tokens=25; wanted 0 \.\. 24, the rows of hidden_states"
+    ):
+        layer(data.bits, logits=data.logits, num_tokens=25)
+    rows = np.zeros((24 * 2 - 1, 64), np.uint16)
+    places = np.zeros((24, 2), np.int32)
+    with pytest.raises(ValueError, match=r"rows has 47 rows; wanted 48, .* tokens x slots"):
+        layer(data.bits, logits=data.logits, num_tokens=5, rows_out=rows, slot_to_row_out=places)
