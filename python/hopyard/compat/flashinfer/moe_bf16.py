@@ -60,10 +60,10 @@ def check_matrices(a: Arguments, p: Problem, layout: WeightLayout, block: int) -
             got_cols == cols,
             f"{name}: K dimension must be equal to {k_name}={cols}; got {got_cols}",
         )
-        check(
-            not blocked or shape[3] == block,
-            f"{name} has blocks of {shape[3]} columns; wanted {block}, 128 bytes",
-        )
+        if blocked and shape[3] != block:
+            raise RuntimeError(
+                f"{name} has blocks of {shape[3]} columns; wanted {block}, 128 bytes"
+            )
         checks.check_contiguous(array, name)
         checks.check_device(array, name, a.hidden_states)
 

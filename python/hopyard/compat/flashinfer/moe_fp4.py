@@ -112,7 +112,7 @@ def _hidden_scales(a: Arguments, p: Problem, kind: str) -> dict[str, Any]:
         return {}  # a scale beside BF16 hidden states is taken for a placeholder
     checks.check_type(scale, "hidden_states_scale", _SCALES)
     checks.check_device(scale, "hidden_states_scale", a.hidden_states)
-    block = 16 if kind == "nvfp4" else 32
+    block = 16 if kind.startswith("nvfp4") else 32
     elements, numel = p.tokens * p.hidden, ops.numel(scale)
     check(
         numel * 16 == elements or numel * 32 == elements,
@@ -214,7 +214,7 @@ def _run_fp4(a: Arguments) -> list[Array]:
     )
     check_parameters(operands, p, a.hidden_states, RuntimeError)
     spec = spec_of(a, p, layout.weights, layout.activations)
-    call = call_of(a, p, narrow=True) | _hidden_scales(a, p, layout.activations.split("_per_")[0])
+    call = call_of(a, p, narrow=True) | _hidden_scales(a, p, layout.activations)
     if a.per_token_scale is not None:
         call["token_scales"] = a.per_token_scale
     return execute(a, p, spec, experts_of(operands, layout, p, a.hidden_states), call)
