@@ -225,15 +225,6 @@ OPTIONAL_FP4 = [
     "output1_scale_gate_scalar",
     "output2_scale_scalar",
 ]
-    "gemm1_bias",
-    "gemm1_alpha",
-    "gemm1_beta",
-    "gemm1_clamp_limit",
-    "gemm2_bias",
-    "output1_scale_scalar",
-    "output1_scale_gate_scalar",
-    "output2_scale_scalar",
-]
 
 
 def percent_of(mode):

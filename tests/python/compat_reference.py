@@ -54,17 +54,17 @@ def with_scales(codes, scales, size):
 
 def e2m1(values):
     """Rounded to the nearest e2m1 value, ties to even codes."""
-    grid = E2M1.to(values.dtype)
+    grid = E2M1.to(values)
     distance = (values.abs()[..., None] - grid).abs()
     best = distance.min(-1, keepdim=True).values
-    even = torch.arange(8) % 2 == 0
+    even = torch.arange(8, device=values.device) % 2 == 0
     rank = torch.where(distance == best, torch.where(even, 0, 1), 2)
     return torch.copysign(grid[rank.argmin(-1)], values)
 
 
 def round_mxfp8(values):
     amax = blocks(values, 32).abs().amax(-1)
-    exponent = torch.where(amax > 0, torch.ceil(torch.log2(amax / 448)), torch.tensor(-127.0))
+    exponent = torch.where(amax > 0, torch.ceil(torch.log2(amax / 448)), amax.new_tensor(-127.0))
     scale = torch.exp2(exponent)
     return with_scales(e4m3(blocks(values, 32) / scale[..., None]).flatten(-2), scale, 32)
 
@@ -158,13 +158,13 @@ class Layer:
     beta: torch.Tensor | None = None
     limit: torch.Tensor | None = None
 
-    def to(self, dtype):
-        """The same layer in another precision."""
+    def to(self, dtype, device="cpu"):
+        """The same layer in another precision and place."""
 
         def cast(value):
             if isinstance(value, tuple):
                 return tuple(cast(v) for v in value)
-            return value.to(dtype) if isinstance(value, torch.Tensor) else value
+            return value.to(device, dtype) if isinstance(value, torch.Tensor) else value
 
         return replace(self, **{name: cast(value) for name, value in vars(self).items()})
 
@@ -244,12 +244,14 @@ def judge(layer, x, ids, weights, output, *, percent=0.9, tolerance=0.05, **call
     """FlashInfer's criterion and Hopyard's: at most twice the error of a plain FP32 implementation
     with the same roundings, and the worst row within the format's tolerance of exact arithmetic
     with them."""
-    output = output.cpu().float()
-    width = output.shape[1]
-    double = layer.to(torch.float64)
+    output, place, width = output.float(), output.device, output.shape[1]
+    x, ids, weights = x.to(place), ids.to(place), weights.to(place)
+    if call.get("delta") is not None:
+        call["delta"] = call["delta"].to(place)
+    double = layer.to(torch.float64, place)
     exact = evaluate(double, x.double(), ids, weights, rounding=False, **call)[:, :width]
     rounded = evaluate(double, x.double(), ids, weights, **call)[:, :width]
-    single = layer.to(torch.float32)
+    single = layer.to(torch.float32, place)
     plain = evaluate(single, x.float(), ids, weights, **call)[:, :width]
     percent_close(rounded, output, percent)
     ours = (output.double() - exact).pow(2).mean().sqrt().item()

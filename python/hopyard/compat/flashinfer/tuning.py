@@ -92,9 +92,24 @@ def _kernels(a: Arguments) -> list[str]:
         activations=activations,  # type: ignore[arg-type]
     )
     tokens = max(int(a.num_tokens), 1)
+    device = _device()
     with engine.flashinfer_errors():
-        names = [c.kernel for c in hopyard.explain(spec, max_tokens=tokens).candidates]
-        return [n for n in names if hopyard.explain(spec, max_tokens=tokens, tactic=n).supported]
+        names = [c.kernel for c in hopyard.explain(spec, device, max_tokens=tokens).candidates]
+        kernels = dict.fromkeys(names)  # a kernel may be listed for each GEMM
+        return [n for n in kernels if _runs(spec, device, tokens, n)]
+
+
+def _device() -> str:
+    """Where calls are likely to run: on torch's GPU if it sees one."""
+    torch = sys.modules.get("torch")
+    return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
+
+
+def _runs(spec: hopyard.MoeSpec, device: str, tokens: int, kernel: str) -> bool:
+    try:
+        return hopyard.explain(spec, device, max_tokens=tokens, tactic=kernel).supported
+    except ValueError:  # no kernel of this layer
+        return False
 
 
 def _tile(kernel: str) -> int:
