@@ -18,6 +18,7 @@ import compat_layers as cl
 import compat_reference as ref
 import hopyard
 import hopyard.compat.flashinfer as fi
+from compat_layers import one_torch_thread  # noqa: F401
 from hopyard.compat.flashinfer import engine
 
 MODES = list(cl.WEIGHTS)
@@ -91,7 +92,7 @@ def test_zero_hidden_states_and_no_tokens(mode):
     assert empty.shape == (0, case.sizes.hidden)
 
 
-# ------------------------------------------------------------------------------------------ routing
+# --- routing
 
 METHODS = [
     ("Default", {}),
@@ -216,13 +217,13 @@ def test_replay_changes_nothing_and_keeps_the_tail(mode):
 @DEVICES
 @pytest.mark.parametrize("mode", MODES)
 def test_expert_parallel_ranks_sum_to_the_whole(mode, device):
-    case = cl.make(mode, cl.Sizes(256, 256, 8, 4, 8), device=device)
+    case = cl.make(mode, cl.Sizes(256, 128, 8, 4, 8), device=device)
     logits = cl.logits_of(case)
     ids, weights = ref.route("Renormalize", logits, 4)
     changes = {"local_num_experts": 4}
     total = 0
     for offset in (0, 4):
-        part = cl.make(mode, cl.Sizes(256, 256, 8, 4, 8), device=device)
+        part = cl.make(mode, cl.Sizes(256, 128, 8, 4, 8), device=device)
         for name, array in case.arguments.items():
             if isinstance(array, torch.Tensor) and "hidden" not in name and "token" not in name:
                 part.arguments[name] = array[offset : offset + 4].contiguous()
@@ -240,7 +241,7 @@ def test_expert_parallel_ranks_sum_to_the_whole(mode, device):
 @pytest.mark.parametrize("shared", [1, 2])
 @pytest.mark.parametrize("mode", ["deepseek", "deepseek_blocks", "mxfp8", *FP4])
 def test_shared_experts(mode, shared, device):
-    whole = cl.Sizes(256, 256, 16 + shared, 2, 8)
+    whole = cl.Sizes(256, 128, 16 + shared, 2, 8)
     case = cl.make(mode, whole, device=device)
     logits = cl.logits_of(case)[:, :16].contiguous()
     ids, weights = ref.route("DeepSeekV3", logits, 2, groups=4, kept=2, scale=2.5)
@@ -267,15 +268,13 @@ def test_shared_experts(mode, shared, device):
     assert ref.worst_row(summed.cpu(), output.cpu().float()) < 0.02
 
 
-# ------------------------------------------------------------------------- biases and parameters
+# --- biases and parameters
 
 
 @DEVICES
-@pytest.mark.parametrize("activation", ["swiglu", "situ", "relu2"])
+@pytest.mark.parametrize("activation", ["swiglu", "situ"])
 @pytest.mark.parametrize("mode", FP4)
 def test_biases(mode, activation, device):
-    if activation == "relu2":
-        pytest.skip("the reference's bias is for gated layers")
     case = cl.make(mode, activation=activation, bias=True, device=device)
     logits = cl.logits_of(case)
     output = cl.call(case, logits=logits)
@@ -340,7 +339,7 @@ def test_lora_delta(mode, device):
     assert (place == place2).all()
 
 
-# ------------------------------------------------------------------------------------------ results
+# --- results
 
 
 @DEVICES
@@ -411,7 +410,7 @@ def test_numpy_arrays_give_the_bits_of_torch(mode):
     np.testing.assert_array_equal(result, cl.bits(wanted))
 
 
-# ------------------------------------------------------------------------------------------ caches
+# --- caches
 
 
 @DEVICES

@@ -134,7 +134,7 @@ def check_layout(weight_layout: int) -> WeightLayout:
     return WeightLayout(weight_layout)
 
 
-# ------------------------------------------------------------------------------------------ routing
+# --- routing
 
 
 def method_of(value: int, error: type[Exception] = RuntimeError) -> RoutingMethodType:
@@ -317,7 +317,7 @@ def _ids_call(a: Arguments, p: Problem) -> dict[str, Any]:
     return {"ids": ids, "weights": weights}
 
 
-# ---------------------------------------------------------------------------- the rest of a call
+# --- the rest of a call
 
 
 def check_replay(replay: Array, p: Problem, like: Array) -> None:

@@ -72,8 +72,13 @@ def _weight_block(a: Arguments, p: Problem) -> int:
         checks.require(array, name, "float8_e4m3fn (or uint8) block scales")
         checks.check_type(array, name, _SCALES)
         checks.check_device(array, name, a.hidden_states)
-    least = p.experts * swizzled_numel(p.rows, p.hidden // 16)
-    return 16 if ops.numel(a.gemm1_weights_scale) >= least else 32
+    given = ops.numel(a.gemm1_weights_scale)
+    if given >= p.experts * swizzled_numel(p.rows, p.hidden // 16):
+        return 16
+    if given <= p.experts * swizzled_numel(p.rows, p.hidden // 32):
+        return 32
+    # Too few for one and too many for the other: what hidden_states are decides which it was to be.
+    return 16 if ops.shape_of(a.hidden_states)[1] == p.hidden // 2 else 32
 
 
 def _activation_format(a: Arguments, p: Problem) -> str:

@@ -31,7 +31,7 @@ def _want(condition: bool, message: str) -> None:
     check(condition, message, ValueError)
 
 
-# ------------------------------------------------------------------------------ fused_topk_deepseek
+# --- fused_topk_deepseek
 
 
 def _check_topk_sizes(experts: int, groups: int, kept: int, top_k: int) -> None:
@@ -136,7 +136,7 @@ def fused_topk_deepseek(a: Arguments) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------- hash_topk
+# --- hash_topk
 
 
 def _check_hash(a: Arguments) -> tuple[int, int, int]:
@@ -211,7 +211,7 @@ def hash_topk(a: Arguments) -> tuple[Array, Array]:
     return all_weights, all_ids
 
 
-# ----------------------------------------------------------------------------------------- metadata
+# --- metadata
 
 Ints = npt.NDArray[np.int32]
 
