@@ -7,6 +7,8 @@ Types have one name each, whatever the library: a NumPy ``uint16`` array is ``bf
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -38,17 +40,22 @@ def is_type(array: Array, *names: str) -> bool:
 
 def shape_of(array: Array) -> tuple[int, ...]:
     """Shape as ints."""
-    return tuple(int(n) for n in array.shape)
+    return tuple(array.shape)
 
 
 def numel(array: Array) -> int:
     """Number of elements."""
-    return int(np.prod(shape_of(array), dtype=np.int64))
+    return math.prod(array.shape)
 
 
 def device_of(array: Array) -> str:
     """Device as text, "cpu" for NumPy."""
-    return str(array.device) if is_torch(array) else "cpu"
+    return _device_name(array.device) if is_torch(array) else "cpu"
+
+
+@functools.cache
+def _device_name(device: Any) -> str:
+    return str(device)
 
 
 def is_contiguous(array: Array) -> bool:
