@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 import torch
 
 import compat_layers as cl
+import compat_reference as ref
 import hopyard.compat.flashinfer as fi
 from compat_layers import one_torch_thread  # noqa: F401
 from hopyard.compat.flashinfer.checks import MissingArgument
@@ -310,12 +311,13 @@ def test_rows_57_to_59_tactics():
     with pytest.raises(RuntimeError, match="Invalid MoE tactic 10000000"):
         fi.trtllm_moe_tactic_name([configs[0][0], 10**7], *problem)
     assert fi.trtllm_moe_tactic_name([-1, -1], *problem) == ""
-    case = cl.make("bf16")
+    case = cl.make("bf16", device="cuda" if cl.CUDA else "cpu")
     logits = cl.logits_of(case)
     usual = cl.call(case, logits=logits)
-    for config in configs:  # every tactic runs, with the same bits on a CPU
+    for config in configs:  # every tactic runs
         with fi.forced_tactic(fi.trtllm_moe_tactic_name(config, *problem)):
-            cl.same(cl.call(case, logits=logits), usual)
+            output = cl.call(case, logits=logits)
+        assert ref.worst_row(output, usual) < (0.02 if cl.CUDA else 1e-9)
     with (
         fi.forced_tactic("nonsense"),
         pytest.raises(RuntimeError, match="tactic 'nonsense' is no kernel"),

@@ -39,8 +39,8 @@ class Experts:
     Attributes:
         key: descriptors and layouts of all their arrays.
         build: makes routed and shared `hopyard.ExpertWeights` of views and of the buffers.
-        buffers: shapes of derived float32 arrays.
-        derive: fills the buffers from the arrays of this call.
+        buffers: shapes of derived float32 arrays, which start as ones.
+        derive: writes what follows from the arrays of this call into the buffers.
         check: refuses what the buffers hold, once per view.
         cacheable: False where the library keeps something that it read from the weights.
     """
@@ -136,8 +136,10 @@ def _is_capturing(hidden: Array) -> bool:
 
 
 def _make_view(spec: hopyard.MoeSpec, experts: Experts, like: Array) -> _View:
-    buffers = {name: ops.empty(like, shape, "float32") for name, shape in experts.buffers.items()}
+    buffers = {name: ops.full(like, shape, 1.0) for name, shape in experts.buffers.items()}
     experts.derive(buffers)
+    if is_torch(like) and like.device.type == "cuda":  # scales are about to be read by the host
+        ops.torch_module().cuda.current_stream(like.device).synchronize()
     experts.check(buffers)
     groups = experts.build(buffers)
     return _View(hopyard.Weights(spec, *groups), groups, buffers)

@@ -138,29 +138,27 @@ class _Builder:
         for name in ("bias1", "bias2"):
             if getattr(self.o, name) is not None:
                 shapes[name] = ops.shape_of(getattr(self.o, name))
-        if self.parametrised:
-            for name in ("beta", "limit"):
-                if getattr(self.o, name) is not None:
-                    shapes[name] = experts
+        if self.parametrised and self.o.limit is not None:
+            shapes["limit"] = experts
+        if self.p.activation is ActivationType.Swiglu and self.o.beta is not None:
+            shapes["beta"] = experts
         return shapes
 
     def derive(self, buffers: Buffers) -> None:
         if not buffers:
             return
         o = self.o
-        buffers["one"][...] = 1.0
-        multiplier = o.scale1 if self._mid_in_scale1 else o.scale1 / o.gate1
-        buffers["mid"][...] = 1.0 / multiplier
-        buffers["global2"][...] = o.scale2 * multiplier
+        numerator = buffers["one"] if self._mid_in_scale1 else o.gate1
+        ops.divide(numerator, o.scale1, buffers["mid"])
+        ops.divide(o.scale2, buffers["mid"], buffers["global2"])
         if "bias1" in buffers:
-            buffers["bias1"][...] = o.bias1 * o.gate1[:, None]
+            ops.multiply(o.bias1, o.gate1[:, None], buffers["bias1"])
         if "bias2" in buffers:
-            buffers["bias2"][...] = o.bias2 * o.scale2[:, None]
+            ops.multiply(o.bias2, o.scale2[:, None], buffers["bias2"])
         if "limit" in buffers:
-            buffers["limit"][...] = o.limit * o.gate1
+            ops.multiply(o.limit, o.gate1, buffers["limit"])
         if "beta" in buffers:
-            situ = self.p.activation is ActivationType.Situ
-            buffers["beta"][...] = o.beta if situ else o.beta * o.gate1
+            ops.multiply(o.beta, o.gate1, buffers["beta"])
 
     def check(self, buffers: Buffers) -> None:
         """What cannot be expressed is refused when a view is made, by the values of that time."""

@@ -140,6 +140,16 @@ def bfloat16(array: Array) -> Array:
     return array.bfloat16() if is_torch(array) else to_bf16(array)
 
 
+def divide(left: Array, right: Array, out: Array) -> None:
+    """`out = left / right`."""
+    (torch_module().div if is_torch(out) else np.divide)(left, right, out=out)
+
+
+def multiply(left: Array, right: Array, out: Array) -> None:
+    """`out = left * right`."""
+    (torch_module().mul if is_torch(out) else np.multiply)(left, right, out=out)
+
+
 def to_host(array: Array) -> Array:
     """The array in host memory: a copy of a CUDA tensor, everything else as it is."""
     return array.cpu() if is_torch(array) and array.device.type != "cpu" else array

@@ -100,9 +100,11 @@ def _kernels(a: Arguments) -> list[str]:
 
 
 def _device() -> str:
-    """Where calls are likely to run: on torch's GPU if it sees one."""
+    """Where calls are likely to run: on torch's GPU if it sees one and the library has kernels."""
     torch = sys.modules.get("torch")
-    return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
+    seen = torch is not None and torch.cuda.is_available()
+    small = hopyard.MoeSpec(128, 128, 4, 2)
+    return "cuda" if seen and hopyard.explain(small, "cuda").supported else "cpu"
 
 
 def _runs(spec: hopyard.MoeSpec, device: str, tokens: int, kernel: str) -> bool:
