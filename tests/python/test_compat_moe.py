@@ -488,3 +488,20 @@ def test_cuda_graph_replays_with_new_content():
     graph.replay()
     torch.cuda.synchronize()
     assert (output.float() != eager.float()).any()
+
+
+def test_new_arrays_within_a_capture_are_refused(monkeypatch):
+    monkeypatch.setattr(engine, "_is_capturing", lambda hidden: True)
+    fi.clear_caches()
+    case = cl.make("bf16", seed=77)
+    logits = cl.logits_of(case)
+    with pytest.raises(RuntimeError, match="make one call with the same arrays before the capture"):
+        cl.call(case, logits=logits)
+    monkeypatch.setattr(engine, "_is_capturing", lambda hidden: False)
+    output = cl.call(case, logits=logits)
+    monkeypatch.setattr(engine, "_is_capturing", lambda hidden: True)
+    cl.same(cl.call(case, logits=logits), output)
+    fi.clear_caches()
+    cl.same(cl.call(case, logits=logits), output)  # what a graph uses is kept
+    engine._views._pinned.clear()
+    engine._plans._pinned.clear()

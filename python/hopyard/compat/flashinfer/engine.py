@@ -135,7 +135,16 @@ def _is_capturing(hidden: Array) -> bool:
     return bool(ops.torch_module().cuda.is_current_stream_capturing())
 
 
-def _make_view(spec: hopyard.MoeSpec, experts: Experts, like: Array) -> _View:
+def _make_view(
+    spec: hopyard.MoeSpec, experts: Experts, like: Array, capturing: bool = False
+) -> _View:
+    if capturing:
+        remedy = "make one call with the same arrays before the capture"
+        if not experts.cacheable:
+            remedy = "MXFP4 weights with FP8 hidden states cannot be captured; use MXFP8 or BF16"
+        raise RuntimeError(
+            f"a stream is being captured, and describing weights waits for the GPU: {remedy}"
+        )
     buffers = {name: ops.full(like, shape, 1.0) for name, shape in experts.buffers.items()}
     experts.derive(buffers)
     if is_torch(like) and like.device.type == "cuda":  # scales are about to be read by the host
@@ -159,7 +168,7 @@ def run(spec: hopyard.MoeSpec, experts: Experts, hidden: Array, call: dict[str, 
         call: arguments of `hopyard.MoeLayer`.
 
     Raises:
-        RuntimeError: what the library refuses.
+        RuntimeError: what the library refuses; new arrays while a stream is captured.
     """
     capacity = _capacity(ops.shape_of(hidden)[0])
     device = ops.device_of(hidden)
@@ -168,10 +177,10 @@ def run(spec: hopyard.MoeSpec, experts: Experts, hidden: Array, call: dict[str, 
     with flashinfer_errors():
         if experts.cacheable:
             key = (spec, device, is_torch(hidden), experts.key)
-            view = _views.get(key, lambda: _make_view(spec, experts, hidden), pin)
+            view = _views.get(key, lambda: _make_view(spec, experts, hidden, pin), pin)
             experts.derive(view.buffers)
         else:
-            view = _make_view(spec, experts, hidden)
+            view = _make_view(spec, experts, hidden, pin)
         layer = _plans.get(
             (spec, device, capacity, kernel),
             lambda: hopyard.MoeLayer(spec, view.weights, capacity, tactic=kernel),
