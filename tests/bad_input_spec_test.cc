@@ -216,6 +216,15 @@ TEST(ErrorMessage, WeightScales) {
   WeightsSay(
       TinySpec(), [](WeightsDesc* d) { d->routed.gemm2.global_scales = d->routed.gemm1.values; },
       "weights.routed.gemm2.global_scales is given, but bf16 has none; leave it absent");
+  MoeSpec geglu = TinySpec();
+  geglu.activation.kind = ActivationKind::kGeGlu;
+  WeightsSay(
+      geglu, [](WeightsDesc* d) { d->routed.alpha = d->routed.gemm1.values; },
+      "weights.routed.alpha is given, but activation geglu takes no alpha, beta or limit; only "
+      "swiglu and situ do");
+  WeightsSay(
+      TinySpec(), [](WeightsDesc* d) { d->shared.limit = d->routed.gemm1.values; },
+      "weights.shared.limit is given, but spec.shared.count=0; leave it absent or set the count");
   MoeSpec shared = TinySpec(W::kNvFp4, A::kNvFp4);
   shared.shared.count = 2;
   shared.shared.weights = W::kNvFp4;

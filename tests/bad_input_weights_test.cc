@@ -22,6 +22,7 @@ struct Setup {
   const char* name;
   MoeSpec spec;
   WeightLayout layout;
+  bool parameters = false;
 };
 
 std::ostream& operator<<(std::ostream& out, const Setup& setup) {
@@ -32,6 +33,7 @@ WeightSource SourceWith(const Setup& setup) {
   WeightSource source = SourceOf(setup.spec);
   source.layout = setup.layout;
   source.bias = true;
+  source.parameter_tensors = setup.parameters;
   return source;
 }
 
@@ -62,7 +64,8 @@ std::vector<Setup> Setups() {
           {"Fp8PerChannel", TinySpec(W::kFp8PerChannel, A::kFp8PerToken), Layout(false, false)},
           {"Fp8BlockNotGated", plain, Layout(false, false)},
           {"MxInt4PerExpert", TinySpec(W::kMxInt4, A::kBf16), Layout(false, true)},
-          {"MxFp4WithSharedMxFp8", shared, Layout(false, false)}};
+          {"MxFp4WithSharedMxFp8", shared, Layout(false, false)},
+          {"MxFp4WithSharedAndParameters", shared, Layout(false, false), true}};
 }
 
 // A view of the description and the name that errors give it.
@@ -101,6 +104,11 @@ std::vector<Field> FieldsOf(const MoeSpec& spec, WeightsDesc* desc) {
     if (matrices->gemm1_input_scale.defined()) {
       fields.push_back({name + ".gemm1_input_scale", &matrices->gemm1_input_scale, false, true});
       fields.push_back({name + ".gemm2_input_scale", &matrices->gemm2_input_scale, false, true});
+    }
+    if (matrices->alpha.defined()) {
+      fields.push_back({name + ".alpha", &matrices->alpha, false, true});
+      fields.push_back({name + ".beta", &matrices->beta, false, true});
+      fields.push_back({name + ".limit", &matrices->limit, false, true});
     }
   };
   group("weights.routed", &desc->routed, spec.weights);
@@ -214,7 +222,8 @@ TEST_P(SpoiltWeights, RequiredTensorsMissing) {
       return fields[i].name.size() > end.size() &&
              fields[i].name.compare(fields[i].name.size() - end.size(), end.size(), end) == 0;
     };
-    if (ends(".bias") || ends(".global_scales")) {
+    if (ends(".bias") || ends(".global_scales") || ends(".alpha") || ends(".beta") ||
+        ends(".limit")) {
       continue;
     }
     SCOPED_TRACE(fields[i].name);

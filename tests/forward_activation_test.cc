@@ -106,6 +106,43 @@ TEST_P(ForwardActivation, ParametersMatterAndTheirDefaultsDoNot) {
   }
 }
 
+// Tensors of parameters give the bits of the spec's values, for shared experts too, and are read by
+// every call: what they hold then decides.
+TEST_P(ForwardActivation, ParametersAsTensorsAreReadByEveryCall) {
+  for (const ActivationCase& c : Activations()) {
+    if (c.activation.kind != ActivationKind::kSwiGlu &&
+        c.activation.kind != ActivationKind::kSiTu) {
+      continue;
+    }
+    WeightSource source = Source(c.activation);
+    source.spec.shared.count = 1;
+    source.spec.shared.weights = source.spec.weights;
+    LayerInputs inputs(source.spec, 6);
+    inputs.Logits();
+    const RunResult wanted = TestLayer(source).Run(inputs);
+    source.parameter_tensors = true;
+    source.spec.activation = Plain(c.activation.kind);  // what the tensors hold counts instead
+    LayerWeights stored(source);
+    const Weights weights = stored.Make();
+    RunOptions options;
+    options.plan.num_threads = 1;
+    const auto fill = [](const TensorView& to, const PerExpert& from, bool routed) {
+      for (int64_t e = 0; e < to.numel(); ++e) {
+        to.as<float>()[e] = routed ? from.at(e) : from.all;
+      }
+    };
+    for (const bool routed : {true, false}) {
+      const ExpertMatrices& group = routed ? stored.desc().routed : stored.desc().shared;
+      fill(group.alpha, c.activation.alpha, routed);
+      fill(group.beta, c.activation.beta, routed);
+      fill(group.limit, c.activation.limit, routed);
+    }
+    const RunResult result = RunLayer(source.spec, weights, inputs.get(), options);
+    EXPECT_TRUE(SameBits(result.output, wanted.output)) << c.name;
+    EXPECT_TRUE(MatchesOracle(source.spec, weights, inputs.get(), result, {})) << c.name;
+  }
+}
+
 // Logits whose largest sigmoid is far from 1, so that it matters where the weight goes.
 void ShiftLogits(const LayerInputs& inputs, float by) {
   const TensorView& logits = inputs.get().logits;

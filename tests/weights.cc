@@ -286,6 +286,23 @@ void LayerWeights::FillGroup(int64_t first, int64_t count, ExpertMatrices* group
           StaticIntermediateScale(format) * (e % 2 == 1 ? 1.25F : 1.0F);
     }
   }
+  if (source_.parameter_tensors) {
+    AddParameters(group == &desc_.routed, count, group);
+  }
+}
+
+void LayerWeights::AddParameters(bool routed, int64_t count, ExpertMatrices* group) {
+  const Activation& activation = source_.spec.activation;
+  const auto tensor = [&](const PerExpert& parameter) {
+    const TensorView view = arena_.Array(DType::kFloat32, {count});
+    for (int64_t e = 0; e < count; ++e) {
+      view.as<float>()[e] = routed ? parameter.at(e) : parameter.all;
+    }
+    return view;
+  };
+  group->alpha = tensor(activation.alpha);
+  group->beta = tensor(activation.beta);
+  group->limit = tensor(activation.limit);
 }
 
 namespace {

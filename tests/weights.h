@@ -36,9 +36,10 @@ struct WeightSource {
   int64_t shard_begin = 0;   // intermediate features [shard_begin, + intermediate_size) ...
   int64_t shard_of = 0;      // ... of this many; 0: all
   bool bias = false;
-  bool gemm2_bias = true;  // together with `bias`; one shard of several carries it
-  bool integers = false;   // -2 .. 2, exact in bf16
-  float gain = 1.0F;       // multiplies every weight
+  bool gemm2_bias = true;          // together with `bias`; one shard of several carries it
+  bool integers = false;           // -2 .. 2, exact in bf16
+  float gain = 1.0F;               // multiplies every weight
+  bool parameter_tensors = false;  // alpha, beta and limit of the spec as tensors
   WeightLayout layout;
   int64_t shared_offset = 1000;  // logical id of shared expert 0
 };
@@ -70,6 +71,7 @@ class LayerWeights {
  private:
   CanonicalExpert MakeExpert(int64_t logical, WeightFormat format) const;
   void FillGroup(int64_t first, int64_t count, ExpertMatrices* group);
+  void AddParameters(bool routed, int64_t count, ExpertMatrices* group);
   MatrixSet Store(const std::vector<const CanonicalMatrix*>& matrices,
                   const std::vector<std::vector<float>>& biases);
 

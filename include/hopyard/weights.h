@@ -66,6 +66,11 @@ struct ExpertMatrices {
   // all others. Read by every Forward: value = code * scale.
   TensorView gemm1_input_scale;  // f32 [1], of hidden states
   TensorView gemm2_input_scale;  // f32 [1] or [experts], of the intermediate
+  // Parameters of SwiGLU and SiTU, f32 [experts], read by every Forward in place of the spec's:
+  // data, not looked at. Absent: the spec's.
+  TensorView alpha;
+  TensorView beta;
+  TensorView limit;
 };
 
 struct WeightsDesc {

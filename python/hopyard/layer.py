@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -108,6 +109,7 @@ class CallOptions(TypedDict, total=False):
         routing_weights_out: [T, K + S] float32.
         routing_ids_out: [T, K + S] int32.
         rows_out: [T * (K + S), H] bfloat16, GEMM2 rows before they are summed.
+        finalize: False: no sum, `rows_out` is the result.
         slot_to_row_out: [T, K + S] int32, row of each slot or -1.
         gemm1_activation_out: [T * (K + S), I] bfloat16.
         stream: GPU: handle of the CUDA stream as an int, where the work is enqueued. Without it,
@@ -135,6 +137,7 @@ class CallOptions(TypedDict, total=False):
     routing_weights_out: Array
     routing_ids_out: Array
     rows_out: Array
+    finalize: bool
     slot_to_row_out: Array
     gemm1_activation_out: Array
     stream: int
@@ -209,6 +212,16 @@ def explain(spec: MoeSpec, device: Device = "cpu", **options: Unpack[PlanOptions
     )
 
 
+def _check_spec_of(weights: Weights, spec: MoeSpec) -> None:
+    given, wanted = vars(weights.spec), vars(spec)
+    for name in wanted:
+        if given[name] != wanted[name]:
+            raise ValueError(
+                f"weights were made for a spec with {name}={given[name]}, wanted {name}="
+                f"{wanted[name]}; make them for the layer's spec"
+            )
+
+
 class MoeLayer:
     """A layer that can be called; safe to call from several threads at once.
 
@@ -247,19 +260,30 @@ class MoeLayer:
         self._options: PlanOptions = {**options, "max_tokens": max_tokens}
         self._device = parse_device(weights.device if device is None else device, weights._device)
         self._plan = lib.make_plan(spec_to_map(spec), dict(self._options), self._device)
-        given, wanted = vars(weights.spec), vars(spec)
-        for name in wanted:
-            if given[name] != wanted[name]:
-                raise ValueError(
-                    f"weights were made for a spec with {name}={given[name]}, wanted {name}="
-                    f"{wanted[name]}; make them for the layer's spec"
-                )
+        self._check(weights)
+        self._workspaces = Workspaces(self.workspace_bytes, self._device)
+
+    def _check(self, weights: Weights) -> None:
+        _check_spec_of(weights, self._spec)
         if weights._device != self._device:
             raise ValueError(
                 f"weights are on {weights.device}, wanted {self.device}, the layer's device; copy "
                 "them there (Weights.to), or leave device out"
             )
-        self._workspaces = Workspaces(self.workspace_bytes, self._device)
+
+    def with_weights(self, weights: Weights) -> MoeLayer:
+        """A layer of the same plan and workspaces with other weights.
+
+        Args:
+            weights: made for an equal spec, on the same device; kept alive.
+
+        Raises:
+            ValueError: weights belong to another spec or device.
+        """
+        self._check(weights)
+        other = copy.copy(self)
+        other._weights = weights
+        return other
 
     @property
     def spec(self) -> MoeSpec:
@@ -308,11 +332,27 @@ class MoeLayer:
             inputs["num_tokens"] = token_count(call["num_tokens"], stream)
         return inputs
 
+    def _result(self, hidden: Array, call: dict[str, Any]) -> Array:
+        result = call.get("out")
+        if not call.get("finalize", True):
+            if "rows_out" not in call:
+                raise ValueError("finalize is False without rows_out, wanted an array for the rows")
+            if result is not None or call.get("accumulate"):
+                raise ValueError("finalize is False, wanted neither out nor accumulate: no sums")
+            return call["rows_out"]
+        if result is not None:
+            require_not_float32(result, "out")
+            return result
+        if call.get("accumulate"):
+            raise ValueError("accumulate is set without out, wanted an array to add to")
+        shape = (int(hidden.shape[0]), self._spec.hidden_size)
+        fill = 0 if "num_tokens" in call else None
+        return empty_like_kind(hidden, shape, "bfloat16", fill=fill)
+
     def _outputs(self, result: Array, call: dict[str, Any], stream: int) -> dict[str, Any]:
-        outputs = {
-            "output": as_output(result, "out", stream),
-            "accumulate": bool(call.get("accumulate", False)),
-        }
+        outputs: dict[str, Any] = {"accumulate": bool(call.get("accumulate", False))}
+        if call.get("finalize", True):
+            outputs["output"] = as_output(result, "out", stream)
         for name, field in _OUTPUT_NAMES.items():
             if name in call:
                 outputs[field] = as_output(call[name], name, stream)
@@ -328,7 +368,7 @@ class MoeLayer:
 
         Returns:
             `out`, or a new array [T, H] bfloat16 of the kind of `hidden`; rows at and beyond
-            `num_tokens` of a new array are zero.
+            `num_tokens` of a new array are zero. `rows_out` where `finalize` is False.
 
         Raises:
             ValueError: before anything is written, naming the argument, what it is and what was
@@ -343,15 +383,7 @@ class MoeLayer:
         uses_torch = is_torch(hidden)
         stream = stream_of(self._device, given.get("stream"), uses_torch=uses_torch)
         inputs = self._inputs(hidden, given, stream)
-        result = given.get("out")
-        if result is None:
-            if given.get("accumulate"):
-                raise ValueError("accumulate is set without out, wanted an array to add to")
-            shape = (int(hidden.shape[0]), self._spec.hidden_size)
-            fill = 0 if "num_tokens" in given else None
-            result = empty_like_kind(hidden, shape, "bfloat16", fill=fill)
-        else:
-            require_not_float32(result, "out")
+        result = self._result(hidden, given)
         outputs = self._outputs(result, given, stream)
         workspace = self._workspaces.take(stream, uses_torch=uses_torch)
         try:

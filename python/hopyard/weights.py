@@ -86,6 +86,9 @@ class ExpertWeights:
         gemm1_input_scale: float32 [1], static scale of quantised hidden states, finite and
             above 0; only for activations "fp8_per_tensor" and "nvfp4".
         gemm2_input_scale: float32 [1] or [experts], the same for the intermediate.
+        alpha: float32 [experts], of the activation, read by every call instead of the spec's value.
+        beta: float32 [experts], the same.
+        limit: float32 [experts], the same.
     """
 
     gemm2: Matrix | Array | Sequence[Array]
@@ -95,6 +98,9 @@ class ExpertWeights:
     row_order: RowOrder = "gate_up"
     gemm1_input_scale: Array | None = None
     gemm2_input_scale: Array | None = None
+    alpha: Array | None = None
+    beta: Array | None = None
+    limit: Array | None = None
 
 
 class _Collector:
@@ -144,7 +150,7 @@ class _Collector:
             given = getattr(experts, part)
             if given is not None:
                 fields[part] = self.matrix(given, f"{name}.{part}", weight_format)
-        for part in ("gemm1_input_scale", "gemm2_input_scale"):
+        for part in ("gemm1_input_scale", "gemm2_input_scale", "alpha", "beta", "limit"):
             given = getattr(experts, part)
             if given is not None:
                 fields[part] = self.one(given, f"{name}.{part}")

@@ -182,6 +182,9 @@ ExpertMatrices MatricesOf(const Fields& fields, WeightFormat format) {
   matrices.row_order = Parse(kRowOrders, fields.Text("row_order", "gate_up"), "row_order");
   matrices.gemm1_input_scale = fields.View("gemm1_input_scale");
   matrices.gemm2_input_scale = fields.View("gemm2_input_scale");
+  matrices.alpha = fields.View("alpha");
+  matrices.beta = fields.View("beta");
+  matrices.limit = fields.View("limit");
   return matrices;
 }
 

@@ -41,6 +41,9 @@ struct ExpertRef {
   MatrixRef up;
   MatrixRef down;
   float* gemm2_input_scale = nullptr;
+  const float* alpha = nullptr;  // null: the spec's
+  const float* beta = nullptr;
+  const float* limit = nullptr;
 };
 
 // Index of natural row j in values, bias and row-wise scales.

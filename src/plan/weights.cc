@@ -110,6 +110,12 @@ ExpertRef ResolveExpert(const MoeSpec& spec, const ExpertMatrices& group, Weight
     const int64_t index = group.gemm2_input_scale.numel() == 1 ? 0 : expert;
     ref.gemm2_input_scale = group.gemm2_input_scale.as<float>() + index;
   }
+  const auto parameter = [expert](const TensorView& all) {
+    return all.defined() ? all.as<const float>() + expert : nullptr;
+  };
+  ref.alpha = parameter(group.alpha);
+  ref.beta = parameter(group.beta);
+  ref.limit = parameter(group.limit);
   return ref;
 }
 

@@ -44,8 +44,10 @@ std::vector<Tensor> TensorsOf(WeightsDesc* desc) {
     for (MatrixSet* set : {&group->gemm1, &group->gate, &group->up, &group->gemm2}) {
       AddTensors(set, &tensors);
     }
-    tensors.push_back({&group->gemm1_input_scale});
-    tensors.push_back({&group->gemm2_input_scale});
+    for (TensorView* view : {&group->gemm1_input_scale, &group->gemm2_input_scale, &group->alpha,
+                             &group->beta, &group->limit}) {
+      tensors.push_back({view});
+    }
   }
   std::erase_if(tensors, [](const Tensor& tensor) { return !tensor.view->defined(); });
   return tensors;

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <array>
 #include <cmath>
 #include <string>
 
@@ -290,6 +291,31 @@ void CheckInputScales(const MoeSpec& spec, const ExpertMatrices& group, const Gr
   CheckInputScale(spec, group.gemm2_input_scale, scale);
 }
 
+// The optional tensors of a group beside its matrices.
+struct GroupTensor {
+  const char* field = "";
+  const TensorView* view = nullptr;
+};
+
+std::array<GroupTensor, 3> ParametersOf(const ExpertMatrices& group) {
+  return {{{".alpha", &group.alpha}, {".beta", &group.beta}, {".limit", &group.limit}}};
+}
+
+void CheckParameters(const MoeSpec& spec, const ExpertMatrices& group, const GroupRule& rule) {
+  const ActivationKind kind = spec.activation.kind;
+  for (const auto& [field, view] : ParametersOf(group)) {
+    if (!view->defined()) {
+      continue;
+    }
+    const std::string name = std::string("weights.") + rule.name + field;
+    HOPYARD_CHECK(kind == ActivationKind::kSwiGlu || kind == ActivationKind::kSiTu,
+                  kInvalidArgument)
+        << name << " is given, but activation " << ToString(kind)
+        << " takes no alpha, beta or limit; only swiglu and situ do";
+    rule.place->CheckTensor(*view, {name.c_str(), {DType::kFloat32}, {rule.experts}});
+  }
+}
+
 // All experts read the same quantised hidden states.
 void CheckOneHiddenScale(const WeightsDesc& desc, const Place& place) {
   if (!desc.routed.gemm1_input_scale.defined()) {
@@ -309,6 +335,9 @@ void CheckNoShared(const ExpertMatrices& unused) {
                       : unused.gemm1_input_scale.defined() ? ".gemm1_input_scale"
                       : unused.gemm2_input_scale.defined() ? ".gemm2_input_scale"
                                                            : nullptr;
+  for (const auto& [parameter, view] : ParametersOf(unused)) {
+    field = field == nullptr && view->defined() ? parameter : field;
+  }
   HOPYARD_CHECK(field == nullptr, kInvalidArgument)
       << "weights.shared" << field
       << " is given, but spec.shared.count=0; leave it absent or set the count";
@@ -323,6 +352,7 @@ void ValidateWeights(const MoeSpec& spec, const WeightsDesc& desc, const Place& 
   const GroupRule routed = {"routed", spec.num_local_experts(), spec.weights, &place};
   CheckGroup(spec, desc.routed, routed);
   CheckInputScales(spec, desc.routed, routed);
+  CheckParameters(spec, desc.routed, routed);
   if (spec.shared.count == 0) {
     CheckNoShared(desc.shared);
     return;
@@ -330,6 +360,7 @@ void ValidateWeights(const MoeSpec& spec, const WeightsDesc& desc, const Place& 
   const GroupRule shared = {"shared", spec.shared.count, spec.shared.weights, &place};
   CheckGroup(spec, desc.shared, shared);
   CheckInputScales(spec, desc.shared, shared);
+  CheckParameters(spec, desc.shared, shared);
   CheckOneHiddenScale(desc, place);
 }
 

@@ -385,10 +385,15 @@ class Evaluator {
   ActivationParameters<Real> Parameters(int64_t expert) const {
     const Activation& activation = spec_.activation;
     const bool routed = expert < spec_.num_local_experts();
-    const auto pick = [&](const PerExpert& parameter) {
+    const ExpertMatrices& group = Matrices(expert);
+    const auto pick = [&](const TensorView& given, const PerExpert& parameter) {
+      if (given.defined()) {
+        return static_cast<Real>(ReadNumber(given, SetIndex(expert)));
+      }
       return static_cast<Real>(routed ? parameter.at(expert) : parameter.all);
     };
-    return {pick(activation.alpha), pick(activation.beta), pick(activation.limit)};
+    return {pick(group.alpha, activation.alpha), pick(group.beta, activation.beta),
+            pick(group.limit, activation.limit)};
   }
 
   const ExpertMatrices& Matrices(int64_t expert) const {

@@ -55,6 +55,9 @@ class DeviceMirror {
       }
       group->gemm1_input_scale = Copy(group->gemm1_input_scale);
       group->gemm2_input_scale = Copy(group->gemm2_input_scale);
+      for (TensorView* view : {&group->alpha, &group->beta, &group->limit}) {
+        *view = Copy(*view);
+      }
     }
     return desc;
   }

@@ -197,15 +197,19 @@ const float* Parameter(const PerExpert& parameter, const Group& group, bool shar
   return plain ? nullptr : uploader->Table(values);
 }
 
-void SetActivation(const Activation& activation, bool shared, Group* group, Uploader* uploader) {
+// The caller's own tensors are read where they are, by every call.
+void SetActivation(const Activation& activation, const ExpertMatrices& matrices, bool shared,
+                   Group* group, Uploader* uploader) {
   // NaN equals nothing: SiTU has no neutral alpha and beta.
   const bool has_neutral = activation.kind != ActivationKind::kSiTu;
   const Activation usual;
-  group->alpha =
-      Parameter(activation.alpha, *group, shared, has_neutral ? usual.alpha.all : NAN, uploader);
-  group->beta =
-      Parameter(activation.beta, *group, shared, has_neutral ? usual.beta.all : NAN, uploader);
-  group->limit = Parameter(activation.limit, *group, shared, usual.limit.all, uploader);
+  const auto set = [&](const TensorView& own, const PerExpert& of_spec, float neutral) {
+    return own.defined() ? own.as<const float>()
+                         : Parameter(of_spec, *group, shared, neutral, uploader);
+  };
+  group->alpha = set(matrices.alpha, activation.alpha, has_neutral ? usual.alpha.all : NAN);
+  group->beta = set(matrices.beta, activation.beta, has_neutral ? usual.beta.all : NAN);
+  group->limit = set(matrices.limit, activation.limit, usual.limit.all);
 }
 
 struct GroupSource {
@@ -250,7 +254,7 @@ Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploade
       << "weights." << source.name << ".up is " << (IsMnMajor(matrices.up) ? "MN" : "K")
       << "-major and gate is not; the GPU reads both in one pass: store them in the same order";
   group.down = matrix("gemm2", matrices.gemm2, &ExpertRef::down, operands.h);
-  SetActivation(spec.activation, source.shared, &group, uploader);
+  SetActivation(spec.activation, matrices, source.shared, &group, uploader);
   if (matrices.gemm2_input_scale.defined()) {
     group.gemm2_input_scale = matrices.gemm2_input_scale.as<const float>();
     group.gemm2_input_scale_stride = matrices.gemm2_input_scale.numel() == 1 ? 0 : 1;

@@ -71,11 +71,17 @@ void RunTask(const Args& args, const FeatureTask& task, float* scratch) {
   const Activation& act = args.spec->activation;
   const bool gated = IsGated(act.kind);
   const bool shared = task.segment >= args.spec->num_local_experts();
+  const auto parameter = [&](const float* own, const PerExpert& of_spec) {
+    if (own != nullptr) {
+      return *own;
+    }
+    return shared ? of_spec.all : of_spec.at(task.segment);
+  };
   gemm::cpu::ActivateArgs activate;
   activate.kind = act.kind;
-  activate.alpha = shared ? act.alpha.all : act.alpha.at(task.segment);
-  activate.beta = shared ? act.beta.all : act.beta.at(task.segment);
-  activate.limit = shared ? act.limit.all : act.limit.at(task.segment);
+  activate.alpha = parameter(expert.alpha, act.alpha);
+  activate.beta = parameter(expert.beta, act.beta);
+  activate.limit = parameter(expert.limit, act.limit);
   const Biases biases = LoadBiases(args, task);
   gemm::cpu::BlockArgs block;
   block.kernels = args.groups.kernels;

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks with FlashInfer's exception classes: RuntimeError for what its C++ refuses,
+ValueError and AssertionError for what its Python does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hopyard.arrays import Array, dtype_name
+from hopyard.compat.flashinfer import ops
+
+
+class MissingArgument(AssertionError, RuntimeError):
+    """An argument is missing or of the wrong type; AssertionError in some of FlashInfer's
+    functions, RuntimeError in others."""
+
+
+class BadOutput(ValueError, AssertionError):
+    """`output` has the wrong shape, type or device; FlashInfer's functions differ in the class."""
+
+
+def check(condition: bool, message: str, error: type[Exception] = RuntimeError) -> None:
+    """Raise `error(message)` unless the condition holds."""
+    if not condition:
+        raise error(message)
+
+
+def require(array: Any, name: str, wanted: str) -> None:
+    """Refuse a missing or wrong kind of argument by name."""
+    if array is None:
+        raise MissingArgument(f"{name} is required; got None, wanted {wanted}")
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise MissingArgument(f"{name} is a {type(array).__name__}; wanted {wanted}")
+
+
+def check_type(
+    array: Array,
+    name: str,
+    types: Sequence[str],
+    error: type[Exception] = RuntimeError,
+) -> None:
+    """The elements are of one of `types`."""
+    wanted = " or ".join(types).replace("float8_e4m3fn", "float8_e4m3fn (fp8)")
+    if not ops.is_type(array, *types):
+        raise error(f"{name} must be {wanted}; got {dtype_name(array)}")
+
+
+def check_shape(
+    array: Array,
+    name: str,
+    shape: Sequence[int],
+    error: type[Exception] = RuntimeError,
+) -> None:
+    """The shape is exactly `shape`."""
+    got = ops.shape_of(array)
+    if got != tuple(shape):
+        raise error(
+            f"{name} has incorrect shape: got {list(got)}, {name} must have shape {list(shape)}"
+        )
+
+
+def check_ndim(array: Array, name: str, ndim: int, error: type[Exception] = RuntimeError) -> None:
+    """The array has `ndim` dimensions."""
+    got = ops.shape_of(array)
+    if len(got) != ndim:
+        raise error(f"{name} must be {ndim}D; got shape {list(got)}")
+
+
+def check_contiguous(array: Array, name: str, error: type[Exception] = RuntimeError) -> None:
+    """Row-major without gaps."""
+    if not ops.is_contiguous(array):
+        raise error(
+            f"{name} must be contiguous; got shape {list(ops.shape_of(array))} with gaps or in "
+            f"another order: pass {name}.contiguous()"
+        )
+
+
+def check_device(
+    array: Array, name: str, like: Array, error: type[Exception] = RuntimeError
+) -> None:
+    """The array lies where hidden_states lies."""
+    got, wanted = ops.device_of(array), ops.device_of(like)
+    if got == wanted:
+        return
+    kind = "must be a CUDA tensor on" if wanted.startswith("cuda") else "must be on"
+    raise error(f"{name} {kind} the same device as hidden_states: got {got}, wanted {wanted}")

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checked call to a layer: plans by the value of a spec, views of weights by descriptors.
+
+Nothing is remembered about what weights hold. A view of weights is found by the address, shape,
+strides, type and device of every one of their arrays, and is right for whatever lies there. What
+follows from the content of small arrays (scalars, biases in other units) is computed again by every
+call, into memory that belongs to the view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import hopyard
+from hopyard.arrays import Array, is_torch
+from hopyard.compat.flashinfer import ops
+
+_MAX_PLANS = 32
+_MAX_VIEWS = 1024
+_LEAST_TOKENS = 16
+
+Buffers = dict[str, Array]
+Groups = tuple[hopyard.ExpertWeights, hopyard.ExpertWeights | None]
+
+
+def _derive_nothing(_: Buffers) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a call, before they are described to the library.
+
+    Attributes:
+        key: descriptors and layouts of all their arrays.
+        build: makes routed and shared `hopyard.ExpertWeights` of views and of the buffers.
+        buffers: shapes of derived float32 arrays, which start as ones.
+        derive: writes what follows from the arrays of this call into the buffers.
+        check: refuses what the buffers hold, once per view.
+        cacheable: False where the library keeps something that it read from the weights.
+    """
+
+    key: Hashable
+    build: Callable[[Buffers], Groups]
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    derive: Callable[[Buffers], None] = _derive_nothing
+    check: Callable[[Buffers], None] = _derive_nothing
+    cacheable: bool = True
+
+
+@dataclass(frozen=True)
+class _View:
+    """Weights as the library sees them, and what they point to."""
+
+    weights: hopyard.Weights
+    groups: Groups
+    buffers: Buffers
+
+
+class _Cache:
+    """A dictionary of bounded size that forgets what was used least recently."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._items: OrderedDict[Hashable, Any] = OrderedDict()
+        self._pinned: dict[Hashable, Any] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Any], pin: bool = False) -> Any:
+        """The item of a key, made where it is missing; pinned items are never forgotten."""
+        with self._lock:
+            item = self._pinned.get(key)
+            if item is None and key in self._items:
+                item = self._items[key]
+                self._items.move_to_end(key)
+        if item is None:
+            item = make()
+        with self._lock:
+            if pin:
+                self._pinned[key] = item
+            else:
+                self._items[key] = item
+                while len(self._items) > self._size:
+                    self._items.popitem(last=False)
+        return item
+
+    def clear(self) -> None:
+        """Forget everything that is not pinned."""
+        with self._lock:
+            self._items.clear()
+
+    def __len__(self) -> int:
+        return len(self._items.keys() | self._pinned.keys())
+
+
+_plans = _Cache(_MAX_PLANS)
+_views = _Cache(_MAX_VIEWS)
+_local = threading.local()
+
+
+def clear_caches() -> None:
+    """Forget plans, workspaces and descriptions of weights, but for those in captured graphs."""
+    _plans.clear()
+    _views.clear()
+
+
+@contextlib.contextmanager
+def tactic(name: str) -> Iterator[None]:
+    """Calls of this thread run with the kernel of this name ("" = the library chooses)."""
+    previous = getattr(_local, "tactic", "")
+    _local.tactic = name
+    try:
+        yield
+    finally:
+        _local.tactic = previous
+
+
+@contextlib.contextmanager
+def flashinfer_errors() -> Iterator[None]:
+    """Refusals of the library as FlashInfer's class for what its C++ refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def _is_capturing(hidden: Array) -> bool:
+    if not is_torch(hidden) or hidden.device.type != "cuda":
+        return False
+    return bool(ops.torch_module().cuda.is_current_stream_capturing())
+
+
+def _make_view(
+    spec: hopyard.MoeSpec, experts: Experts, like: Array, capturing: bool = False
+) -> _View:
+    if capturing:
+        remedy = "make one call with the same arrays before the capture"
+        if not experts.cacheable:
+            remedy = "MXFP4 weights with FP8 hidden states cannot be captured; use MXFP8 or BF16"
+        raise RuntimeError(
+            f"a stream is being captured, and describing weights waits for the GPU: {remedy}"
+        )
+    buffers = {name: ops.full(like, shape, 1.0) for name, shape in experts.buffers.items()}
+    experts.derive(buffers)
+    if is_torch(like) and like.device.type == "cuda":  # scales are about to be read by the host
+        ops.torch_module().cuda.current_stream(like.device).synchronize()
+    experts.check(buffers)
+    groups = experts.build(buffers)
+    return _View(hopyard.Weights(spec, *groups), groups, buffers)
+
+
+def _capacity(tokens: int) -> int:
+    return max(_LEAST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
+
+
+def run(spec: hopyard.MoeSpec, experts: Experts, hidden: Array, call: dict[str, Any]) -> Array:
+    """Run a layer on FlashInfer's arrays.
+
+    Args:
+        spec: the layer.
+        experts: its weights.
+        hidden: hidden states [T, ..].
+        call: arguments of `hopyard.MoeLayer`.
+
+    Raises:
+        RuntimeError: what the library refuses; new arrays while a stream is captured.
+    """
+    capacity = _capacity(ops.shape_of(hidden)[0])
+    device = ops.device_of(hidden)
+    kernel = getattr(_local, "tactic", "")
+    pin = _is_capturing(hidden)
+    with flashinfer_errors():
+        if experts.cacheable:
+            key = (spec, device, is_torch(hidden), experts.key)
+            view = _views.get(key, lambda: _make_view(spec, experts, hidden, pin), pin)
+            experts.derive(view.buffers)
+        else:
+            view = _make_view(spec, experts, hidden, pin)
+        layer = _plans.get(
+            (spec, device, capacity, kernel),
+            lambda: hopyard.MoeLayer(spec, view.weights, capacity, tactic=kernel),
+            pin,
+        )
+        return layer.with_weights(view.weights)(hidden, **call)

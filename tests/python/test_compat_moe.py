@@ -1,0 +1,507 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlashInfer's MoE operations against an independent layer: its test grids, on the CPU in small and
+on a GPU in full."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+import compat_layers as cl
+import compat_reference as ref
+import hopyard
+import hopyard.compat.flashinfer as fi
+from compat_layers import one_torch_thread  # noqa: F401
+from hopyard.compat.flashinfer import engine
+
+MODES = list(cl.WEIGHTS)
+DEVICES = pytest.mark.parametrize("device", cl.DEVICES)
+FP4 = ("nvfp4", "nvfp4_per_token", "mxfp4_mxfp8", "mxfp4_bf16", "mxfp4_e4m3")
+METHOD = fi.RoutingMethodType
+
+
+def sizes(device, **changes):
+    usual = cl.Sizes(1024, 512, 128, 8, 8) if device == "cuda" else cl.Sizes()
+    return cl.Sizes(**{**vars(usual), **changes})
+
+
+def check(case, output, ids, weights, **call):
+    ref.judge(
+        case.layer,
+        case.x,
+        ids,
+        weights,
+        output,
+        percent=cl.percent_of(case.mode),
+        tolerance=cl.TOLERANCE.get(case.mode, 0.05),
+        **call,
+    )
+
+
+def activations_of(mode):
+    if mode.startswith("deepseek") or mode == "mxint4":
+        return ["swiglu"]
+    if mode == "mxfp8" or mode in FP4:
+        return ["swiglu", "geglu", "situ", "relu2", "identity"]
+    return ["swiglu", "geglu", "relu2"]
+
+
+GRID = [(mode, activation) for mode in MODES for activation in activations_of(mode)]
+
+
+@DEVICES
+@pytest.mark.parametrize(("mode", "activation"), GRID)
+def test_modes_and_activations(mode, activation, device):
+    case = cl.make(mode, sizes(device), activation, device=device)
+    logits = cl.logits_of(case)
+    output = cl.call(case, logits=logits)
+    assert output.dtype == torch.bfloat16
+    check(case, output, *ref.route("Renormalize", logits, case.sizes.top_k))
+
+
+@DEVICES
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_numbers_of_tokens(mode, tokens, device):
+    tokens = 3072 if device == "cuda" and tokens > 1 else tokens
+    case = cl.make(mode, sizes(device, tokens=tokens), seed=3, device=device)
+    logits = cl.logits_of(case, dtype=torch.bfloat16)
+    output = cl.call(case, logits=logits)
+    check(case, output, *ref.route("Renormalize", logits, case.sizes.top_k))
+
+
+@pytest.mark.parametrize("mode", ["bf16", "deepseek", "mxfp8", "nvfp4", "mxint4"])
+def test_zero_hidden_states_and_no_tokens(mode):
+    case = cl.make(mode, zero=mode != "nvfp4", sizes=cl.Sizes(tokens=3))
+    if mode == "nvfp4":
+        case.arguments["hidden_states"].zero_()
+    assert (cl.call(case, logits=cl.logits_of(case)) == 0).all()
+    case.arguments["hidden_states"] = case.arguments["hidden_states"][:0]
+    if "hidden_states_scale" in case.arguments:
+        scale = case.arguments["hidden_states_scale"]
+        columns = mode == "deepseek"
+        case.arguments["hidden_states_scale"] = scale[:, :0].contiguous() if columns else scale[:0]
+    empty = cl.call(case, logits=cl.logits_of(case)[:0])
+    assert empty.shape == (0, case.sizes.hidden)
+
+
+# --- routing
+
+METHODS = [
+    ("Default", {}),
+    ("Renormalize", {}),
+    ("RenormalizeNaive", {}),
+    ("TopK", {}),
+    ("Sigmoid", {}),
+    ("SigmoidRenorm", {}),
+    ("SigmoidRenorm", {"renormalise": False}),
+    ("TopKSigmoid", {}),
+    ("MiniMax2", {"scale": 2.0, "biased": True}),
+    ("DeepSeekV3", {"scale": 2.5, "biased": True}),
+    ("DeepSeekV3", {"groups": 4, "kept": 2, "scale": 2.5, "biased": True}),
+    ("DeepSeekV3", {"groups": 4, "kept": 2}),
+]
+
+
+def routed(method, case, options, dtype=torch.float32):
+    """Arguments of an operation, and the reference's ids and weights."""
+    options = dict(options)
+    logits = cl.logits_of(case, dtype=dtype)
+    bias = None
+    if options.pop("biased", False):
+        bias = torch.randn(case.sizes.experts, generator=torch.Generator().manual_seed(5))
+    arguments = {
+        "logits": logits,
+        "bias": bias,
+        "routing_method_type": METHOD[method],
+        "n_group": options.get("groups", 1 if method == "DeepSeekV3" else 0),
+        "topk_group": options.get("kept", 1 if method == "DeepSeekV3" else 0),
+        "routed_scaling_factor": options.get("scale"),
+    }
+    if "renormalise" in options:
+        arguments["norm_topk_prob"] = options["renormalise"]
+    return arguments, ref.route(method, logits, case.sizes.top_k, bias=bias, **options)
+
+
+@DEVICES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "options"), METHODS)
+@pytest.mark.parametrize("mode", ["bf16", "deepseek"])
+def test_routing_methods(mode, method, options, dtype, device):
+    case = cl.make(mode, cl.Sizes(256, 128, 16, 4, 8), device=device)
+    arguments, (ids, weights) = routed(method, case, options, dtype)
+    replay = torch.full((case.sizes.tokens, case.sizes.top_k), -1, dtype=torch.int16).to(device)
+    output = cl.call(case, **arguments, routing_replay_out=replay)
+    assert (replay.cpu().long() == ids).all()
+    check(case, output, ids, weights)
+
+
+def test_llama4_weights_on_the_input():
+    case = cl.make("per_tensor", cl.Sizes(top_k=1, tokens=5))
+    logits = cl.logits_of(case) - 1.5
+    ids, weights = ref.route("Llama4", logits, 1)
+    changes = {"routing_method_type": METHOD.Llama4, "use_routing_scales_on_input": True}
+    output = cl.call(case, logits=logits, **changes)
+    check(case, output, ids, weights, on_input=True)
+    pair = (ids.int(), weights.float())
+    check(case, cl.call(case, routed=pair, **changes), ids, weights, on_input=True)
+
+
+def test_weights_come_from_the_unbiased_sigmoid():
+    case = cl.make("bf16", cl.Sizes(256, 128, 16, 4, 6))
+    logits = torch.full((6, 16), -15.5)
+    arguments = {
+        "logits": logits,
+        "bias": torch.full((16,), 12.0),
+        "routing_method_type": METHOD.MiniMax2,
+        "routed_scaling_factor": 2.5,
+    }
+    _, weights, _ = cl.call(case, do_finalize=False, **arguments)
+    torch.testing.assert_close(weights.float().sum(-1), torch.full((6,), 2.5), rtol=0.01, atol=0)
+
+
+def test_saturating_logits_are_ranked_by_themselves():
+    case = cl.make("bf16", cl.Sizes(256, 128, 16, 2, 1))
+    logits = torch.arange(16.0)[None] + 20
+    replay = torch.zeros(1, 2, dtype=torch.int16)
+    changes = {"logits": logits, "routing_replay_out": replay}
+    cl.call(case, routing_method_type=METHOD.TopKSigmoid, **changes)
+    assert replay.tolist() == [[15, 14]]
+    cl.call(case, routing_method_type=METHOD.Sigmoid, **changes)
+    assert replay.tolist() == [[0, 1]]
+
+
+@DEVICES
+@pytest.mark.parametrize("kind", ["packed", "float32", "bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_routed_operations(mode, kind, device):
+    case = cl.make(mode, sizes(device), device=device)
+    logits = cl.logits_of(case)
+    ids, weights = ref.route("Renormalize", logits, case.sizes.top_k)
+    weights[0, 0] *= -1  # a negative weight must not disturb its id
+    replay = torch.full((case.sizes.tokens + 3, case.sizes.top_k), -7, dtype=torch.int16).to(device)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    weights = weights.to(dtype)
+    given = (ids.int().to(device), weights.to(device))
+    if kind == "packed":
+        given = fi.pack_topk_ids(*given)
+    plain = cl.call(case, routed=given)
+    check(case, plain, ids, weights)
+    output = cl.call(case, routed=given, routing_replay_out=replay)
+    cl.same(plain, output)
+    assert (replay[:-3].cpu().long() == ids).all()
+    assert (replay[-3:] == -7).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_replay_changes_nothing_and_keeps_the_tail(mode):
+    case = cl.make(mode, cl.Sizes(tokens=7))
+    logits = cl.logits_of(case)
+    replay = torch.full((12, case.sizes.top_k), -1, dtype=torch.int16)
+    output = cl.call(case, logits=logits, routing_replay_out=replay)
+    cl.same(output, cl.call(case, logits=logits))
+    ids, weights = hopyard.route(logits, hopyard.RoutingRule.renormalize(), case.sizes.top_k)
+    assert (replay[:7] == ids).all()
+    assert (replay[7:] == -1).all()
+    # replay out -> replay in: the recorded ids with the same weights give the same bits
+    cl.same(output, cl.call(case, routed=(replay[:7].int(), weights)))
+
+
+@DEVICES
+@pytest.mark.parametrize("mode", MODES)
+def test_expert_parallel_ranks_sum_to_the_whole(mode, device):
+    case = cl.make(mode, cl.Sizes(256, 128, 8, 4, 8), device=device)
+    logits = cl.logits_of(case)
+    ids, weights = ref.route("Renormalize", logits, 4)
+    changes = {"local_num_experts": 4}
+    total = 0
+    for offset in (0, 4):
+        part = cl.make(mode, cl.Sizes(256, 128, 8, 4, 8), device=device)
+        for name, array in case.arguments.items():
+            if isinstance(array, torch.Tensor) and "hidden" not in name and "token" not in name:
+                part.arguments[name] = array[offset : offset + 4].contiguous()
+        changes["local_expert_offset"] = offset
+        output = cl.call(part, logits=logits, **changes)
+        packed = fi.pack_topk_ids(ids.int(), weights.float()).to(device)
+        by_ids = cl.call(part, routed=packed, **changes)
+        assert ref.worst_row(by_ids.cpu(), output.cpu()) < 0.02
+        assert (output != 0).any()
+        total = total + output.float()
+    check(case, total.bfloat16(), ids, weights)
+
+
+@DEVICES
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("mode", ["deepseek", "deepseek_blocks", "mxfp8", *FP4])
+def test_shared_experts(mode, shared, device):
+    whole = cl.Sizes(256, 128, 16 + shared, 2, 8)
+    case = cl.make(mode, whole, device=device)
+    logits = cl.logits_of(case)[:, :16].contiguous()
+    ids, weights = ref.route("DeepSeekV3", logits, 2, groups=4, kept=2, scale=2.5)
+    changes = {
+        "num_experts": 16,
+        "local_num_experts": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "routing_method_type": METHOD.DeepSeekV3,
+        "routed_scaling_factor": 2.5,
+        "num_fused_shared_experts": shared,
+    }
+    replay = torch.zeros(8, 2, dtype=torch.int16, device=device)
+    output = cl.call(case, logits=logits, routing_replay_out=replay, **changes)
+    assert (replay.cpu().long() == ids).all()
+    more = torch.arange(16, 16 + shared).expand(8, shared)
+    ids = torch.cat([ids, more], 1)
+    weights = torch.cat([weights, torch.ones(8, shared)], 1)
+    check(case, output, ids, weights)
+    rows, given, place = cl.call(case, logits=logits, do_finalize=False, **changes)
+    assert given.shape == ids.shape
+    assert (given[:, 2:] == 1).all()
+    summed = (rows.float()[place.view(8, -1).long()] * given.float()[..., None]).sum(1)
+    assert ref.worst_row(summed.cpu(), output.cpu().float()) < 0.02
+
+
+# --- biases and parameters
+
+
+@DEVICES
+@pytest.mark.parametrize("activation", ["swiglu", "situ"])
+@pytest.mark.parametrize("mode", FP4)
+def test_biases(mode, activation, device):
+    case = cl.make(mode, activation=activation, bias=True, device=device)
+    logits = cl.logits_of(case)
+    output = cl.call(case, logits=logits)
+    check(case, output, *ref.route("Renormalize", logits, 2))
+    without = cl.call(case, logits=logits, gemm1_bias=None)
+    assert (without.float() - output.float()).abs().max() > 1e-3
+
+
+PARAMETERS = [
+    {"alpha": [1.702] * 8, "beta": [1.0] * 8, "limit": [0.7] * 8},
+    {"alpha": [0.5, 1, 2, 3, 1, 1, 1, 4]},
+    {"limit": [0.1, 0.2, 0.3, 0.5, 1, 2, 3, 9]},
+    {"beta": [0.0, 1, -1, 2, 0, 0, 0.5, 0]},
+]
+
+
+@DEVICES
+@pytest.mark.parametrize("options", PARAMETERS, ids=lambda o: "-".join(o))
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "per_tensor"])
+def test_parameters_of_swiglu(mode, options, device):
+    case = cl.make(mode, device=device, **options)
+    logits = cl.logits_of(case)
+    output = cl.call(case, logits=logits)
+    check(case, output, *ref.route("Renormalize", logits, 2))
+    plain = {"gemm1_alpha": None, "gemm1_beta": None, "gemm1_clamp_limit": None}
+    default = cl.call(case, logits=logits, **plain)
+    assert (default.float() - output.float()).abs().max() > 1e-3
+    ones = torch.ones(8, device=device)
+    neutral = {
+        "gemm1_alpha": ones,
+        "gemm1_beta": ones * 0,
+        "gemm1_clamp_limit": ones * torch.finfo(torch.float32).max,
+    }
+    cl.same(default, cl.call(case, logits=logits, **neutral))
+
+
+@pytest.mark.parametrize("mode", FP4)
+def test_parameters_of_situ(mode):
+    case = cl.make(mode, activation="situ", alpha=[4.0] * 8, beta=[25.0] * 8, limit=[0.9] * 8)
+    logits = cl.logits_of(case)
+    check(case, cl.call(case, logits=logits), *ref.route("Renormalize", logits, 2))
+
+
+@DEVICES
+@pytest.mark.parametrize("mode", [m for m in MODES if m not in ("per_tensor", "deepseek")])
+def test_lora_delta(mode, device):
+    case = cl.make(mode, bias=mode in FP4, device=device)
+    logits = cl.logits_of(case)
+    ids, weights = ref.route("Renormalize", logits, 2)
+    delta = cl.normal((8, 2, 2 * case.sizes.inter), 20, 0.5)
+    packed = (ids.int().to(device), weights.float().to(device))
+    arguments = {"routed": packed, "gemm1_lora_delta": delta.to(device)}
+    output, place, inner = cl.call(case, **arguments)
+    check(case, output, ids, weights, delta=delta)
+    assert place.shape == (16,)
+    assert place.dtype == torch.int32
+    assert inner.shape == (16, case.sizes.inter)
+    rows, given, place2, inner2 = cl.call(case, do_finalize=False, **arguments)
+    assert given.dtype == torch.float32
+    assert rows.shape == (16, case.sizes.hidden)
+    cl.same(inner, inner2)
+    assert (place == place2).all()
+
+
+# --- results
+
+
+@DEVICES
+@pytest.mark.parametrize("mode", MODES)
+def test_unfinalised_rows(mode, device):
+    case = cl.make(mode, device=device)
+    logits = cl.logits_of(case)
+    output = cl.call(case, logits=logits)
+    rows, weights, place = cl.call(case, logits=logits, do_finalize=False)
+    assert weights.dtype == rows.dtype == torch.bfloat16
+    assert place.shape == (16,)
+    picked = rows.float()[place.view(8, 2).long()]
+    summed = (picked * weights.float()[..., None]).sum(1)
+    assert ref.worst_row(summed, output.float()) < 0.02
+    half = {"local_num_experts": 4}
+    part = {
+        name: array[:4].contiguous()
+        for name, array in case.arguments.items()
+        if isinstance(array, torch.Tensor) and "hidden" not in name and "token" not in name
+    }
+    _, _, place = cl.call(case, logits=logits, do_finalize=False, **half, **part)
+    ids, _ = ref.route("Renormalize", logits, 2)
+    assert ((place.view(8, 2).cpu() == -1) == (ids >= 4)).all()
+
+
+@pytest.mark.parametrize("mode", FP4)
+def test_narrow_and_given_outputs(mode):
+    case = cl.make(mode)
+    logits = cl.logits_of(case)
+    whole = cl.call(case, logits=logits)
+    narrow = torch.full((8, 200), 7.0).bfloat16()
+    result = cl.call(case, logits=logits, output=narrow)
+    assert result is narrow
+    cl.same(narrow, whole[:, :200].contiguous())
+
+
+def test_lists_and_single_results():
+    for mode, listed in (("nvfp4", True), ("mxint4", True), ("bf16", False), ("mxfp8", False)):
+        case = cl.make(mode)
+        name = cl.OPERATIONS.get(mode, "trtllm_fp4_block_scale") + "_moe"
+        arguments = {**case.arguments, **cl.routing_of(case.sizes)}
+        result = getattr(fi, name)(
+            routing_logits=cl.logits_of(case), routing_bias=None, **arguments
+        )
+        assert isinstance(result, list) == listed
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numpy_arrays_give_the_bits_of_torch(mode):
+    case = cl.make(mode)
+    logits = cl.logits_of(case)
+    wanted = cl.call(case, logits=logits)
+
+    def as_numpy(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.dtype == torch.bfloat16:
+            return value.view(torch.uint16).numpy()
+        return (value.view(torch.uint8) if value.element_size() == 1 else value).numpy()
+
+    arguments = {name: as_numpy(value) for name, value in case.arguments.items()}
+    name = cl.OPERATIONS.get(mode, "trtllm_fp4_block_scale") + "_moe"
+    result = getattr(fi, name)(
+        routing_logits=logits.numpy(), routing_bias=None, **arguments, **cl.routing_of(case.sizes)
+    )
+    result = result[0] if isinstance(result, list) else result
+    assert result.dtype == np.uint16
+    np.testing.assert_array_equal(result, cl.bits(wanted))
+
+
+# --- caches
+
+
+@DEVICES
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_remembered_of_what_arrays_hold(mode, device):
+    case = cl.make(mode, bias=mode in FP4, device=device)
+    other = cl.make(mode, seed=50, bias=mode in FP4, device=device)
+    logits = cl.logits_of(case)
+    first = cl.call(case, logits=logits)
+    before = {
+        name: array.clone() for name, array in case.arguments.items() if hasattr(array, "clone")
+    }
+    wanted = cl.call(other, logits=logits)
+    cl.call(case, logits=logits)
+    for name, array in before.items():  # calls leave weights alone
+        assert (array.view(torch.uint8) == case.arguments[name].view(torch.uint8)).all()
+    for name, array in other.arguments.items():  # new content at the same addresses
+        if isinstance(array, torch.Tensor):
+            case.arguments[name].view(torch.uint8).copy_(array.view(torch.uint8))
+    second = cl.call(case, logits=logits)
+    cl.same(second, wanted)
+    assert (first != second).any()
+
+
+def test_views_neither_keep_weights_nor_grow_without_bound():
+    case = cl.make("nvfp4")
+    watch = [weakref.ref(a) for name, a in case.arguments.items() if isinstance(a, torch.Tensor)]
+    logits = cl.logits_of(case)
+    cl.call(case, logits=logits)
+    del case
+    gc.collect()
+    assert [w for w in watch if w() is not None] == []
+    cache = engine._Cache(3)
+    made = [cache.get(i, lambda i=i: i) for i in (1, 2, 3, 1, 4)]
+    assert made == [1, 2, 3, 1, 4]
+    assert list(cache._items) == [3, 1, 4]
+    cache.get(9, lambda: 9, pin=True)
+    for i in range(20, 30):
+        cache.get(i, lambda: 0)
+    assert len(cache) == 4
+    assert cache.get(9, lambda: None) == 9
+
+
+def test_plans_are_shared_by_layers_of_one_spec():
+    fi.clear_caches()
+    for seed in range(4):
+        case = cl.make("bf16", seed=seed)
+        for tokens in (8, 5, 1):
+            logits = cl.logits_of(case)[:tokens].contiguous()
+            hidden = case.arguments["hidden_states"][:tokens]
+            cl.call(case, logits=logits, hidden_states=hidden)
+    assert len(engine._plans) == 1
+    fi.clear_caches()
+    assert len(engine._plans) == len(engine._views) == 0
+
+
+def test_cuda_graph_replays_with_new_content():
+    if not cl.CUDA:
+        pytest.skip("no GPU, or a library without its kernels")
+    case = cl.make("nvfp4", bias=True, device="cuda", alpha=[1.2] * 8, limit=[0.9] * 8)
+    logits = cl.logits_of(case).cuda()
+    eager = cl.call(case, logits=logits)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        cl.call(case, logits=logits)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = cl.call(case, logits=logits)
+    fi.clear_caches()
+    graph.replay()
+    torch.cuda.synchronize()
+    cl.same(output, eager)
+    case.arguments["output2_scale_scalar"] *= 2
+    graph.replay()
+    torch.cuda.synchronize()
+    assert (output.float() != eager.float()).any()
+
+
+def test_new_arrays_within_a_capture_are_refused(monkeypatch):
+    monkeypatch.setattr(engine, "_is_capturing", lambda hidden: True)
+    fi.clear_caches()
+    case = cl.make("bf16", seed=77)
+    logits = cl.logits_of(case)
+    with pytest.raises(RuntimeError, match="make one call with the same arrays before the capture"):
+        cl.call(case, logits=logits)
+    monkeypatch.setattr(engine, "_is_capturing", lambda hidden: False)
+    output = cl.call(case, logits=logits)
+    monkeypatch.setattr(engine, "_is_capturing", lambda hidden: True)
+    cl.same(cl.call(case, logits=logits), output)
+    fi.clear_caches()
+    cl.same(cl.call(case, logits=logits), output)  # what a graph uses is kept
+    engine._views._pinned.clear()
+    engine._plans._pinned.clear()
