@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -247,18 +248,7 @@ class MoeLayer:
         self._options: PlanOptions = {**options, "max_tokens": max_tokens}
         self._device = parse_device(weights.device if device is None else device, weights._device)
         self._plan = lib.make_plan(spec_to_map(spec), dict(self._options), self._device)
-        given, wanted = vars(weights.spec), vars(spec)
-        for name in wanted:
-            if given[name] != wanted[name]:
-                raise ValueError(
-                    f"weights were made for a spec with {name}={given[name]}, wanted {name}="
-                    f"{wanted[name]}; make them for the layer's spec"
-                )
-        if weights._device != self._device:
-            raise ValueError(
-                f"weights are on {weights.device}, wanted {self.device}, the layer's device; copy "
-                "them there (Weights.to), or leave device out"
-            )
+        self._require_fit(weights)
         self._workspaces = Workspaces(self.workspace_bytes, self._device)
 
     @property
@@ -294,6 +284,34 @@ class MoeLayer:
     def explain(self) -> Explanation:
         """Which kernels were chosen, and why not the others."""
         return explain(self._spec, self.device, **self._options)
+
+    def with_weights(self, weights: Weights) -> MoeLayer:
+        """A layer with other weights that shares this one's plan and workspaces.
+
+        A model whose layers are alike makes one plan, and calls that follow each other use the same
+        memory.
+
+        Raises:
+            ValueError: the weights were made for another spec, or lie on another device.
+        """
+        self._require_fit(weights)
+        other = copy.copy(self)
+        other._weights = weights
+        return other
+
+    def _require_fit(self, weights: Weights) -> None:
+        given, wanted = vars(weights.spec), vars(self._spec)
+        for name in wanted:
+            if given[name] != wanted[name]:
+                raise ValueError(
+                    f"weights were made for a spec with {name}={given[name]}, wanted {name}="
+                    f"{wanted[name]}; make them for the layer's spec"
+                )
+        if weights._device != self._device:
+            raise ValueError(
+                f"weights are on {weights.device}, wanted {self.device}, the layer's device; copy "
+                "them there (Weights.to), or leave device out"
+            )
 
     def _inputs(self, hidden: Array, call: dict[str, Any], stream: int) -> dict[str, Any]:
         require_not_float32(hidden, "hidden")
