@@ -165,6 +165,20 @@ def test_replay_of_compiled_models():
         logits_of(compiled, tokens)
 
 
+def test_opcheck():
+    model = make("mixtral")
+    model(tokens_for(model))
+    key = id(moe_experts(model)[0])
+    hidden, logits = torch.zeros(24, 64).bfloat16(), torch.zeros(24, 8)
+    ids, weights = torch.zeros(24, 2, dtype=torch.int64), torch.zeros(24, 2)
+    for name, args in (
+        ("transformers_experts", (hidden, ids, weights, key)),
+        ("transformers_replay", (logits, ids, weights, key)),
+    ):
+        results = torch.library.opcheck(getattr(torch.ops.hopyard, name).default, args)
+        assert set(results.values()) == {"SUCCESS"}
+
+
 def test_from_pretrained(tmp_path):
     model = make("mixtral")
     model.save_pretrained(tmp_path)

@@ -127,7 +127,7 @@ class Replay:
         if ids.shape[1] != router.top_k:
             raise ValueError(f"ids has top_k={ids.shape[1]}, wanted the router's {router.top_k}")
         self._rule = rule_of(router)
-        self._ids = ids
+        self._ids = ids.contiguous()
         self._next = 0
         self._forced: int | None = None
 
@@ -150,9 +150,7 @@ class Replay:
         given = self._ids[self._next : self._next + tokens]
         self._next += tokens
         self._forced = tokens
-        _, computed = route(
-            logits.contiguous(), self._rule, given.shape[1], forced_ids=given.contiguous()
-        )
+        _, computed = route(logits.contiguous(), self._rule, given.shape[1], forced_ids=given)
         own = (given == ids).all(-1, keepdim=True)
         return given.to(ids.dtype), torch.where(own, weights, computed.to(weights.dtype))
 

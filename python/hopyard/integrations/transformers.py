@@ -265,7 +265,8 @@ def _run_replay(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     replay = _experts[key].replay
     if replay is None:
-        return ids.clone(), weights.clone()
+        contiguous = {"memory_format": torch.contiguous_format}
+        return ids.clone(**contiguous), weights.clone(**contiguous)
     require_no_capture("replay_routing")
     return replay.force(logits, ids, weights)
 
@@ -275,13 +276,16 @@ for _schema, _kernel, _fake in (
     (
         "transformers_experts(Tensor hidden, Tensor ids, Tensor weights, SymInt experts) -> Tensor",
         _run_experts,
-        lambda hidden, ids, weights, experts: torch.empty_like(hidden),
+        lambda hidden, ids, weights, experts: hidden.new_empty(hidden.shape),
     ),
     (
         "transformers_replay(Tensor logits, Tensor ids, Tensor weights, SymInt experts)"
         " -> (Tensor, Tensor)",
         _run_replay,
-        lambda logits, ids, weights, experts: (torch.empty_like(ids), torch.empty_like(weights)),
+        lambda logits, ids, weights, experts: (
+            ids.new_empty(ids.shape),
+            weights.new_empty(ids.shape),
+        ),
     ),
 ):
     _name = _schema.partition("(")[0]
