@@ -193,7 +193,8 @@ def _arguments(names: list[str]) -> str:
 
 
 _WRITTEN = [name for name in CallOptions.__annotations__ if name.endswith("_out")]
-_READ = [n for n in CallOptions.__annotations__ if n not in (*_WRITTEN, "out", "accumulate")]
+_OTHERS = ("out", "accumulate", "stream")  # the stream is torch's current one
+_READ = [name for name in CallOptions.__annotations__ if name not in (*_WRITTEN, *_OTHERS)]
 _ROUTE_READ = ["bias", "forced_ids", "token_ids", "token_to_experts", "num_tokens"]
 _ROUTE_WRITTEN = ["replay_out", "load_out"]
 _SCHEMAS = {
