@@ -38,6 +38,18 @@ def make(name, seed=2, device="cpu", **sizes):
     return model.to(device)
 
 
+@pytest.fixture
+def quantised():
+    """Registers a format for one test."""
+
+    def make_name(weight_format, **options):
+        name = f"hopyard_{weight_format}"
+        hooks.register(name, weight_format=weight_format, **options)
+        return name
+
+    return make_name
+
+
 def tokens_for(model, batch=2, length=12, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, 32, (batch, length), generator=generator).to(model.device)
@@ -172,11 +184,36 @@ def test_opcheck():
     hidden, logits = torch.zeros(24, 64).bfloat16(), torch.zeros(24, 8)
     ids, weights = torch.zeros(24, 2, dtype=torch.int64), torch.zeros(24, 2)
     for name, args in (
-        ("transformers_experts", (hidden, ids, weights, key)),
+        ("transformers_experts", (hidden, ids, weights, key, "hopyard")),
         ("transformers_replay", (logits, ids, weights, key)),
     ):
         results = torch.library.opcheck(getattr(torch.ops.hopyard, name).default, args)
         assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4"])
+def test_compiled_models_follow_the_implementation(name, quantised):
+    """Compiled code of an implementation is used again when the model comes back to it."""
+    model = make(name)
+    tokens = tokens_for(model)
+    other = quantised("mxfp8")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = []
+    for implementation in ("hopyard", other, "hopyard"):
+        model.set_experts_implementation(implementation)
+        outputs.append(logits_of(compiled, tokens))
+        assert float(row_errors(outputs[-1], logits_of(model, tokens)).max()) < 0.01
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_layers_compiled_one_by_one_keep_their_experts():
+    model = make("mixtral")
+    tokens = tokens_for(model)
+    wanted = logits_of(model, tokens)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    assert float(row_errors(logits_of(model, tokens), wanted).max()) < 0.01
 
 
 def test_from_pretrained(tmp_path):
@@ -241,18 +278,6 @@ FORMATS = {  # and the largest row error of the logits that each may add
     "fp8_block128": 0.1,
     "mxint4": 0.5,
 }
-
-
-@pytest.fixture
-def quantised():
-    """Registers a format for one test."""
-
-    def make_name(weight_format, **options):
-        name = f"hopyard_{weight_format}"
-        hooks.register(name, weight_format=weight_format, **options)
-        return name
-
-    return make_name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -408,6 +433,6 @@ def test_a_capture_is_refused(monkeypatch):
         hopyard.record_routing(model),
         pytest.raises(RuntimeError, match=message.format("record_routing")),
     ):
-        hooks._run_experts(hidden, ids, weights, key)
+        hooks._run_experts(hidden, ids, weights, key, "hopyard")
     with pytest.raises(RuntimeError, match=message.format("replay_routing")), replaying:
         hooks._run_replay(logits, ids, weights, key)

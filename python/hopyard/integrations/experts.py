@@ -121,12 +121,11 @@ class Experts:
 
     Args:
         module: experts of a transformers model; only a weak reference is kept.
-        options: how to run it.
     """
 
-    def __init__(self, module: torch.nn.Module, options: Options) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self.module = weakref.ref(module)
-        self.options = options
+        self.options = Options()
         self.layout = layout_of(module)
         self.recorders: list[tuple[RoutingRecord, int]] = []
         self.replay: Replay | None = None
@@ -163,6 +162,12 @@ class Experts:
     def num_experts(self) -> int:
         """Experts of the module."""
         return int(self.module().gate_up_proj.shape[0])
+
+    def use(self, options: Options) -> None:
+        """Run the module in this way from now on."""
+        if options != self.options:
+            self.options = options
+            self.forget()
 
     def forget(self) -> None:
         """Read the parameters anew at the next call."""

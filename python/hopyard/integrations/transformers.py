@@ -180,16 +180,16 @@ def _router_of(block: Any) -> Any:
 
 
 def _state_of(block: Any) -> Experts:
-    return _experts[_key_of(block.experts, _implementation(block))]
+    return _experts[_key_of(block.experts)]
 
 
 # Compiled code has the key as a constant; `_call` makes it depend on the module.
 @torch.compiler.assume_constant_result
-def _key_of(module: torch.nn.Module, name: str) -> int:
-    key, options = id(module), _registered[name]
+def _key_of(module: torch.nn.Module) -> int:
+    key = id(module)
     state = _experts.get(key)
-    if state is None or state.module() is not module or state.options != options:
-        _experts[key] = Experts(module, options)
+    if state is None or state.module() is not module:
+        _experts[key] = Experts(module)
         weakref.finalize(module, _experts.pop, key, None)
     return key
 
@@ -203,7 +203,8 @@ def _call(
             "torch.no_grad(), or train it with model.set_experts_implementation('eager')"
         )
     id(module)  # compiled code is for this module only
-    return torch.ops.hopyard.transformers_experts(hidden, ids, weights, _key_of(module, name))
+    key = _key_of(module)
+    return torch.ops.hopyard.transformers_experts(hidden, ids, weights, key, name)
 
 
 def _experts_forward(
@@ -225,7 +226,7 @@ def _llama4_block_forward(self: Any, hidden_states: torch.Tensor) -> Any:
     hidden = hidden_states.reshape(-1, self.hidden_dim)
     scores, logits = self.router(hidden)
     ids = logits.topk(self.top_k, dim=1)[1]
-    key = _key_of(self.experts, name)
+    key = _key_of(self.experts)
     ids, weights = torch.ops.hopyard.transformers_replay(logits, ids, scores.gather(1, ids), key)
     out = self.shared_expert(hidden)
     out.add_(_call(self.experts, name, hidden, ids, weights))
@@ -244,9 +245,10 @@ def _force(key: int, router: Any, args: Any, output: Any) -> Any:
 
 
 def _run_experts(
-    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, key: int
+    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, key: int, name: str
 ) -> torch.Tensor:
     state = _experts[key]
+    state.use(_registered[name])
     if state.replay is not None:
         state.replay.require_forced(ids.shape[0])
     if not state.recorders:
@@ -274,9 +276,10 @@ def _run_replay(
 _library = torch.library.Library("hopyard", "FRAGMENT")
 for _schema, _kernel, _fake in (
     (
-        "transformers_experts(Tensor hidden, Tensor ids, Tensor weights, SymInt experts) -> Tensor",
+        "transformers_experts(Tensor hidden, Tensor ids, Tensor weights, SymInt experts, "
+        "str implementation) -> Tensor",
         _run_experts,
-        lambda hidden, ids, weights, experts: hidden.new_empty(hidden.shape),
+        lambda hidden, ids, weights, experts, implementation: hidden.new_empty(hidden.shape),
     ),
     (
         "transformers_replay(Tensor logits, Tensor ids, Tensor weights, SymInt experts)"
