@@ -15,11 +15,11 @@ run: build
 	$(HOPYARD) run $(PRESET_MODEL) --weights mxfp4
 	$(HOPYARD) run $(PRESET_MODEL) --weights bf16
 
-# Tests run side by side; idle OpenMP threads must not spin on each other's cores.
+# Tests run side by side, and torch has OpenMP threads of its own: idle ones must not spin.
 test: build
 	@tools/setup.sh test-packages
 	OMP_WAIT_POLICY=passive ctest --preset release --parallel $$(nproc)
-	HOPYARD_REQUIRE_TRANSFORMERS=1 $(PYTHON) -m pytest -q
+	OMP_WAIT_POLICY=passive HOPYARD_REQUIRE_TRANSFORMERS=1 $(PYTHON) -m pytest -q
 
 lint:
 	@.ci/run format ruff checks

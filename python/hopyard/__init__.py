@@ -12,6 +12,8 @@ lie, on the CPU or a Hopper GPU. NumPy has no bfloat16: there, uint16 arrays hol
 for what no kernel does, MemoryError, InternalError for a defect of Hopyard.
 """
 
+from typing import Any
+
 from hopyard._library import InternalError
 from hopyard.arrays import Array, from_bf16, to_bf16
 from hopyard.checkpoint import Checkpoint, LoadedLayer, load_layer
@@ -52,3 +54,14 @@ __all__ = [
     "route",
     "to_bf16",
 ]
+
+# Functions that need transformers, which the package imports when one of them is used.
+_OF_TRANSFORMERS = ("record_routing", "replay_routing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_TRANSFORMERS:
+        from hopyard.integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module 'hopyard' has no attribute {name!r}")

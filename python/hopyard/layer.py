@@ -260,30 +260,8 @@ class MoeLayer:
         self._options: PlanOptions = {**options, "max_tokens": max_tokens}
         self._device = parse_device(weights.device if device is None else device, weights._device)
         self._plan = lib.make_plan(spec_to_map(spec), dict(self._options), self._device)
-        self._check(weights)
+        self._require_fit(weights)
         self._workspaces = Workspaces(self.workspace_bytes, self._device)
-
-    def _check(self, weights: Weights) -> None:
-        _check_spec_of(weights, self._spec)
-        if weights._device != self._device:
-            raise ValueError(
-                f"weights are on {weights.device}, wanted {self.device}, the layer's device; copy "
-                "them there (Weights.to), or leave device out"
-            )
-
-    def with_weights(self, weights: Weights) -> MoeLayer:
-        """A layer of the same plan and workspaces with other weights.
-
-        Args:
-            weights: made for an equal spec, on the same device; kept alive.
-
-        Raises:
-            ValueError: weights belong to another spec or device.
-        """
-        self._check(weights)
-        other = copy.copy(self)
-        other._weights = weights
-        return other
 
     @property
     def spec(self) -> MoeSpec:
@@ -318,6 +296,28 @@ class MoeLayer:
     def explain(self) -> Explanation:
         """Which kernels were chosen, and why not the others."""
         return explain(self._spec, self.device, **self._options)
+
+    def with_weights(self, weights: Weights) -> MoeLayer:
+        """A layer with other weights that shares this one's plan and workspaces.
+
+        A model whose layers are alike makes one plan, and calls that follow each other use the same
+        memory.
+
+        Raises:
+            ValueError: the weights were made for another spec, or lie on another device.
+        """
+        self._require_fit(weights)
+        other = copy.copy(self)
+        other._weights = weights
+        return other
+
+    def _require_fit(self, weights: Weights) -> None:
+        _check_spec_of(weights, self._spec)
+        if weights._device != self._device:
+            raise ValueError(
+                f"weights are on {weights.device}, wanted {self.device}, the layer's device; copy "
+                "them there (Weights.to), or leave device out"
+            )
 
     def _inputs(self, hidden: Array, call: dict[str, Any], stream: int) -> dict[str, Any]:
         require_not_float32(hidden, "hidden")

@@ -356,3 +356,19 @@ def test_overlap_of_launches_gives_the_same_bits(data):
     np.testing.assert_array_equal(
         apart(data.bits, logits=data.logits), layer(data.bits, logits=data.logits)
     )
+
+
+def test_layers_of_one_plan_differ_in_their_weights_only(data):
+    layer, _ = layers.make()
+    other = layers.arrays(40)
+    twin = layer.with_weights(other.weights(layers.spec()))
+    wanted = run(data, other.weights(layers.spec()))
+    np.testing.assert_array_equal(twin(data.bits, logits=data.logits), wanted)
+    np.testing.assert_array_equal(
+        layer(data.bits, logits=data.logits), run(data, data.weights(layers.spec()))
+    )
+    assert twin._plan is layer._plan
+    assert twin._workspaces is layer._workspaces
+    narrow = layers.spec(top_k=1)
+    with pytest.raises(ValueError, match="made for a spec with top_k=1, wanted top_k=2"):
+        layer.with_weights(data.weights(narrow))

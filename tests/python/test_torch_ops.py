@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.ops.hopyard: the same bits as a layer's call, in eager mode, compiled, and in a graph."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import pytest
+
+import hopyard
+import layers
+
+torch = pytest.importorskip("torch")
+from torch._dynamo.testing import CompileCounter  # noqa: E402
+from torch._subclasses import FakeTensor, FakeTensorMode  # noqa: E402
+
+from devices import DEVICES  # noqa: E402
+from hopyard import torch_ops  # noqa: E402
+
+OPS = torch.ops.hopyard
+
+
+class Case:
+    """The usual layer with torch tensors, its handle and a call's arguments."""
+
+    def __init__(self, device="cpu", seed=0):
+        self.data = layers.arrays(seed)
+
+        def weight(values):
+            return torch.from_numpy(values).bfloat16().to(device)
+
+        experts = hopyard.ExpertWeights(gemm1=weight(self.data.gemm1), gemm2=weight(self.data.down))
+        self.layer = hopyard.MoeLayer(
+            layers.spec(), hopyard.Weights(layers.spec(), experts), layers.TOKENS
+        )
+        self.handle = torch_ops.handle(self.layer)
+        self.hidden = weight(self.data.hidden)
+        self.logits = torch.from_numpy(self.data.logits).to(device)
+
+    def replay(self):
+        shape = (layers.TOKENS, layers.TOP_K)
+        return torch.full(shape, -9, dtype=torch.int16, device=self.hidden.device)
+
+    def load(self):
+        return torch.zeros(layers.EXPERTS, dtype=torch.int32, device=self.hidden.device)
+
+
+@pytest.fixture(params=DEVICES)
+def case(request):
+    with torch.no_grad():
+        yield Case(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def test_same_bits_as_the_layer(case):
+    replay, load = case.replay(), case.load()
+    output = torch_ops.moe(
+        case.hidden, case.handle, logits=case.logits, replay_out=replay, load_out=load
+    )
+    wanted_replay, wanted_load = case.replay(), case.load()
+    wanted = case.layer(
+        case.hidden, logits=case.logits, replay_out=wanted_replay, load_out=wanted_load
+    )
+    assert torch.equal(output, wanted)
+    assert torch.equal(replay, wanted_replay)
+    assert torch.equal(load, wanted_load)
+    assert torch.equal(load.cpu().long(), torch.bincount(replay.cpu().long().ravel(), minlength=8))
+    again = OPS.moe(case.hidden, case.handle, logits=case.logits, ids=replay)
+    assert torch.equal(again, wanted)
+
+
+def test_the_function_chooses_the_operator(case):
+    wanted = case.layer(case.hidden, logits=case.logits)
+    assert torch.equal(torch_ops.moe(case.hidden, case.handle, logits=case.logits), wanted)
+    out = torch.zeros_like(case.hidden)
+    assert torch_ops.moe(case.hidden, case.handle, logits=case.logits, out=out) is out
+    assert torch.equal(out, wanted)
+    count = torch.tensor([3], dtype=torch.int32, device=case.hidden.device)
+    replay = case.replay()
+    output = torch_ops.moe(
+        case.hidden, case.handle, logits=case.logits, replay_out=replay, num_tokens=count
+    )
+    assert torch.equal(output[:3], wanted[:3])
+    assert not output[3:].any()
+    assert (replay[3:] == -9).all()
+
+
+def test_out_is_written_and_added_to(case):
+    wanted = case.layer(case.hidden, logits=case.logits)
+    narrow = torch.zeros(layers.TOKENS, 40, dtype=torch.bfloat16, device=case.hidden.device)
+    assert OPS.moe_out(case.hidden, case.handle, narrow, logits=case.logits) is None
+    assert torch.equal(narrow, wanted[:, :40])
+    start = torch.full_like(wanted, 3.0)
+    OPS.moe_out(case.hidden, case.handle, start, accumulate=True, logits=case.logits)
+    torch.testing.assert_close(start, wanted + 3, rtol=2**-7, atol=2**-7)
+
+
+def test_num_tokens_is_a_tensor(case):
+    count = torch.tensor(5, dtype=torch.int32, device=case.hidden.device)
+    output = OPS.moe(case.hidden, case.handle, logits=case.logits, num_tokens=count)
+    assert torch.equal(output[:5], case.layer(case.hidden, logits=case.logits)[:5])
+    assert not output[5:].any()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_route(bf16, case):
+    rule = hopyard.RoutingRule.deepseek_v3(num_groups=4, top_groups=2, scaling_factor=2.5)
+    bias = torch.linspace(-0.2, 0.2, layers.EXPERTS, device=case.hidden.device)
+    replay = case.replay()
+    text = torch_ops.rule_text(rule)
+    ids, weights = OPS.route(case.logits, text, 2, bias=bias, replay_out=replay, bf16_weights=bf16)
+    wanted_ids, wanted = hopyard.route(
+        case.logits, rule, 2, bias=bias, weights_dtype="bfloat16" if bf16 else "float32"
+    )
+    assert torch.equal(ids, wanted_ids)
+    assert torch.equal(weights, wanted)
+    assert weights.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert torch.equal(replay.int(), ids)
+
+
+def operator_calls(case):
+    """Arguments of every operator, as opcheck takes them."""
+    text = torch_ops.rule_text(case.layer.spec.routing)
+    outputs = {"replay_out": case.replay(), "load_out": case.load()}
+    options = {"logits": case.logits, **outputs}
+    result = torch.zeros_like(case.hidden)
+    return {
+        "moe": ((case.hidden, case.handle), {"logits": case.logits}),
+        "moe_out": ((case.hidden, case.handle, result), options),
+        "route": ((case.logits, text, layers.TOP_K), outputs),
+    }
+
+
+@pytest.mark.parametrize("name", ["moe", "moe_out", "route"])
+def test_opcheck(name, case):
+    args, options = operator_calls(case)[name]
+    results = torch.library.opcheck(getattr(OPS, name).default, args, options)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def block(hidden, first, second, logits, replay):
+    """Two layers with something of torch between them; writes `replay`."""
+    inner = torch_ops.moe(hidden * 0.5, first, logits=logits, replay_out=replay)
+    inner = torch.tanh(inner + hidden)
+    output = torch.empty_like(inner)
+    OPS.moe_out(inner, second, output, logits=logits)
+    return output
+
+
+def test_compiled_is_eager_bit_by_bit(case):
+    other = Case(case.hidden.device, seed=5)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for tokens in (layers.TOKENS, 7):
+        results = []
+        for run in (block, compiled):
+            replay = case.replay()
+            hidden, logits = case.hidden[:tokens], case.logits[:tokens]
+            results.append((run(hidden, case.handle, other.handle, logits, replay), replay))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+        assert (results[0][1][tokens:] == -9).all()
+
+
+def test_inductor_gives_the_same_bits(case):
+    """The operators alone: Inductor's own arithmetic between them is not what is tested."""
+
+    def run(hidden, handle, logits, out):
+        OPS.moe_out(hidden, handle, out, logits=logits)
+        return OPS.moe(out, handle, logits=logits)
+
+    compiled = torch.compile(run, fullgraph=True, backend="inductor")
+    outs = [torch.zeros_like(case.hidden) for _ in range(2)]
+    wanted = run(case.hidden, case.handle, case.logits, outs[0])
+    assert torch.equal(compiled(case.hidden, case.handle, case.logits, outs[1]), wanted)
+    assert torch.equal(*outs)
+
+
+def test_one_graph_serves_all_layers():
+    with torch.no_grad():
+        cases = [Case(seed=seed) for seed in range(5)]
+        counter = CompileCounter()
+        compiled = torch.compile(
+            lambda hidden, handle, logits: OPS.moe(hidden, handle, logits=logits),
+            fullgraph=True,
+            backend=counter,
+        )
+        for each in cases:
+            output = compiled(each.hidden, each.handle, each.logits)
+            assert torch.equal(output, each.layer(each.hidden, logits=each.logits))
+        assert counter.frame_count == 2  # of a constant handle, then of any
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU in torch")
+def test_a_cuda_graph_replays_the_eager_bits():
+    with torch.no_grad():
+        case = Case("cuda")
+        hidden, logits, replay = case.hidden.clone(), case.logits.clone(), case.replay()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # not the default stream, as before a capture
+            torch_ops.moe(hidden, case.handle, logits=logits, replay_out=replay)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = torch_ops.moe(hidden, case.handle, logits=logits, replay_out=replay)
+        for seed in (11, 12):
+            torch.manual_seed(seed)
+            hidden.normal_()
+            logits.normal_()
+            replay.fill_(-9)
+            graph.replay()
+            wanted_replay = case.replay()
+            wanted = case.layer(hidden, logits=logits, replay_out=wanted_replay)
+            assert torch.equal(output, wanted)
+            assert torch.equal(replay, wanted_replay)
+
+
+def test_meta_and_fake_tensors_reach_no_kernel(monkeypatch):
+    case = Case()
+
+    def kernel(*args, **kwargs):
+        raise AssertionError("a kernel was called")
+
+    monkeypatch.setattr(hopyard.MoeLayer, "__call__", kernel)
+    monkeypatch.setattr("hopyard.routing.route", kernel)
+    with pytest.raises(AssertionError, match="a kernel was called"):
+        OPS.moe(case.hidden, case.handle, logits=case.logits)
+
+    def check(hidden, logits, replay, kind):
+        output = torch_ops.moe(hidden, case.handle, logits=logits, replay_out=replay)
+        assert OPS.moe_out(hidden, case.handle, output, logits=logits) is None
+        text = torch_ops.rule_text(case.layer.spec.routing)
+        ids, weights = OPS.route(logits, text, 2, replay_out=replay)
+        assert output.shape == case.hidden.shape
+        assert output.dtype == torch.bfloat16
+        assert ids.shape == weights.shape == replay.shape
+        assert (ids.dtype, weights.dtype) == (torch.int32, torch.float32)
+        for result in (output, ids, weights):
+            assert kind(result)
+        # Shapes follow from the arguments, not from what the handle names.
+        assert OPS.moe(hidden, 10**9, logits=logits).shape == hidden.shape
+
+    given = (case.hidden, case.logits, case.replay())
+    check(*(tensor.to("meta") for tensor in given), lambda result: result.is_meta)
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(tensor) for tensor in given]
+    with mode:
+        check(*fakes, lambda result: isinstance(result, FakeTensor))
+
+
+def test_a_layer_refuses_tensors_without_memory():
+    """Called directly, without the operator."""
+    case = Case()
+    with pytest.raises(ValueError, match="hidden"):
+        case.layer(case.hidden.to("meta"), logits=case.logits)
+    with pytest.raises(ValueError, match="logits"):
+        case.layer(case.hidden, logits=case.logits.to("meta"))
+    fake = FakeTensorMode().from_tensor(case.hidden)
+    with pytest.raises(ValueError, match="hidden_states has a null pointer"):
+        case.layer(fake, logits=case.logits)
+
+
+def test_gradients_are_refused():
+    case = Case()
+    hidden, logits = case.hidden.clone().requires_grad_(), case.logits.clone().requires_grad_()
+    text = torch_ops.rule_text(case.layer.spec.routing)
+    message = "has no backward, but {} requires grad; call it under torch.no_grad"
+    with pytest.raises(NotImplementedError, match="moe " + message.format("hidden")):
+        OPS.moe(hidden, case.handle, logits=case.logits)
+    with pytest.raises(NotImplementedError, match="moe_out " + message.format("logits")):
+        OPS.moe_out(case.hidden, case.handle, torch.zeros_like(case.hidden), logits=logits)
+    with pytest.raises(NotImplementedError, match="route " + message.format("logits")):
+        OPS.route(logits, text, 2)
+
+    def run(x):
+        return OPS.moe(x * 2, case.handle, logits=case.logits)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="has no backward"):
+        torch.compile(run, fullgraph=True, backend="aot_eager")(hidden)
+    with torch.no_grad():
+        assert not OPS.moe(hidden, case.handle, logits=logits).requires_grad
+
+
+def test_handles():
+    case = Case()
+    assert torch_ops.handle(case.layer) == case.handle
+    assert Case().handle != case.handle
+    gone = case.handle
+    hidden, logits = case.hidden, case.logits
+    del case
+    gc.collect()
+    with pytest.raises(ValueError, match=f"layer={gone} names no live layer, wanted .*handle"):
+        OPS.moe(hidden, gone, logits=logits)
+
+
+def test_bad_arguments_are_named():
+    case = Case()
+    with pytest.raises(ValueError, match=r"hidden has shape \[24, 32\], wanted \[T, 64\].*moe_out"):
+        OPS.moe(case.hidden[:, :32].contiguous(), case.handle, logits=case.logits)
+    with pytest.raises(ValueError, match="accumulate is set without out"):
+        torch_ops.moe(case.hidden, case.handle, logits=case.logits, accumulate=True)
+    codes = torch.zeros(4, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"hidden has dtype torch.uint8 .* give out"):
+        torch_ops.moe(codes, case.handle, logits=case.logits[:4], replay_out=case.replay())
+    with pytest.raises(ValueError, match="logits has shape"):
+        OPS.moe(case.hidden, case.handle, logits=case.logits[:, :4].contiguous())
+    with pytest.raises(ValueError, match=r"rule is 'top2', wanted the text of .*rule_text"):
+        OPS.route(case.logits, "top2", 2)
+
+
+def test_only_torch_ops_imports_torch():
+    program = "import sys, hopyard; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
