@@ -22,6 +22,7 @@ from hopyard.devices import CPU, device_name, device_of, dlpack_stream
 Array: TypeAlias = Any
 
 _BYTE_FLOATS = ("float8_e4m3fn", "float8_e8m0fnu")
+_TORCH_BYTES = (*_BYTE_FLOATS, "float4_e2m1fn_x2")
 
 
 def to_bf16(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
@@ -65,9 +66,19 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+# A dtype's text takes longer to make than a call of a small layer.
+_names: dict[Any, str] = {}
+
+
 def dtype_name(array: Any) -> str:
     """The dtype in NumPy's spelling: "float32", "bfloat16", "uint16"."""
-    return str(getattr(array, "dtype", type(array).__name__)).removeprefix("torch.")
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
+        return type(array).__name__
+    name = _names.get(dtype)
+    if name is None:
+        name = _names[dtype] = str(dtype).removeprefix("torch.")
+    return name
 
 
 def _numpy_tensor(array: npt.NDArray[Any]) -> Any:
@@ -85,9 +96,10 @@ def _numpy_tensor(array: npt.NDArray[Any]) -> Any:
 
 
 def _torch_tensor(tensor: Any) -> Any:
-    if dtype_name(tensor) in _BYTE_FLOATS or dtype_name(tensor) == "float4_e2m1fn_x2":
+    if dtype_name(tensor) in _TORCH_BYTES:
         tensor = tensor.view(sys.modules["torch"].uint8)
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_cuda and not hasattr(tensor, "__dlpack_c_exchange_api__"):
         # Older torch's __dlpack__ serves the current GPU only.
         return tvm_ffi.from_dlpack(sys.modules["torch"].utils.dlpack.to_dlpack(tensor))

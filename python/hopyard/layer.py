@@ -173,20 +173,18 @@ _ROUTING_MODES = {
     frozenset({"ids", "logits"}): "replay",
     frozenset({"token_ids", "token_to_experts", "logits"}): "hash",
 }
+_ROUTING_NAMES = frozenset().union(*_ROUTING_MODES)
 
 
 def _routing_mode(given: dict[str, Any]) -> str:
-    names = frozenset(
-        name
-        for name in ("logits", "packed", "ids", "weights", "token_ids", "token_to_experts")
-        if name in given
-    )
-    if names not in _ROUTING_MODES:
+    names = _ROUTING_NAMES.intersection(given)
+    mode = _ROUTING_MODES.get(names)
+    if mode is None:
         raise ValueError(
             f"routing arguments are {sorted(names)}, wanted exactly one of: logits; ids and "
             "weights; ids and logits; packed; token_ids, token_to_experts and logits"
         )
-    return _ROUTING_MODES[names]
+    return mode
 
 
 def explain(spec: MoeSpec, device: Device = "cpu", **options: Unpack[PlanOptions]) -> Explanation:
@@ -325,9 +323,9 @@ class MoeLayer:
             "routing": _routing_mode(call),
             "hidden_states": as_tensor(hidden, "hidden", stream),
         }
-        for name, field in _INPUT_NAMES.items():
-            if name in call:
-                inputs[field] = as_tensor(call[name], name, stream)
+        for name, array in call.items():
+            if name in _INPUT_NAMES:
+                inputs[_INPUT_NAMES[name]] = as_tensor(array, name, stream)
         if "num_tokens" in call:
             inputs["num_tokens"] = token_count(call["num_tokens"], stream)
         return inputs
@@ -353,9 +351,9 @@ class MoeLayer:
         outputs: dict[str, Any] = {"accumulate": bool(call.get("accumulate", False))}
         if call.get("finalize", True):
             outputs["output"] = as_output(result, "out", stream)
-        for name, field in _OUTPUT_NAMES.items():
-            if name in call:
-                outputs[field] = as_output(call[name], name, stream)
+        for name, array in call.items():
+            if name in _OUTPUT_NAMES:
+                outputs[_OUTPUT_NAMES[name]] = as_output(array, name, stream)
         return outputs
 
     def __call__(self, hidden: Array, **call: Unpack[CallOptions]) -> Array:
@@ -377,8 +375,8 @@ class MoeLayer:
                 memory is torch's).
         """
         given: dict[str, Any] = {k: v for k, v in call.items() if v is not None}
-        unknown = sorted(set(given) - CallOptions.__optional_keys__)
-        if unknown:
+        if not given.keys() <= CallOptions.__optional_keys__:
+            unknown = sorted(given.keys() - CallOptions.__optional_keys__)
             raise TypeError(f"a layer got unexpected arguments {unknown}")
         uses_torch = is_torch(hidden)
         stream = stream_of(self._device, given.get("stream"), uses_torch=uses_torch)
