@@ -102,10 +102,11 @@ TEST(GpuWeights, MnMajorOfOddSizesMatchesOracle) {
   WeightSource source;
   source.spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
   source.spec.hidden_size = 248;
-  source.spec.intermediate_size = 100;
   source.layout.major = MajorOrder::kMnMajor;
   source.bias = true;
   for (const RowOrder order : {RowOrder::kGateUp, RowOrder::kInterleavedUpGate}) {
+    // Up follows gate in a row and begins on 16 bytes, or is every other column.
+    source.spec.intermediate_size = order == RowOrder::kGateUp ? 104 : 100;
     source.layout.order = order;
     TwinLayer layer(source);
     for (const int64_t tokens : {3, 65}) {
@@ -113,6 +114,21 @@ TEST(GpuWeights, MnMajorOfOddSizesMatchesOracle) {
       layer.RunAndJudge(inputs.Logits().Delta());
     }
   }
+}
+
+TEST(GpuWeights, MnMajorUpOffSixteenBytesIsRefusedByName) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
+  source.spec.intermediate_size = 100;
+  source.layout.major = MajorOrder::kMnMajor;
+  source.layout.order = RowOrder::kGateUp;
+  const Caught caught = CatchError([&] { TwinLayer layer(source); });
+  EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
+  EXPECT_EQ(
+      caught.message,
+      "weights.routed.gemm1.values: is MN-major and begins at column 100; wanted a multiple of "
+      "8 (the copy engine's 16 bytes): pad gate, or store gate and up apart");
 }
 
 TEST(GpuWeights, GateAndUpOfDifferentOrdersAreRefusedByName) {

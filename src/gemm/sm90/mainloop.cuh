@@ -209,8 +209,7 @@ struct WeightTiles {
                    int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
     }
   }
-  // The first stage has the last group of K, the second the first group, and so on (BlockOfTurn):
-  // call with group = 0, 1, 2, ... ahead of every stage but the first.
+  // Call with group = 0, 1, 2, ... ahead of each stage.
   __device__ __forceinline__ void NextScales(const GroupedGemmArgs& args, int group) {
     if constexpr (kScaled) {
       scales.Advance(args, group);
@@ -271,9 +270,7 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
   int previous = -1;
   for (int block = 0; block < k_blocks; ++block) {
     const int stage = self.ring.stage;
-    if (block > 0) {
-      tiles.NextScales(args, block - 1);
-    }
+    tiles.NextScales(args, block);
     shared.AwaitFull(stage, self.ring.parity);
     tiles.Prepare(shared, self, stage, 0);
     tiles.Issue(shared, self, stage, 0, block > 0, acc[0]);
@@ -339,6 +336,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   const int blocks = KBlocks<Row>(args);
   const bool in_turn = Row::kConfig.consumers == 2 && BlocksPerProcessor(Row::kConfig) == 1 &&
                        (!Row::kConfig.tokens_are_m || work.num_rows > kTileRows);
+  tiles.NextScales(args, 0);
   shared.AwaitFull(self.ring.stage, self.ring.parity);
   tiles.Prepare(shared, self, self.ring.stage, 0);
   for (int block = 0; block < blocks; ++block) {
@@ -360,7 +358,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
     // Scales come ahead of the stage where there are registers for them.
     if (more) {
       if constexpr (kAhead) {
-        tiles.NextScales(args, block);
+        tiles.NextScales(args, block + 1);
       }
       shared.AwaitFull(self.ring.stage, self.ring.parity);
       if constexpr (kAhead) {
@@ -369,7 +367,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
     }
     add(1, stage, false);
     if (!kAhead && more) {
-      tiles.NextScales(args, block);
+      tiles.NextScales(args, block + 1);
       tiles.Prepare(shared, self, self.ring.stage, 0);
     }
     if (!Row::kConfig.tokens_are_m || more) {

@@ -55,12 +55,12 @@ void SetRows(const MapShape& shape, int64_t row, MapDims& dims) {
   dims.box[3] = kTileRows / dims.row_unit;
 }
 
-// MN-major: dimension 0 walks the rows of the whole matrix up to the part's last, whose begin need
-// not be one of an address that the copy engine takes (of both parts, where gate and up alternate);
+// MN-major: dimension 0 walks the part's rows (of both parts, where gate and up alternate),
 // dimension 1 walks K.
 void SetColumns(const MapShape& shape, MapDims& dims) {
-  const int64_t end = shape.position_step == 1 ? shape.position_begin + shape.rows : 2 * shape.rows;
-  dims.size = {end, shape.cols, 1, 1, shape.experts};
+  const bool alternate = shape.position_step == 2;
+  dims.begin += alternate ? 0 : shape.position_begin * dims.element_bytes;
+  dims.size = {alternate ? 2 * shape.rows : shape.rows, shape.cols, 1, 1, shape.experts};
   dims.stride = {dims.element_bytes, shape.value_stride, kCopyBytes, kCopyBytes,
                  shape.experts == 1 ? kCopyBytes : shape.expert_stride};
   dims.box = {kTileRows, BlockK(Family::kBf16), 1, 1, 1};
@@ -108,6 +108,10 @@ std::string MapProblem(const MapShape& shape) {
   if (mn_major && shape.row_map != RowMap::kNatural) {
     out << "is MN-major and shuffled; the Hopper kernels read MN-major weights in natural order: "
            "undo the row map";
+  } else if (mn_major && shape.position_step == 1 && shape.position_begin * 2 % kCopyBytes != 0) {
+    out << "is MN-major and begins at column " << shape.position_begin
+        << "; wanted a multiple of 8 (the copy engine's 16 bytes): pad gate, or store gate and up "
+           "apart";
   } else if (shape.value_stride % kCopyBytes != 0) {
     out << "has rows " << shape.value_stride
         << " bytes apart; wanted a multiple of 16 (the copy"

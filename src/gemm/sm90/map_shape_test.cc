@@ -44,14 +44,14 @@ TEST(MapShape, KMajorRowsBeginWithThePart) {
   EXPECT_EQ(dims.box, (Five{64, 64, 1, 1, 1}));
 }
 
-// 200 bytes on, the part begins at no address that the copy engine takes: the map is of all rows
-// before its end, and zeros follow.
-TEST(MapShape, MnMajorRowsAreCountedFromTheMatrix) {
-  const MapShape shape = UpOf(MajorOrder::kMnMajor);
+TEST(MapShape, MnMajorRowsBeginWithThePart) {
+  MapShape shape = UpOf(MajorOrder::kMnMajor);
+  shape.position_begin = 104;
+  shape.rows = 96;
   ASSERT_EQ(MapProblem(shape), "");
   const MapDims dims = DimsOf(shape);
-  EXPECT_EQ(dims.begin, Memory());
-  EXPECT_EQ(dims.size, (Five{200, 72, 1, 1, 3}));
+  EXPECT_EQ(dims.begin, Memory() + 208);
+  EXPECT_EQ(dims.size, (Five{96, 72, 1, 1, 3}));
   EXPECT_EQ(dims.stride, (Five{2, 400, 16, 16, 28800}));
   EXPECT_EQ(dims.box, (Five{64, 64, 1, 1, 1}));
   EXPECT_TRUE(dims.swizzled);
@@ -76,7 +76,10 @@ TEST(MapShape, ProblemsAreNamedWithTheRemedy) {
   EXPECT_EQ(MapProblem(shape),
             "is MN-major and shuffled; the Hopper kernels read MN-major weights in natural order: "
             "undo the row map");
-  shape = UpOf(MajorOrder::kMnMajor);
+  EXPECT_EQ(MapProblem(UpOf(MajorOrder::kMnMajor)),
+            "is MN-major and begins at column 100; wanted a multiple of 8 (the copy engine's 16 "
+            "bytes): pad gate, or store gate and up apart");
+  shape = UpOf(MajorOrder::kKMajor);
   shape.value_stride = 404;
   EXPECT_EQ(MapProblem(shape),
             "has rows 404 bytes apart; wanted a multiple of 16 (the copy engine's): pad the rows");

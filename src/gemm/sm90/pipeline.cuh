@@ -173,14 +173,6 @@ struct Scheduler {
   }
 };
 
-// The block of K that comes `turn`-th: the last one first. A row's end and the next row's beginning
-// lie in one piece of 256 bytes that is read from memory at once; between the first and the last
-// turn of a long row it would leave the cache (rows of 1440 bytes: 17 % more was read; H100,
-// 2026-11).
-__device__ __forceinline__ int BlockOfTurn(int turn, int blocks) {
-  return turn == 0 ? blocks - 1 : turn - 1;
-}
-
 template <class Row>
 __device__ __forceinline__ int KBlocks(const GroupedGemmArgs& args) {
   constexpr int kBlockK = BlockK(Row::kConfig.family);

@@ -57,10 +57,8 @@ struct WeightCopies {
     const uint32_t tile = shared.Weights(stage, Tile() / 2, Tile() % 2);
     const MatrixArgs& matrix = Matrix(args);
     if constexpr (kConfig.mn_major) {
-      // The map is of the whole matrix, of which up may be a part that begins anywhere, or every
-      // other column.
-      const int column = kConfig.interleaved ? 2 * row + Tile() % 2 * kTileRows
-                                             : static_cast<int>(matrix.position_begin) + row;
+      // One map of both where gate and up alternate.
+      const int column = kConfig.interleaved ? 2 * row + Tile() % 2 * kTileRows : row;
       hopyard::sm90::CopyBox(map, tile, barrier, {{column, k, 0, 0, expert}});
       return;
     }
@@ -202,16 +200,15 @@ struct StageScales {
                                               work.expert, row)
                                : &kOne;
         }
-        Load(BlockOfTurn(0, KBlocks<Row>(args)));
+        Load(0);
       }
     }
   }
-  // Call with turn = 0, 1, 2, ... < blocks.
+  // Call with block = 0, 1, 2, ... < blocks.
   __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Work& work,
-                                        const Shared<Row>& shared, int stage, int turn,
+                                        const Shared<Row>& shared, int stage, int block,
                                         int blocks) {
     if constexpr (kConfig.promoted) {
-      const int block = BlockOfTurn(turn, blocks);
       if (kWrites && !complete) {
         StoreBlocksOfRows(args, work, shared, stage, block);
       }
@@ -227,8 +224,8 @@ struct StageScales {
                          "f"(scale)
                          : "memory");
           }
-          if (turn + 1 < blocks) {
-            Load(turn);
+          if (block + 1 < blocks) {
+            Load(block + 1);
           }
         } else {
           hopyard::sm90::CopyWord(at, token + block * token_step);
@@ -296,18 +293,17 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
     if constexpr (!kWeightsFirst) {
       begin();
     }
-    for (int turn = 0; turn < k_blocks; ++turn) {
-      const int block = BlockOfTurn(turn, k_blocks);
+    for (int block = 0; block < k_blocks; ++block) {
       shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
-      if (turn == 0 && threadIdx.x == 0) {
+      if (block == 0 && threadIdx.x == 0) {
         shared.PostWork(slot.stage, work);
       }
       weights.Issue(args, shared, fill.stage, block);
-      if (kWeightsFirst && turn == 0) {
+      if (kWeightsFirst && block == 0) {
         begin();
       }
       rows.Issue(args, shared, fill.stage, block);
-      scales.Issue(args, work, shared, fill.stage, turn, k_blocks);
+      scales.Issue(args, work, shared, fill.stage, block, k_blocks);
       Announce(shared, fill.stage);
       fill.Advance();
     }

@@ -89,14 +89,13 @@ struct BlockScales {
       skews |= of_row >> 8 << (8 * i);
       row_exponents |= (of_row & 0xFFU) << (8 * i);
     }
-    LoadLastGroup(args);
     // All have read what they wanted of the work item before, and no copy for it is under way.
     hopyard::sm90::AwaitPieces<0>();
     __syncwarp();
     CopyWindow(args, 0);
     CopyWindow(args, 1);
   }
-  // `Of` is of the last group. Call with group = 0, 1, 2, ... for the others.
+  // Call with group = 0, 1, 2, ... before `Of`.
   __device__ __forceinline__ void Advance(const GroupedGemmArgs& args, int group) {
     if (group % kGroups == 0) {
       // Every lane has left the window before this one.
@@ -163,21 +162,6 @@ struct BlockScales {
     const auto address = reinterpret_cast<unsigned long long>(row);
     return reinterpret_cast<const uint8_t*>(
         __shfl_sync(hopyard::sm90::kAllLanes, address, RowOfThread(i, thread)));
-  }
-  __device__ __forceinline__ void LoadLastGroup(const GroupedGemmArgs& args) {
-    const int begin =
-        (KBlocks<Row>(args) - 1) * kBytes + static_cast<int>(threadIdx.x) % 4 * kBytesOfQuarter;
-    ForEachRow([&](int i) {
-      const uint8_t* const from = RowAt(i, threadIdx.x) + SkewOf(i);
-      uint32_t scale = 0;
-#pragma unroll
-      for (int at = begin; at < begin + kBytesOfQuarter; ++at) {
-        const bool exists = at < RowBytes(args);
-        const uint32_t byte = exists ? __ldg(from + OffsetOf(args, at / 4) + at % 4) : 0U;
-        scale |= byte << (8 * (at - begin));
-      }
-      return scale;
-    });
   }
   // A quad copies words of the four rows that its lanes read.
   __device__ __forceinline__ void CopyWindow(const GroupedGemmArgs& args, int window) const {

@@ -99,7 +99,7 @@ void CheckUniform(const Source& source) {
     HOPYARD_CHECK(ref.scale_layout == ScaleLayout::kLinear ||
                       reinterpret_cast<uintptr_t>(ref.scales) % 4 == 0,
                   kUnsupported)
-        << source.name << ".scales[" << e << "] begins at " << ref.scales
+        << source.name << ".scales[" << e << "] begins at " << static_cast<const void*>(ref.scales)
         << "; the GPU wants a multiple of 4 in the 128x4 layout";
     HOPYARD_CHECK(ref.bias_dtype == first.bias_dtype, kUnsupported)
         << source.name << ".bias[" << e << "] is " << ToString(ref.bias_dtype) << "; the GPU wants "
