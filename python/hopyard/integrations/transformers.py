@@ -23,6 +23,7 @@ are refused by name at the first call.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import weakref
 from collections.abc import Iterator
@@ -183,12 +184,18 @@ def _state_of(block: Any) -> Experts:
     return _experts[_key_of(block.experts)]
 
 
-# Compiled code has the key as a constant; `_call` makes it depend on the module.
-@torch.compiler.assume_constant_result
 def _key_of(module: torch.nn.Module) -> int:
-    key = id(module)
+    return _remember(id(module))  # `id` makes compiled code that of this module only
+
+
+# Runs while torch.compile traces, so that compiled code finds the state. It takes the key because
+# torch 2.11 and older refuse modules as arguments of such functions.
+@torch.compiler.assume_constant_result
+def _remember(key: int) -> int:
     state = _experts.get(key)
-    if state is None or state.module() is not module:
+    if state is None or state.module() is None:
+        # The caller holds the module: its address is valid.
+        module = ctypes.cast(key, ctypes.py_object).value
         _experts[key] = Experts(module)
         weakref.finalize(module, _experts.pop, key, None)
     return key
@@ -202,7 +209,6 @@ def _call(
             "experts_implementation='hopyard' has no backward; run the model under "
             "torch.no_grad(), or train it with model.set_experts_implementation('eager')"
         )
-    id(module)  # compiled code is for this module only
     key = _key_of(module)
     return torch.ops.hopyard.transformers_experts(hidden, ids, weights, key, name)
 
