@@ -20,9 +20,9 @@ struct InfoOptions {
 };
 
 std::vector<GpuInfo> Gpus() {
-  std::vector<GpuInfo> gpus;
-  for (int i = 0; i < CountGpus(); ++i) {
-    gpus.push_back(GpuInfoOf(i));
+  std::vector<GpuInfo> gpus(static_cast<size_t>(CountGpus()));
+  for (size_t i = 0; i < gpus.size(); ++i) {
+    gpus[i] = GpuInfoOf(static_cast<int>(i));
   }
   return gpus;
 }
