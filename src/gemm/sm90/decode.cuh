@@ -264,13 +264,11 @@ __device__ __forceinline__ void DecodeRow(uint32_t codes_at, int h, const BlockF
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if constexpr (IsFp8Math(kFamily)) {
-        // Four magnitudes by table, the sign of each from bit 3 of its nibble. One mask for both
-        // selectors: the compiler, not knowing what it is for, does not make two of it.
+        // Four magnitudes by table, the sign of each from bit 3 of its nibble.
         const bool other = kFamily == Family::kNvFp4AsFp8 && j >= 2;
         const uint32_t low = other ? scale.third : scale.first;
         const uint32_t high = other ? scale.fourth : scale.second;
-        uint32_t selector = 0;
-        asm("and.b32 %0, %1, 0x77777777;" : "=r"(selector) : "r"(words[j]));
+        const uint32_t selector = words[j] & 0x77777777U;
         const uint32_t even = words[j] << 4;
         a[j][h] = AndXor(__byte_perm(even, words[j], 0x5140), 0x80808080U,
                          __byte_perm(low, high, selector));
