@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import gc
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,7 @@ from devices import DEVICES, needs_gpu, why_no_gpu  # noqa: E402
 from hopyard import torch_ops  # noqa: E402
 
 OPS = torch.ops.hopyard
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "python"
 
 
 class Case:
@@ -364,15 +367,19 @@ def test_weights_that_require_gradients_are_refused():
 
 def test_a_gpu_is_one_of_torch_and_of_the_library(monkeypatch):
     """With a library for CPUs, the cases on a GPU are skipped on a machine that has one."""
-    supported = True
+    pick_device = runpy.run_path(str(EXAMPLES / "hopper.py"))["pick_device"]
+    answer = SimpleNamespace(supported=True, reason="no backend")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(hopyard, "explain", lambda *_, **__: SimpleNamespace(supported=supported))
-    assert why_no_gpu() == ""
-    supported = False
+    monkeypatch.setattr(hopyard, "explain", lambda *_, **__: answer)
+    assert (why_no_gpu(), pick_device(layers.spec())) == ("", "cuda")
+    answer.supported = False
     assert why_no_gpu() == "the extension was built without HOPYARD_CUDA=ON"
+    assert pick_device(layers.spec()) == "cpu"
+    answer.supported = True
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert why_no_gpu() == "the GPU is not of compute capability 9.0"
+    assert pick_device(layers.spec()) == "cpu"
 
 
 def test_handles():
