@@ -14,6 +14,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from hopper import pick_device
 
 import hopyard
 
@@ -24,14 +25,6 @@ PROJECTIONS = {
     "up_proj": (WIDTH, HIDDEN),
     "down_proj": (HIDDEN, WIDTH),
 }
-
-
-def pick_device() -> str:
-    """The GPU if it is a Hopper, else the CPU."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        return "cuda"
-    print("no Hopper GPU: the layer runs on the CPU")
-    return "cpu"
 
 
 def write_checkpoint(path: Path) -> None:
@@ -88,13 +81,13 @@ def expected(
 def main() -> None:
     """Write, read, run, compare."""
     torch.manual_seed(0)
-    device = pick_device()
+    spec = hopyard.MoeSpec(HIDDEN, WIDTH, EXPERTS, TOP_K, weights="nvfp4", activations="bf16")
+    device = pick_device(spec)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.safetensors"
         write_checkpoint(path)
         tensors = safetensors.torch.load_file(path, device=device)
 
-    spec = hopyard.MoeSpec(HIDDEN, WIDTH, EXPERTS, TOP_K, weights="nvfp4", activations="bf16")
     experts = hopyard.ExpertWeights(
         gate=read_projection(tensors, "gate_proj"),
         up=read_projection(tensors, "up_proj"),

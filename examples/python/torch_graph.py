@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer in a CUDA graph that is captured once and replayed with any number of tokens.
 
-Without a Hopper GPU the same calls run on the CPU, without a graph.
+Without a Hopper GPU, or the backend for it, the same calls run on the CPU, without a graph.
 Run it with the package and torch installed: python examples/python/torch_graph.py
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from hopper import pick_device
 
 import hopyard
 from hopyard import torch_ops
@@ -17,17 +18,8 @@ from hopyard import torch_ops
 CAPACITY, HIDDEN, WIDTH, EXPERTS, TOP_K = 32, 512, 256, 16, 4
 
 
-def pick_device() -> str:
-    """The GPU if it is a Hopper, else the CPU."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        return "cuda"
-    print("no Hopper GPU: the calls run on the CPU, one by one, without a CUDA graph")
-    return "cpu"
-
-
-def make_layer(device: str) -> hopyard.MoeLayer:
+def make_layer(spec: hopyard.MoeSpec, device: str) -> hopyard.MoeLayer:
     """A layer with random BF16 weights."""
-    spec = hopyard.MoeSpec(HIDDEN, WIDTH, EXPERTS, TOP_K)
     gate_up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, device=device) * HIDDEN**-0.5
     down = torch.randn(EXPERTS, HIDDEN, WIDTH, device=device) * WIDTH**-0.5
     experts = hopyard.ExpertWeights(gemm1=gate_up.bfloat16(), gemm2=down.bfloat16())
@@ -51,8 +43,9 @@ def captured(call: Callable[[], None]) -> Callable[[], None]:
 def main() -> None:
     """Capture at capacity, replay with fewer tokens, compare with plain calls."""
     torch.manual_seed(0)
-    device = pick_device()
-    layer = make_layer(device)
+    spec = hopyard.MoeSpec(HIDDEN, WIDTH, EXPERTS, TOP_K)
+    device = pick_device(spec)
+    layer = make_layer(spec, device)
     handle = torch_ops.handle(layer)
 
     # All pointers of a captured call stay: inputs are written into these tensors.

@@ -10,7 +10,9 @@ GPU are torch's, CuPy's, or any that speak DLPack.
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -170,6 +172,31 @@ def require_not_float32(array: Any, name: str) -> None:
     )
 
 
+def gradients_enabled() -> bool:
+    """Whether torch, where it has been imported, records what would be differentiated."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_grad_enabled()
+
+
+def refuse_gradients(arrays: Mapping[str, Any]) -> None:
+    """Refuse tensors whose gradients would be lost; for calls while gradients are enabled.
+
+    Raises:
+        ValueError: naming the first tensor that requires grad.
+    """
+    for name, array in arrays.items():
+        if is_torch(array) and array.requires_grad:
+            raise_requires_grad(name)
+
+
+def raise_requires_grad(name: str) -> NoReturn:
+    """The error of `refuse_gradients`."""
+    raise ValueError(
+        f"{name} requires grad, but Hopyard has no backward and its gradients would be lost; call "
+        "under torch.no_grad() or torch.inference_mode(), or pass detached tensors"
+    )
+
+
 def require_host(array: Any, name: str, function: str) -> None:
     """Refuse arrays on a GPU.
 
@@ -197,8 +224,37 @@ def _new_of_library(
     return result
 
 
+def torch_stream(device: int, stream: int) -> AbstractContextManager[Any]:
+    """A context in which torch allocates and fills memory of a GPU in the order of a stream."""
+    torch = sys.modules["torch"]
+    if stream == torch.cuda.current_stream(device).cuda_stream:
+        return nullcontext()
+    place = torch.device("cuda", device)
+    if stream == 0:
+        return torch.cuda.stream(torch.cuda.default_stream(place))
+    return torch.cuda.stream(torch.cuda.ExternalStream(stream, place))
+
+
+def _cupy_stream(cupy: Any, stream: int | None) -> AbstractContextManager[Any]:
+    """The same for CuPy, whose current device it is; None is the current stream."""
+    if stream is None or stream == cupy.cuda.get_current_stream().ptr:
+        return nullcontext()
+    return cupy.cuda.ExternalStream(stream) if stream else cupy.cuda.Stream.null
+
+
+def _new_of_torch(like: Any, shape: tuple[int, ...], dtype: str, fill: int | None) -> Array:
+    torch = sys.modules["torch"]
+    place = {"dtype": getattr(torch, dtype), "device": like.device}
+    return torch.empty(shape, **place) if fill is None else torch.full(shape, fill, **place)
+
+
 def empty_like_kind(
-    like: Any, shape: tuple[int, ...], dtype: str, *, fill: int | None = None
+    like: Any,
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    fill: int | None = None,
+    stream: int | None = None,
 ) -> Array:
     """A new array of the kind of `like`, on its device.
 
@@ -212,11 +268,14 @@ def empty_like_kind(
         dtype: NumPy name; "bfloat16" is uint16 in NumPy and CuPy, unless `like` is an ml_dtypes
             array.
         fill: value of every element; None leaves them undefined.
+        stream: GPU: handle of the stream that will use it, where it is allocated and filled; None
+            is the framework's current one.
     """
     if is_torch(like):
-        torch = sys.modules["torch"]
-        place = {"dtype": getattr(torch, dtype), "device": like.device}
-        return torch.empty(shape, **place) if fill is None else torch.full(shape, fill, **place)
+        if stream is None or not like.is_cuda:
+            return _new_of_torch(like, shape, dtype, fill)
+        with torch_stream(device_of(like), stream):
+            return _new_of_torch(like, shape, dtype, fill)
     device = device_of(like)
     cupy = sys.modules.get("cupy")
     in_cupy = cupy is not None and isinstance(like, cupy.ndarray)
@@ -226,7 +285,7 @@ def empty_like_kind(
     if dtype == "bfloat16":
         numpy_dtype = like.dtype if dtype_name(like) == "bfloat16" else np.uint16
     if in_cupy:
-        with like.device:
+        with like.device, _cupy_stream(cupy, stream):
             return (
                 cupy.empty(shape, numpy_dtype)
                 if fill is None

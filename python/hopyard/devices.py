@@ -19,6 +19,8 @@ _WANTED = "wanted 'cpu', 'cuda', 'cuda:N' or a torch.device"
 # Numbers of DLPack device types: https://dmlc.github.io/dlpack/latest/c_api.html
 _DLPACK_CPU = (1, 3)  # host memory, and host memory that CUDA has pinned
 _DLPACK_CUDA = 2
+# cudaStreamLegacy and cudaStreamPerThread of the CUDA runtime.
+_LEGACY_STREAM, _PER_THREAD_STREAM = 1, 2
 
 
 def torch_module() -> Any:
@@ -94,7 +96,8 @@ def stream_of(device: int, stream: Any, *, uses_torch: bool) -> int:
             otherwise the legacy default stream, 0.
 
     Raises:
-        ValueError: `stream` is no handle, or the device has none.
+        ValueError: `stream` is no handle, or the device has none, or it is the per-thread default
+            stream: one handle for a stream of each thread, whose calls would share a workspace.
     """
     if stream is None:
         if device < 0 or not uses_torch:
@@ -111,7 +114,13 @@ def stream_of(device: int, stream: Any, *, uses_torch: bool) -> int:
             f"stream is {stream!r}, wanted the handle of a CUDA stream as an int: "
             "stream.cuda_stream of torch, stream.ptr of CuPy, 0 for the legacy default stream"
         )
-    return handle
+    if handle == _PER_THREAD_STREAM:
+        raise ValueError(
+            "stream is 2, CUDA's per-thread default stream (cudaStreamPerThread), which is another "
+            "stream in each thread; make a stream and give its handle, or 0 for the legacy default "
+            "stream"
+        )
+    return 0 if handle == _LEGACY_STREAM else handle
 
 
 def dlpack_stream(stream: int) -> int:

@@ -13,7 +13,10 @@ from hopyard.arrays import (
     as_output,
     as_tensor,
     empty_like_kind,
+    gradients_enabled,
     is_torch,
+    raise_requires_grad,
+    refuse_gradients,
     require_not_float32,
     token_count,
 )
@@ -114,7 +117,8 @@ class CallOptions(TypedDict, total=False):
         gemm1_activation_out: [T * (K + S), I] bfloat16.
         stream: GPU: handle of the CUDA stream as an int, where the work is enqueued. Without it,
             torch's current stream of the layer's device if `hidden` is a torch tensor, else the
-            legacy default stream, 0. The caller orders it with his other streams.
+            legacy default stream, 0. The caller orders it with his other streams. A new array is
+            memory of that stream. CUDA's per-thread default stream, 2, is refused.
     """
 
     logits: Array
@@ -330,7 +334,7 @@ class MoeLayer:
             inputs["num_tokens"] = token_count(call["num_tokens"], stream)
         return inputs
 
-    def _result(self, hidden: Array, call: dict[str, Any]) -> Array:
+    def _result(self, hidden: Array, call: dict[str, Any], stream: int) -> Array:
         result = call.get("out")
         if not call.get("finalize", True):
             if "rows_out" not in call:
@@ -345,7 +349,7 @@ class MoeLayer:
             raise ValueError("accumulate is set without out, wanted an array to add to")
         shape = (int(hidden.shape[0]), self._spec.hidden_size)
         fill = 0 if "num_tokens" in call else None
-        return empty_like_kind(hidden, shape, "bfloat16", fill=fill)
+        return empty_like_kind(hidden, shape, "bfloat16", fill=fill, stream=stream)
 
     def _outputs(self, result: Array, call: dict[str, Any], stream: int) -> dict[str, Any]:
         outputs: dict[str, Any] = {"accumulate": bool(call.get("accumulate", False))}
@@ -355,6 +359,11 @@ class MoeLayer:
             if name in _OUTPUT_NAMES:
                 outputs[_OUTPUT_NAMES[name]] = as_output(array, name, stream)
         return outputs
+
+    def _refuse_gradients(self, hidden: Array, call: dict[str, Any]) -> None:
+        refuse_gradients({"hidden": hidden, **call})
+        if self._weights._trainable is not None:
+            raise_requires_grad(self._weights._trainable)
 
     def __call__(self, hidden: Array, **call: Unpack[CallOptions]) -> Array:
         """Run the layer.
@@ -370,7 +379,8 @@ class MoeLayer:
 
         Raises:
             ValueError: before anything is written, naming the argument, what it is and what was
-                wanted.
+                wanted; also where torch records gradients and a tensor, or one that the weights
+                were made of, requires one: there is no backward.
             MemoryError: there is no memory for the workspace (torch's OutOfMemoryError where the
                 memory is torch's).
         """
@@ -378,10 +388,12 @@ class MoeLayer:
         if not given.keys() <= CallOptions.__optional_keys__:
             unknown = sorted(given.keys() - CallOptions.__optional_keys__)
             raise TypeError(f"a layer got unexpected arguments {unknown}")
+        if gradients_enabled():
+            self._refuse_gradients(hidden, given)
         uses_torch = is_torch(hidden)
         stream = stream_of(self._device, given.get("stream"), uses_torch=uses_torch)
         inputs = self._inputs(hidden, given, stream)
-        result = self._result(hidden, given)
+        result = self._result(hidden, given, stream)
         outputs = self._outputs(result, given, stream)
         workspace = self._workspaces.take(stream, uses_torch=uses_torch)
         try:

@@ -12,7 +12,9 @@ from hopyard.arrays import (
     as_tensor,
     dtype_name,
     empty_like_kind,
+    gradients_enabled,
     is_torch,
+    refuse_gradients,
     token_count,
 )
 from hopyard.devices import device_of, stream_of
@@ -61,6 +63,8 @@ def route(
     unknown = sorted(set(forced) - {"forced_ids", "token_ids", "token_to_experts"})
     if unknown:
         raise TypeError(f"route got unexpected arguments {unknown}")
+    if gradients_enabled():
+        refuse_gradients({"logits": logits, "bias": bias})
     handle = stream_of(device_of(logits), stream, uses_torch=is_torch(logits))
     inputs = {"logits": as_tensor(logits, "logits", handle)}
     for name, array in {"bias": bias, **forced}.items():
@@ -69,9 +73,9 @@ def route(
     if num_tokens is not None:
         inputs["num_tokens"] = token_count(num_tokens, handle)
     shape = (int(logits.shape[0]), top_k)
-    partial = num_tokens is not None
-    ids = empty_like_kind(logits, shape, "int32", fill=-1 if partial else None)
-    weights = empty_like_kind(logits, shape, weights_dtype, fill=0 if partial else None)
+    no_id, no_weight = (-1, 0) if num_tokens is not None else (None, None)
+    ids = empty_like_kind(logits, shape, "int32", fill=no_id, stream=handle)
+    weights = empty_like_kind(logits, shape, weights_dtype, fill=no_weight, stream=handle)
     outputs = {
         "expert_ids": as_output(ids, "ids", handle),
         "weights": as_output(weights, "weights", handle),
@@ -119,15 +123,17 @@ def fused_topk_deepseek(
     unknown = sorted(set(outputs) - {"topk_values", "topk_indices", "routing_replay_out"})
     if unknown:
         raise TypeError(f"fused_topk_deepseek got unexpected arguments {unknown}")
+    if gradients_enabled():
+        refuse_gradients({"scores": scores, "bias": bias, **outputs})
     handle = stream_of(device_of(scores), stream, uses_torch=is_torch(scores))
     shape = (int(scores.shape[0]), top_k)
     name = dtype_name(scores)
     values = outputs.get("topk_values")
     if values is None:
-        values = empty_like_kind(scores, shape, name)
+        values = empty_like_kind(scores, shape, name, stream=handle)
     indices = outputs.get("topk_indices")
     if indices is None:
-        indices = empty_like_kind(scores, shape, "int32")
+        indices = empty_like_kind(scores, shape, "int32", stream=handle)
     tensors: dict[str, Any] = {
         "scores": as_tensor(scores, "scores", handle),
         "bias": as_tensor(bias, "bias", handle),

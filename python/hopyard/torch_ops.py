@@ -10,7 +10,7 @@
 Importing this module registers them (torch >= 2.9); `import hopyard` alone never imports torch.
 
     hopyard::moe(hidden, layer, *, inputs) -> output
-    hopyard::moe_out(hidden, layer, out!, *, accumulate, inputs, replay_out!, load_out!, ...) -> ()
+    hopyard::moe_out(hidden, layer, out!, *, accumulate, finalize, inputs, replay_out!, ...) -> ()
     hopyard::route(logits, rule, top_k, *, inputs, replay_out!, load_out!) -> (ids, weights)
 
 Keyword arguments are those of a layer's call (`hopyard.CallOptions`) and of `hopyard.route`, as
@@ -27,7 +27,11 @@ may be a graph input), and a graph from torch's on-disk cache is right in the ne
 The operators run on the device of `hidden` and its current stream, without reading memory back, so
 that calls can be captured in a CUDA graph; the layer must outlive the graph. Tensors without memory
 (meta, fake) give results without memory. There is no backward: where gradients would be needed, the
-call is refused instead of returning a result that has none.
+call is refused instead of returning a result that has none; weights that require gradients are
+refused in eager mode only, because a compiled graph does not know what the integer names.
+
+For the same reason a compiler does not see that a call reads the layer's weights: write no weights
+inside of a compiled region that calls their layer, for the write may be moved behind the call.
 """
 
 from __future__ import annotations
@@ -84,11 +88,17 @@ def moe(
         hidden: as for `MoeLayer`.
         layer: its handle.
         out: written instead of a new tensor.
-        **call: the other keyword arguments of a layer's call, tensors (and `accumulate`).
+        **call: the other keyword arguments of a layer's call, tensors (and `accumulate`,
+            `finalize`).
 
     Returns:
-        `out`, or a new bfloat16 tensor of the shape of `hidden`.
+        `out`, or a new bfloat16 tensor of the shape of `hidden`; `rows_out` where `finalize` is
+        False.
     """
+    if not call.get("finalize", True):
+        torch.ops.hopyard.moe_out(hidden, layer, out, **call)
+        return call["rows_out"]
+    call.pop("finalize", None)
     written = [name for name, value in call.items() if name in _WRITTEN and value is not None]
     if out is None:
         if call.get("accumulate"):
@@ -145,13 +155,22 @@ def _moe_fake(hidden: torch.Tensor, layer: int, **call: Any) -> torch.Tensor:
     return hidden.new_empty(hidden.shape, dtype=torch.bfloat16)
 
 
-def _moe_out(hidden: torch.Tensor, layer: int, out: torch.Tensor, **call: Any) -> None:
+def _require_result(out: torch.Tensor | None, call: dict[str, Any]) -> None:
+    if call.get("finalize", True) and out is None:
+        raise ValueError("out is None, wanted a tensor to write; only finalize=False has none")
+    if not call.get("finalize", True) and call.get("rows_out") is None:
+        raise ValueError("finalize is False without rows_out, wanted a tensor for the rows")
+
+
+def _moe_out(hidden: torch.Tensor, layer: int, out: torch.Tensor | None, **call: Any) -> None:
     _refuse_gradients("moe_out", hidden=hidden, out=out, **call)
+    _require_result(out, call)
     _layer_of(layer)(hidden, out=out, **call)
 
 
-def _moe_out_fake(hidden: torch.Tensor, layer: int, out: torch.Tensor, **call: Any) -> None:
+def _moe_out_fake(hidden: torch.Tensor, layer: int, out: torch.Tensor | None, **call: Any) -> None:
     _refuse_gradients("moe_out", hidden=hidden, out=out, **call)
+    _require_result(out, call)
 
 
 def _route(
@@ -193,14 +212,14 @@ def _arguments(names: list[str]) -> str:
 
 
 _WRITTEN = [name for name in CallOptions.__annotations__ if name.endswith("_out")]
-_OTHERS = ("out", "accumulate", "stream")  # the stream is torch's current one
+_OTHERS = ("out", "accumulate", "finalize", "stream")  # the stream is torch's current one
 _READ = [name for name in CallOptions.__annotations__ if name not in (*_WRITTEN, *_OTHERS)]
 _ROUTE_READ = ["bias", "forced_ids", "token_ids", "token_to_experts", "num_tokens"]
 _ROUTE_WRITTEN = ["replay_out", "load_out"]
 _SCHEMAS = {
     f"moe(Tensor hidden, SymInt layer, *, {_arguments(_READ)}) -> Tensor": (_moe, _moe_fake),
-    "moe_out(Tensor hidden, SymInt layer, Tensor(a!) out, *, bool accumulate=False, "
-    f"{_arguments(_READ + _WRITTEN)}) -> ()": (_moe_out, _moe_out_fake),
+    "moe_out(Tensor hidden, SymInt layer, Tensor(a!)? out, *, bool accumulate=False, "
+    f"bool finalize=True, {_arguments(_READ + _WRITTEN)}) -> ()": (_moe_out, _moe_out_fake),
     "route(Tensor logits, str rule, int top_k, *, bool bf16_weights=False, "
     f"{_arguments(_ROUTE_READ + _ROUTE_WRITTEN)}) -> (Tensor ids, Tensor weights)": (
         _route,

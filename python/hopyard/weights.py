@@ -104,15 +104,22 @@ class ExpertWeights:
 
 
 class _Collector:
-    """Turns arrays into tensors; remembers whether one is read-only and whether one is torch's."""
+    """Turns arrays into tensors.
+
+    Remembers whether one is read-only, whether one is torch's, and the first that requires grad.
+    """
 
     def __init__(self) -> None:
         self.read_only = False
         self.uses_torch = False
+        self.trainable: str | None = None
 
     def one(self, array: Array, name: str) -> Any:
         self.read_only = self.read_only or is_read_only(array)
-        self.uses_torch = self.uses_torch or is_torch(array)
+        if is_torch(array):
+            self.uses_torch = True
+            if array.requires_grad and self.trainable is None:
+                self.trainable = name
         return as_tensor(array, name)
 
     def one_or_many(self, arrays: Array | Sequence[Array] | None, name: str) -> Any:
@@ -166,6 +173,10 @@ class Weights:
     All arrays lie on one device, the CPU or a GPU, where a layer of these weights then runs. Making
     weights on a GPU waits for it.
 
+    Where torch records gradients, a layer refuses weights that were made of tensors that require
+    them: call it under torch.no_grad(), or make the weights of `parameter.detach()`, the same
+    memory.
+
     Args:
         spec: the layer; shapes and dtypes are checked against it.
         routed: matrices of the local experts.
@@ -185,6 +196,7 @@ class Weights:
         fields["read_only"] = collector.read_only
         self._spec = spec
         self._uses_torch = collector.uses_torch
+        self._trainable = collector.trainable
         self._handle = lib.make_weights(spec_to_map(spec), fields)
 
     @classmethod
@@ -192,6 +204,7 @@ class Weights:
         weights = cls.__new__(cls)
         weights._spec = spec
         weights._uses_torch = uses_torch
+        weights._trainable = None  # memory of the library's own
         weights._handle = handle
         return weights
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hopyard._library import lib
-from hopyard.arrays import as_tensor
+from hopyard.arrays import as_tensor, torch_stream
 from hopyard.devices import CPU
 
 _ALIGNMENT = 256
@@ -30,10 +30,7 @@ def _of_torch(size: int, device: int, stream: int) -> Any:
     torch = sys.modules["torch"]
     # At least a byte, so that there is a pointer; the allocator aligns to 512 bytes.
     shape, place = max(size, 1), torch.device("cuda", device)
-    if stream == torch.cuda.current_stream(device).cuda_stream:
-        return torch.empty(shape, dtype=torch.uint8, device=place)
-    other = torch.cuda.ExternalStream(stream, place) if stream else torch.cuda.default_stream(place)
-    with torch.cuda.stream(other):
+    with torch_stream(device, stream):
         return torch.empty(shape, dtype=torch.uint8, device=place)
 
 

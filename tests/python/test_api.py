@@ -289,8 +289,19 @@ def test_torch_tensors_with_gradients_and_views():
     wide = torch.zeros(layers.TOKENS, 2 * layers.EXPERTS)
     wide[:, : layers.EXPERTS] = torch.from_numpy(data.logits)
     want = layer(data.bits, logits=data.logits)
-    output = layer(hidden, logits=wide[:, : layers.EXPERTS].contiguous())
+    logits = wide[:, : layers.EXPERTS].contiguous()
+    with torch.no_grad():
+        output = layer(hidden, logits=logits)
     np.testing.assert_array_equal(output.view(torch.uint16).numpy(), want)
+    with pytest.raises(ValueError, match=r"hidden requires grad, but Hopyard has no backward"):
+        layer(hidden, logits=logits)
+    hidden, trained = hidden.detach(), logits.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"logits requires grad, .* or pass detached tensors"):
+        layer(hidden, logits=trained)
+    with pytest.raises(ValueError, match=r"logits requires grad"):
+        hopyard.route(trained, hopyard.RoutingRule.renormalize(), 2)
+    with pytest.raises(ValueError, match=r"bias requires grad"):
+        hopyard.fused_topk_deepseek(logits, trained[0], 4, 2, 2, 1.0)
     with pytest.raises(ValueError, match=r"logits .*is not contiguous"):
         layer(hidden, logits=wide[:, : layers.EXPERTS])
     with pytest.raises(ValueError, match=r"convert it with hidden.bfloat16\(\)"):

@@ -12,15 +12,12 @@ import pytest
 import hopyard
 import layers
 from command import write_safetensors
-from elsewhere import has_gpu_backend
 
 torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    pytest.skip("torch finds no GPU", allow_module_level=True)
-if torch.cuda.get_device_capability() != (9, 0):
-    pytest.skip("the GPU is not of compute capability 9.0", allow_module_level=True)
-if not has_gpu_backend():
-    pytest.skip("the extension was built without HOPYARD_CUDA=ON", allow_module_level=True)
+from devices import why_no_gpu  # noqa: E402
+
+if why_no_gpu():
+    pytest.skip(why_no_gpu(), allow_module_level=True)
 
 gpu = pytest.importorskip("gpu_layers")
 TOKENS, bits, to_gpu = gpu.TOKENS, gpu.bits, gpu.to_gpu
@@ -232,6 +229,23 @@ def test_streams_do_not_share_a_workspace():
     torch.cuda.synchronize()
     for result, want in zip(results, wanted, strict=True):
         assert torch.equal(result, want)
+
+
+def test_new_arrays_are_filled_on_the_stream_of_the_call(bf16):
+    """The current stream is busy: a fill there would erase what the kernels wrote."""
+    hidden, logits = arrays_of(bf16)
+    live = torch.tensor([TOKENS], dtype=torch.int32, device="cuda")
+    wanted = bf16.layer()(hidden, logits=logits, num_tokens=live)
+    wanted_ids, _ = hopyard.route(logits, RULE.renormalize(), 2, num_tokens=live)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    torch.cuda._sleep(200_000_000)  # about 0.1 s of the current stream
+    options = {"num_tokens": live, "stream": stream.cuda_stream}
+    output = bf16.layer()(hidden, logits=logits, **options)
+    ids, _ = hopyard.route(logits, RULE.renormalize(), 2, **options)
+    torch.cuda.synchronize()
+    assert torch.equal(output, wanted)
+    assert torch.equal(ids, wanted_ids)
 
 
 @pytest.mark.parametrize("own_stream", [False, True])

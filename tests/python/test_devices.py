@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -152,6 +153,9 @@ def test_a_cpu_has_no_streams():
 def test_streams_are_handles():
     assert devices.stream_of(0, np.int64(7), uses_torch=False) == 7
     assert devices.stream_of(0, None, uses_torch=False) == 0
+    assert devices.stream_of(0, 1, uses_torch=False) == 0  # CUDA's other name for it
+    with pytest.raises(ValueError, match="stream is 2, CUDA's per-thread default stream"):
+        devices.stream_of(0, 2, uses_torch=False)
     for stream in (-1, 1.5, SimpleNamespace(cuda_stream=3)):
         with pytest.raises(ValueError, match="wanted the handle of a CUDA stream as an int"):
             devices.stream_of(0, stream, uses_torch=True)
@@ -164,6 +168,97 @@ def test_arrays_are_asked_for_the_stream_that_uses_them():
     arrays.as_tensor(array, "x")
     assert array.streams == [99, 1]  # DLPack's 1 is the legacy default stream
     assert tuple(tensor.__dlpack_device__()) == (2, 2)
+
+
+class Frameworks:
+    """Stands for the streams of torch and CuPy; remembers on which one arrays were made."""
+
+    def __init__(self):
+        self.now = 0
+        self.made = []
+
+    def current(self, device=None):
+        return SimpleNamespace(cuda_stream=self.now, ptr=self.now)
+
+    @contextlib.contextmanager
+    def enter(self, stream):
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+    def watch(self, function):
+        def watched(*args, **options):
+            self.made.append(self.now)
+            return function(*args, **options)
+
+        return watched
+
+
+@pytest.mark.parametrize("fill", [None, -1])
+def test_torch_fills_on_the_stream_that_uses_the_array(fill, monkeypatch):
+    torch = pytest.importorskip("torch")
+    fake_tensors = pytest.importorskip("torch._subclasses").FakeTensorMode
+    seen = Frameworks()
+    monkeypatch.setattr(torch.cuda, "current_stream", seen.current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda place: 0)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, place: stream)
+    monkeypatch.setattr(torch.cuda, "stream", seen.enter)
+    for name in ("empty", "full"):
+        monkeypatch.setattr(torch, name, seen.watch(getattr(torch, name)))
+    with fake_tensors():
+        like = torch.zeros(2, 3, device="cuda")
+        for stream, before in ((99, 0), (0, 0), (0, 7), (7, 7), (None, 7)):
+            seen.now, seen.made = before, []
+            made = arrays.empty_like_kind(like, (4, 2), "int32", fill=fill, stream=stream)
+            assert (made.device, made.dtype, seen.now) == (like.device, torch.int32, before)
+            assert set(seen.made) == {before if stream is None else stream}
+
+
+@pytest.mark.parametrize("fill", [None, -1])
+def test_cupy_fills_on_the_stream_that_uses_the_array(fill, monkeypatch):
+    seen = Frameworks()
+
+    class FakeArray(Elsewhere):
+        device = contextlib.nullcontext()
+
+    stream = SimpleNamespace(null=seen.enter(0))
+    cuda = SimpleNamespace(
+        get_current_stream=seen.current, ExternalStream=seen.enter, Stream=stream
+    )
+    makers = {name: seen.watch(getattr(np, name)) for name in ("empty", "full")}
+    monkeypatch.setitem(
+        sys.modules, "cupy", SimpleNamespace(ndarray=FakeArray, cuda=cuda, **makers)
+    )
+    like = FakeArray(np.zeros((2, 3), np.float32))
+    for stream, before in ((99, 0), (0, 7), (7, 7), (None, 7)):
+        seen.now = before
+        arrays.empty_like_kind(like, (4, 2), "int32", fill=fill, stream=stream)
+    assert seen.made == [99, 0, 7, 7]
+
+
+class Made(Exception):
+    """Ends a call where it makes its result."""
+
+
+def test_results_are_made_for_the_stream_of_the_call(monkeypatch):
+    streams = []
+
+    def make(*args, stream=None, **options):
+        streams.append(stream)
+        raise Made
+
+    for module in ("layer", "routing"):
+        monkeypatch.setattr(f"hopyard.{module}.empty_like_kind", make)
+    layer, data = layers.make()
+    monkeypatch.setattr(layer, "_device", 0)
+    hidden, logits = Elsewhere(data.bits), Elsewhere(data.logits)
+    with pytest.raises(Made):
+        layer(hidden, logits=logits, num_tokens=3, stream=99)
+    with pytest.raises(Made):
+        hopyard.route(logits, hopyard.RoutingRule.renormalize(), 2, num_tokens=3, stream=98)
+    with pytest.raises(Made):
+        hopyard.fused_topk_deepseek(logits, logits, 4, 2, 2, 1.0, stream=97)
+    assert streams == [99, 98, 97]
 
 
 def test_quantize_and_dequantize_run_on_the_cpu():

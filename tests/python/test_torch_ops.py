@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import gc
+import runpy
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,10 +19,11 @@ torch = pytest.importorskip("torch")
 from torch._dynamo.testing import CompileCounter  # noqa: E402
 from torch._subclasses import FakeTensor, FakeTensorMode  # noqa: E402
 
-from devices import DEVICES  # noqa: E402
+from devices import DEVICES, needs_gpu, why_no_gpu  # noqa: E402
 from hopyard import torch_ops  # noqa: E402
 
 OPS = torch.ops.hopyard
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "python"
 
 
 class Case:
@@ -101,6 +105,44 @@ def test_out_is_written_and_added_to(case):
     torch.testing.assert_close(start, wanted + 3, rtol=2**-7, atol=2**-7)
 
 
+def test_rows_without_their_sums(case):
+    """finalize=False, in eager mode and compiled: there is no output but the rows."""
+    slots = layers.TOKENS * layers.TOP_K
+    device = case.hidden.device
+
+    def run(hidden, handle, logits, rows, places):
+        return torch_ops.moe(
+            hidden, handle, logits=logits, rows_out=rows, slot_to_row_out=places, finalize=False
+        )
+
+    def outputs():
+        rows = torch.zeros(slots, layers.HIDDEN, dtype=torch.bfloat16, device=device)
+        return rows, torch.zeros(layers.TOKENS, layers.TOP_K, dtype=torch.int32, device=device)
+
+    wanted, places = outputs()
+    case.layer(
+        case.hidden, logits=case.logits, rows_out=wanted, slot_to_row_out=places, finalize=False
+    )
+    assert wanted.any()
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        rows, own_places = outputs()
+        assert torch.equal(call(case.hidden, case.handle, case.logits, rows, own_places), wanted)
+        assert torch.equal(rows, wanted)
+        assert torch.equal(own_places, places)
+    out = torch.zeros_like(case.hidden)
+    usual = torch_ops.moe(case.hidden, case.handle, logits=case.logits, out=out, finalize=True)
+    assert torch.equal(usual, case.layer(case.hidden, logits=case.logits))
+    for target in (OPS.moe_out, lambda *args, **more: torch_ops.moe(*args[:2], **more)):
+        with pytest.raises(ValueError, match="finalize is False without rows_out, wanted a tensor"):
+            target(case.hidden, case.handle, None, logits=case.logits, finalize=False)
+    with pytest.raises(ValueError, match="out is None, wanted a tensor to write; only finalize=F"):
+        OPS.moe_out(case.hidden, case.handle, None, logits=case.logits)
+    with pytest.raises(ValueError, match="finalize is False, wanted neither out nor accumulate"):
+        OPS.moe_out(
+            case.hidden, case.handle, out, logits=case.logits, rows_out=wanted, finalize=False
+        )
+
+
 def test_num_tokens_is_a_tensor(case):
     count = torch.tensor(5, dtype=torch.int32, device=case.hidden.device)
     output = OPS.moe(case.hidden, case.handle, logits=case.logits, num_tokens=count)
@@ -133,14 +175,23 @@ def operator_calls(case):
     return {
         "moe": ((case.hidden, case.handle), {"logits": case.logits}),
         "moe_out": ((case.hidden, case.handle, result), options),
+        "moe_out_rows": (
+            (case.hidden, case.handle, None),
+            {
+                **options,
+                "finalize": False,
+                "rows_out": result.repeat(layers.TOP_K, 1),
+                "slot_to_row_out": case.replay().int(),
+            },
+        ),
         "route": ((case.logits, text, layers.TOP_K), outputs),
     }
 
 
-@pytest.mark.parametrize("name", ["moe", "moe_out", "route"])
+@pytest.mark.parametrize("name", ["moe", "moe_out", "moe_out_rows", "route"])
 def test_opcheck(name, case):
     args, options = operator_calls(case)[name]
-    results = torch.library.opcheck(getattr(OPS, name).default, args, options)
+    results = torch.library.opcheck(getattr(OPS, name.removesuffix("_rows")).default, args, options)
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -196,7 +247,7 @@ def test_one_graph_serves_all_layers():
         assert counter.frame_count == 2  # of a constant handle, then of any
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU in torch")
+@needs_gpu
 def test_a_cuda_graph_replays_the_eager_bits():
     with torch.no_grad():
         case = Case("cuda")
@@ -284,6 +335,51 @@ def test_gradients_are_refused():
         torch.compile(run, fullgraph=True, backend="aot_eager")(hidden)
     with torch.no_grad():
         assert not OPS.moe(hidden, case.handle, logits=logits).requires_grad
+
+
+def test_weights_that_require_gradients_are_refused():
+    """By the layer itself, and so by the operators in eager mode."""
+    case = Case()
+    values = torch.from_numpy(case.data.gemm1).bfloat16()
+    parameter = torch.nn.Parameter(values)
+    down = torch.from_numpy(case.data.down).bfloat16()
+
+    def layer_of(gemm1):
+        experts = hopyard.ExpertWeights(gemm1=gemm1, gemm2=down)
+        weights = hopyard.Weights(layers.spec(), experts)
+        return hopyard.MoeLayer(layers.spec(), weights, layers.TOKENS)
+
+    wanted = case.layer(case.hidden, logits=case.logits)
+    frozen, trained = layer_of(parameter.detach()), layer_of(parameter)
+    assert torch.equal(frozen(case.hidden, logits=case.logits), wanted)
+    message = r"weights.routed.gemm1.values requires grad, but Hopyard has no backward.*no_grad\(\)"
+    handle = torch_ops.handle(trained)
+    with pytest.raises(ValueError, match=message):
+        trained(case.hidden, logits=case.logits)
+    with pytest.raises(ValueError, match=message):
+        frozen.with_weights(trained.weights)(case.hidden, logits=case.logits)
+    with pytest.raises(ValueError, match=message):
+        OPS.moe(case.hidden, handle, logits=case.logits)
+    with torch.no_grad():
+        assert torch.equal(trained(case.hidden, logits=case.logits), wanted)
+        assert torch.equal(OPS.moe(case.hidden, handle, logits=case.logits), wanted)
+
+
+def test_a_gpu_is_one_of_torch_and_of_the_library(monkeypatch):
+    """With a library for CPUs, the cases on a GPU are skipped on a machine that has one."""
+    pick_device = runpy.run_path(str(EXAMPLES / "hopper.py"))["pick_device"]
+    answer = SimpleNamespace(supported=True, reason="no backend")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(hopyard, "explain", lambda *_, **__: answer)
+    assert (why_no_gpu(), pick_device(layers.spec())) == ("", "cuda")
+    answer.supported = False
+    assert why_no_gpu() == "the extension was built without HOPYARD_CUDA=ON"
+    assert pick_device(layers.spec()) == "cpu"
+    answer.supported = True
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert why_no_gpu() == "the GPU is not of compute capability 9.0"
+    assert pick_device(layers.spec()) == "cpu"
 
 
 def test_handles():

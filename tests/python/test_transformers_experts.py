@@ -320,6 +320,46 @@ def test_quantised_parameters_follow_writes(quantised):
     assert torch.equal(logits_of(model, tokens), before)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "llama4"])
+def test_gradients_that_would_be_lost_are_refused(name):
+    """Whichever of them requires grad: each parameter of the experts, the router, their input."""
+    model = make(name).requires_grad_(False)
+    tokens = tokens_for(model)
+    wanted = logits_of(model, tokens)
+    experts = moe_experts(model)[0]
+    block = model.model.layers[0]
+    router = hooks._router_of(block.feed_forward if name == "llama4" else block.mlp)
+    with hopyard.record_routing(model) as record:
+        model(tokens)
+    inputs = (experts.gate_up_proj, experts.down_proj, model.model.embed_tokens.weight)
+    with torch.enable_grad():
+        assert torch.equal(logits_of(model, tokens), wanted)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert float(row_errors(logits_of(compiled, tokens), wanted).max()) < 0.02
+        for parameter in (*inputs, router.weight):
+            parameter.requires_grad_(True)
+            with pytest.raises(NotImplementedError, match="has no backward; run the model under"):
+                model(tokens)
+            parameter.requires_grad_(False)
+        router.weight.requires_grad_(True)
+        replaying = hopyard.replay_routing(model, record.ids)
+        with pytest.raises(NotImplementedError, match="has no backward"), replaying:
+            model(tokens)
+
+
+def test_copies_of_parameters_without_a_version_are_refused(quantised):
+    """Made under inference mode: a write would go unseen. BF16 is read where it is."""
+    with torch.inference_mode():
+        model = make("qwen3_moe")
+        tokens = tokens_for(model)
+        before = logits_of(model, tokens)
+        moe_experts(model)[-1].down_proj.neg_()
+        assert not torch.equal(logits_of(model, tokens), before)
+        model.set_experts_implementation(quantised("mxfp8", activations="mxfp8"))
+        with pytest.raises(ValueError, match="parameters of Qwen3MoeExperts were made under torch"):
+            model(tokens)
+
+
 def test_llama4_keeps_its_other_implementations():
     model = make("llama4")
     tokens = tokens_for(model)

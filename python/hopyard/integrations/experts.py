@@ -105,8 +105,14 @@ def parameters_of(module: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter for parameter in found if parameter is not None]
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _version(module: torch.nn.Module, tensor: torch.Tensor) -> int:
+    if tensor.is_inference():
+        raise ValueError(
+            f"parameters of {type(module).__name__} were made under torch.inference_mode(), where "
+            "torch does not count writes, so that Hopyard's copy of them would not follow; make or "
+            "load the model outside of it, for instance under torch.no_grad()"
+        )
+    return tensor._version
 
 
 # One plan and one set of workspaces for all modules that are alike.
@@ -117,7 +123,8 @@ class Experts:
     """Runs one module; sees parameters that are changed, replaced or moved.
 
     Parameters are read where they are; quantised ones, and [in, out] matrices on a GPU, are copies,
-    which are made anew when torch's version counter says that a parameter was written.
+    which are made anew when torch's version counter says that a parameter was written. Those that
+    were made under inference mode have no counter, and are refused where copies are made.
 
     Args:
         module: experts of a transformers model; only a weak reference is kept.
@@ -141,7 +148,8 @@ class Experts:
         """Output [T, H] of hidden states [T, H], ids and weights [T, K].
 
         Raises:
-            ValueError: the model is not in bfloat16.
+            ValueError: the model is not in bfloat16, or its parameters, which are copied, were made
+                under inference mode.
         """
         if hidden.dtype != torch.bfloat16:
             raise ValueError(
@@ -182,7 +190,8 @@ class Experts:
         stamp = (
             top_k,
             *(
-                (p.data_ptr(), p.shape, p.stride(), p.dtype, p.device, _version(p) if copied else 0)
+                (p.data_ptr(), p.shape, p.stride(), p.dtype, p.device)
+                + ((_version(module, p),) if copied else ())
                 for p in parameters
             ),
         )
@@ -241,9 +250,10 @@ class Experts:
         )
 
     def _matrix(self, values: torch.Tensor, bias: torch.Tensor | None, copied: bool) -> Matrix:
+        # The model's forward looks at what requires grad; it may be frozen later on.
+        source, bias = values.detach(), None if bias is None else bias.detach()
         if not copied:
-            return Matrix(values, bias=bias, major="mn" if self.layout.transposed else "k")
-        source = values.detach()
+            return Matrix(source, bias=bias, major="mn" if self.layout.transposed else "k")
         if self.layout.transposed:
             source = source.transpose(1, 2).contiguous()
         name = self.options.weight_format

@@ -12,7 +12,9 @@
 
 Routers, shared experts and everything else stay transformers'; the experts themselves are one call
 of a layer, with the ids and weights that the router chose. That call is an operator, so that models
-compile without graph breaks. There is no backward: train with another implementation.
+compile without graph breaks. There is no backward: with gradients enabled, experts are refused if
+their input, their parameters or the router's weights require one; train with another
+implementation.
 
 The model's parameters are read where they are: values that an optimiser or a weight update writes
 are seen by the next call, and so is a parameter that is replaced. `register` makes implementations
@@ -33,7 +35,7 @@ import torch
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.llama4 import modeling_llama4 as _llama4
 
-from hopyard.integrations.experts import Experts, Options
+from hopyard.integrations.experts import Experts, Options, parameters_of
 from hopyard.integrations.replay import Replay, RoutingRecord, require_no_capture
 from hopyard.spec import ActivationFormat, WeightFormat
 
@@ -201,14 +203,18 @@ def _remember(key: int) -> int:
     return key
 
 
-def _call(
-    module: Any, name: str, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    if torch.is_grad_enabled() and (hidden.requires_grad or module.down_proj.requires_grad):
+def _refuse_gradients(*tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise NotImplementedError(
             "experts_implementation='hopyard' has no backward; run the model under "
             "torch.no_grad(), or train it with model.set_experts_implementation('eager')"
         )
+
+
+def _call(
+    module: Any, name: str, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    _refuse_gradients(hidden, weights, *parameters_of(module))
     key = _key_of(module)
     return torch.ops.hopyard.transformers_experts(hidden, ids, weights, key, name)
 
@@ -231,6 +237,7 @@ def _llama4_block_forward(self: Any, hidden_states: torch.Tensor) -> Any:
         return _llama4_forward(self, hidden_states)
     hidden = hidden_states.reshape(-1, self.hidden_dim)
     scores, logits = self.router(hidden)
+    _refuse_gradients(logits)
     ids = logits.topk(self.top_k, dim=1)[1]
     key = _key_of(self.experts)
     ids, weights = torch.ops.hopyard.transformers_replay(logits, ids, scores.gather(1, ids), key)
@@ -246,6 +253,7 @@ def _llama4_refuse_grouped_mm(self: Any) -> bool:
 def _force(key: int, router: Any, args: Any, output: Any) -> Any:
     """Forward hook of a router."""
     logits, weights, ids = output
+    _refuse_gradients(logits)
     ids, weights = torch.ops.hopyard.transformers_replay(logits, ids, weights, key)
     return logits, weights, ids
 
