@@ -23,7 +23,7 @@ from hopyard.compat.flashinfer.enums import (
     is_gated_activation,
     member,
 )
-from hopyard.compat.flashinfer.quantize import fp4_quantize, mxfp8_quantize
+from hopyard.compat.flashinfer.quantize import block_scales, fp4_quantize, mxfp8_quantize
 
 Prepared = dict[str, Array]
 
@@ -301,7 +301,7 @@ def prepare_trtllm_fp8_block_activations(
         raise ValueError(f"hidden_states_bf16 has {shape[1]} columns, wanted a multiple of 128")
     source = ops.contiguous(ops.to_host(hidden_states_bf16))
     quantized = formats.quantize(source, "fp8_block1x128")
-    scales = ops.permuted(quantized.scales, (1, 0))
+    scales = ops.permuted(block_scales(quantized, 128, "float32"), (1, 0))
     return ops.on_device_of(quantized.codes, hidden_states_bf16), ops.on_device_of(
         scales, hidden_states_bf16
     )

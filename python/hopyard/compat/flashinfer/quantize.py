@@ -60,6 +60,13 @@ def _matrix(source: Array, name: str, block: int) -> Array:
     return ops.contiguous(ops.to_host(source).reshape(math.prod(shape[:-1]), shape[-1]))
 
 
+def block_scales(quantized: formats.Quantized, block: int, dtype: str = "uint8") -> Array:
+    """Block scales [M, C]; where there are no rows the library has none, and an array is made."""
+    if quantized.scales is not None:
+        return quantized.scales
+    return ops.empty(quantized.codes, (0, quantized.shape[-1] // block), dtype)
+
+
 def _ordered_scales(linear: Array, layout: SfLayout) -> Array:
     """Linear scales [M, C] as a matrix in `layout`, padded to whole tiles."""
     if layout is SfLayout.layout_linear:
@@ -113,9 +120,9 @@ def fp4_quantize(a: Arguments) -> tuple[Array, Array]:
     if a.is_sf_swizzled_layout:
         layout = SfLayout.layout_8x4 if a.is_sf_8x4_layout else SfLayout.layout_128x4
     codes = quantized.codes.reshape(*ops.shape_of(a.input)[:-1], ops.shape_of(source)[1] // 2)
-    return ops.on_device_of(codes, a.input), ops.on_device_of(
-        _ordered_scales(ops.as_bytes(quantized.scales), layout), a.input
-    )
+    linear = ops.as_bytes(block_scales(quantized, a.sf_vec_size))
+    scales = _ordered_scales(linear, layout)
+    return ops.on_device_of(codes, a.input), ops.on_device_of(scales, a.input)
 
 
 @entry(
@@ -183,7 +190,8 @@ def mxfp8_quantize(a: Arguments) -> tuple[Array, Array]:
     if layout is None:
         layout = SfLayout.layout_128x4 if a.is_sf_swizzled_layout else SfLayout.layout_linear
     codes = quantized.codes.reshape(*ops.shape_of(a.input)[:-1], ops.shape_of(padded)[1])
-    scales = _ordered_scales(ops.as_bytes(quantized.scales), layout).reshape(-1)
+    linear = ops.as_bytes(block_scales(quantized, 32))
+    scales = _ordered_scales(linear, layout).reshape(-1)
     return ops.on_device_of(codes, a.input), ops.on_device_of(scales, a.input)
 
 
