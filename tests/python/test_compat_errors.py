@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 pytest.importorskip("torch")
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import compat_layers as cl
 import compat_reference as ref
@@ -254,6 +257,78 @@ def test_rows_of_section_7_1(row, mode, changes, error, part, cases):
 @pytest.mark.parametrize(("what", "mode", "changes", "error", "part"), UNCHECKED)
 def test_what_flashinfer_does_not_check(what, mode, changes, error, part, cases):
     refuse(cases, mode, changes, error, part)
+
+
+def fakes(*tensors):
+    """Tensors as torch.compile's tracing gives them: a device, no memory."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return [mode.from_tensor(tensor) for tensor in tensors]
+
+
+ARRAYS = [
+    ("bf16", "hidden_states"),
+    ("bf16", "gemm2_weights"),
+    ("bf16", "routing_logits"),
+    ("deepseek", "gemm1_weights_scale"),
+    ("deepseek", "hidden_states_scale"),
+    ("mxfp8", "hidden_states"),
+    ("nvfp4", "gemm1_weights"),
+    ("nvfp4", "output1_scale_scalar"),
+    ("mxfp4_bf16 routed", "gemm2_weights_scale"),
+    ("per_tensor", "hidden_states"),
+    ("mxint4 routed", "gemm1_weights"),
+]
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize(("mode", "name"), ARRAYS)
+def test_tensors_without_memory(mode, name, tuned, cases):
+    function, arguments = arguments_of(cases, mode)
+    fake = {name: fakes(arguments[name])[0]}
+    everywhere = {
+        key: value.to("meta") for key, value in arguments.items() if isinstance(value, torch.Tensor)
+    }
+    with fi.autotune() if tuned else contextlib.nullcontext():
+        with pytest.raises(RuntimeError, match=f"{name} is a fake tensor.*hopyard.torch_ops"):
+            function(**(arguments | fake))
+        with pytest.raises(RuntimeError, match=r"is a meta tensor.*hopyard\.torch_ops"):
+            function(**(arguments | everywhere))
+
+
+def test_routing_without_memory():
+    scores, ids = fakes(torch.zeros(4, 16), torch.zeros(4, 2).int())
+    with pytest.raises(ValueError, match="routing_logits is a fake tensor"):
+        fi.trtllm_gen_routing(scores, None, METHOD.Default, 2)
+    with pytest.raises(RuntimeError, match="scores is a meta tensor"):
+        fi.fused_topk_deepseek(meta(4, 16), meta(16), 4, 2, 2, 1.0, meta(4, 2), meta(4, 2).int())
+    with pytest.raises(ValueError, match="ids is a fake tensor"):
+        fi.pack_topk_ids(ids, torch.ones(4, 2))
+    with pytest.raises(ValueError, match="weights is a fake tensor"):
+        fi.pack_topk_ids(torch.zeros(4, 2).int(), *fakes(torch.ones(4, 2)))
+    with pytest.raises(ValueError, match="topk_ids is a fake tensor"):
+        fi.trtllm_moe_allocate_routing_metadata(
+            ids, num_experts=16, top_k=2, local_expert_offset=0, num_local_experts=16, tile_n=8,
+            routing_input_mode=fi.RoutingInputMode.PackedPrecomputed,
+        )  # fmt: skip
+
+
+def test_compiled_code_breaks_around_the_operations(cases):
+    function, arguments = arguments_of(cases, "bf16")
+
+    def layer(x):
+        return function(**(arguments | {"hidden_states": x + 0})) * 2
+
+    def selection(x):
+        values, ids = torch.empty(4, 2), torch.empty(4, 2, dtype=torch.int32)
+        fi.fused_topk_deepseek(x + 0, ones(16), 4, 2, 2, 1.0, values, ids)
+        return values * 2
+
+    for call, given in ((layer, arguments["hidden_states"]), (selection, torch.randn(4, 16))):
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(call, backend="eager", fullgraph=True)(given)
+    torch._dynamo.reset()
+    cl.same(torch.compile(selection, backend="eager")(given), selection(given))
 
 
 SHARED_EXTENTS = [

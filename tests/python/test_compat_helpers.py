@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signatures, enumerations, weight helpers, quantisers and routing of the compat package, by the
+"""Signatures, enumerations, layouts and routing of the compat package, by the
 definitions of FlashInfer's documents."""
 
 from __future__ import annotations
 
+import enum
 import inspect
 import logging
 import subprocess
@@ -20,6 +21,7 @@ import compat_layers as cl
 import compat_reference as ref
 import hopyard.compat.flashinfer as fi
 from compat_layers import one_torch_thread  # noqa: F401
+from hopyard.compat.flashinfer import ops
 
 METHOD, D = fi.RoutingMethodType, fi.DtypeTrtllmGen
 
@@ -144,6 +146,74 @@ def test_enumerations():
     assert {d.name for d in D if fi.has_block_scale(d)} == {"E2m1", "MxE2m1", "MxE4m3", "MxInt4"}
 
 
+class Foreign(enum.Enum):
+    """An enumeration that is not ours, with FlashInfer's values."""
+
+    layout_128x4 = 0
+    layout_8x4 = 1
+    layout_linear = 2
+
+
+def foreign(one):
+    """A member of another library's plain enumeration with the value of one of ours."""
+    return enum.Enum(type(one).__name__, {m.name: m.value for m in type(one)})(one.value)
+
+
+@pytest.mark.parametrize("give", [lambda one: Foreign(one.value), lambda one: one.value])
+@pytest.mark.parametrize("layout", list(fi.SfLayout))
+def test_scale_layouts_of_anybody(layout, give):
+    x, g = cl.normal((130, 96), 1), torch.tensor([64.0])
+    wanted, given = fi.nvfp4_quantize(x, g, layout), fi.nvfp4_quantize(x, g, give(layout))
+    assert (given[1] == wanted[1]).all()
+    wanted = fi.mxfp8_quantize(x, sf_swizzle_layout=layout)
+    given = fi.mxfp8_quantize(x, sf_swizzle_layout=give(layout))
+    assert (given[1] == wanted[1]).all()
+
+
+def test_enumerations_of_anybody():
+    A, Q = fi.ActivationType, fi.QuantVariant
+    assert fi.is_gated_activation(foreign(A.Geglu))
+    assert not fi.is_gated_activation(foreign(A.Relu2))
+    assert fi.has_block_scale(foreign(D.MxE2m1))
+    assert fi.is_trtllm_moe_supported(foreign(D.Bfloat16), foreign(D.Bfloat16))
+    case = cl.make("deepseek")
+    logits = cl.logits_of(case)
+    usual = {"routing_method_type": METHOD.Renormalize, "activation_type": A.Swiglu}
+    usual |= {"weight_layout": fi.WeightLayout.MajorK}
+    usual |= {"fp8_quantization_type": fi.Fp8QuantizationType.DeepSeekFp8}
+    others = {name: foreign(one) for name, one in usual.items()}
+    cl.same(cl.call(case, logits=logits, **others), cl.call(case, logits=logits, **usual))
+    r = fi.trtllm_gen_routing(logits, None, foreign(METHOD.Renormalize), 2)
+    assert (r.topk_ids == fi.trtllm_gen_routing(logits, None, METHOD.Renormalize, 2).topk_ids).all()
+    w1, w2 = cl.normal((2, 128, 128), 0), cl.normal((2, 128, 128), 1)
+    sizes = {"num_local_experts": 2, "hidden_size": 128, "intermediate_size": 128}
+    assert fi.prepare_trtllm_fp4_weights(
+        w1, w2, variant=foreign(Q.MXFP4), activation=foreign(A.Relu2), **sizes
+    )["gemm1_weights_scale"].shape == (2, 128, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "part"),
+    [
+        (lambda x: fi.nvfp4_quantize(x, 1.0, 3), ValueError, "unknown scale layout: 3; sfLayout"),
+        (lambda x: fi.mxfp8_quantize(x, sf_swizzle_layout="linear"), ValueError, "'linear'; sf_sw"),
+        (lambda x: fi.is_gated_activation(99), ValueError, "99; activation_type must be"),
+        (lambda x: fi.is_trtllm_moe_supported(D.E2m1, 7), ValueError, "7; dtype_act must be"),
+        (
+            lambda x: fi.trtllm_moe_allocate_routing_metadata(
+                x.int(), num_experts=4, top_k=64, local_expert_offset=0, num_local_experts=4,
+                tile_n=8, routing_input_mode=5,
+            ),
+            ValueError,
+            "5; routing_input_mode must be a RoutingInputMode",
+        ),
+    ],
+)  # fmt: skip
+def test_unknown_values_of_enumerations(call, error, part):
+    with pytest.raises(error, match=part):
+        call(cl.normal((2, 64), 0))
+
+
 def test_dtype_deduction_and_support():
     codes, e4m3 = torch.zeros(4, 64, dtype=torch.uint8), torch.zeros(4, 128).to(torch.float8_e4m3fn)
     deduce = fi.deduce_trtllm_gen_tensor_dtype
@@ -220,174 +290,6 @@ def test_blocks_and_cached_indices():
     second = fi.get_w2_permute_indices_with_cache(cache, w2, 128, 16)
     assert (second == fi.get_shuffle_matrix_sf_a_row_indices(w2, 128)).all()
     assert len(cache) == 3
-
-
-# --- quantisers
-
-
-def test_nvfp4_by_definition():
-    x = cl.normal((130, 96), 1, 3.0)
-    g = torch.tensor([512.0])
-    codes, scales = fi.fp4_quantize(x, g, is_sf_swizzled_layout=False)
-    blocks = x.double().view(130, 6, 16)
-    wanted = ref.e4m3(blocks.abs().amax(-1) * 512 / 6)
-    assert (scales.view(torch.float8_e4m3fn).double() == wanted).all()
-    decoded = ref.with_scales(ref.decode_e2m1(codes), wanted / 512, 16)
-    nearest = ref.with_scales(
-        ref.e2m1((blocks / (wanted / 512)[..., None]).float()).flatten(-2).double(),
-        wanted / 512,
-        16,
-    )
-    assert (decoded == nearest).all()
-    swizzled = fi.fp4_quantize(x, g)[1]
-    assert swizzled.shape == (256, 8)
-    assert (swizzled.reshape(-1) == fi.block_scale_interleave(scales)).all()
-    small = fi.fp4_quantize(x, g, is_sf_8x4_layout=True)[1].reshape(-1)
-    for m, k in np.ndindex(130, 6):
-        at = m // 8 * 2 * 32 + k // 4 * 32 + m % 8 * 4 + k % 4
-        assert small[at] == scales[m, k]
-    inverse = fi.fp4_quantize(x, 1 / g, is_global_scale_inversed=True)
-    assert (inverse[0] == codes).all()
-    for swizzle, given in ((False, scales), (True, swizzled)):
-        values = fi.e2m1_and_ufp8sf_scale_to_float(codes, given, 1 / g, 16, 1, swizzle)
-        assert (values.double() == decoded).all()
-    again, linear = fi.nvfp4_quantize(x, g, fi.SfLayout.layout_linear)
-    assert (again == codes).all()
-    assert (linear == scales).all()
-    y = cl.normal((128, 64), 2)
-    plain, flat = fi.fp4_quantize(y, g, is_sf_swizzled_layout=False)
-    stored, stored_scales = fi.nvfp4_quantize(y, g, do_shuffle=True)
-    assert (stored == fi.shuffle_matrix_a(plain, 128)).all()
-    assert (stored_scales.reshape(-1) == fi.shuffle_matrix_sf_a(flat, 128)).all()
-
-
-def test_mx_formats_by_definition():
-    x = cl.normal((5, 64), 3, 2.0)
-    amax = x.double().view(5, 2, 32).abs().amax(-1)
-    codes, scales = fi.mxfp4_quantize(x)
-    exponent = torch.ceil(torch.log2(amax / 6))
-    linear = fi.fp4_quantize(x, None, 32, True, is_sf_swizzled_layout=False)[1]
-    assert (linear.double() == exponent + 127).all()
-    values = fi.mxfp4_dequantize(codes, scales)
-    scaled = x.float().view(5, 2, 32) / torch.exp2(exponent).float()[..., None]
-    wanted = ref.with_scales(ref.e2m1(scaled).flatten(-2).double(), torch.exp2(exponent), 32)
-    assert (values.double() == wanted).all()
-    codes, scales = fi.mxfp8_quantize(x, False)
-    assert codes.dtype == torch.float8_e4m3fn
-    assert scales.shape == (10,)
-    assert (
-        fi.mxfp8_dequantize_host(codes, scales, False).double() == ref.round_mxfp8(x.double())
-    ).all()
-    padded, more = fi.mxfp8_quantize(x, True, 128)
-    assert padded.shape == (5, 128)
-    assert more.shape == (512,)
-    assert (
-        fi.mxfp8_dequantize_host(padded, more)[:, :64].double() == ref.round_mxfp8(x.double())
-    ).all()
-
-
-def test_numpy_quantisers_give_the_same_bytes():
-    x = cl.normal((128, 64), 4)
-    bits = x.view(torch.uint16).numpy()
-    for one, other in zip(fi.fp4_quantize(x, 64.0), fi.fp4_quantize(bits, 64.0), strict=True):
-        np.testing.assert_array_equal(one.numpy(), other)
-    codes = fi.mxfp8_quantize(bits)[0]
-    np.testing.assert_array_equal(codes, fi.mxfp8_quantize(x)[0].view(torch.uint8).numpy())
-    assert fi.e2m1_and_ufp8sf_scale_to_float(*fi.fp4_quantize(bits, 64.0)).dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "part"),
-    [
-        (lambda x: fi.fp4_quantize(x, None, 32), NotImplementedError, "wanted 16 with False"),
-        (lambda x: fi.fp4_quantize(x[:, :17]), ValueError, "K a multiple of 16"),
-        (lambda x: fi.fp4_quantize(x.int()), ValueError, "input has dtype int32"),
-        (lambda x: fi.fp4_quantize(x, torch.ones(2)), ValueError, "has 2 elements"),
-        (lambda x: fi.fp4_quantize(x, 0.0), ValueError, "finite number above 0"),
-        (lambda x: fi.mxfp8_quantize(x, alignment=48), ValueError, "multiple of 32"),
-    ],
-)
-def test_bad_input_of_quantisers(call, error, part):
-    with pytest.raises(error, match=part):
-        call(torch.zeros(2, 32))
-
-
-# --- prepare
-
-
-def prepared(mode, activation, gated):
-    w1, w2 = cl.normal((4, 256 if gated else 128, 256), 0, 0.1), cl.normal((4, 256, 128), 1, 0.1)
-    if mode == "mxint4":
-        w1, w2 = cl.normal((4, 512, 256), 0, 0.1), cl.normal((4, 256, 256), 1, 0.1)
-    usual = {
-        "num_local_experts": 4,
-        "hidden_size": 256,
-        "intermediate_size": 256 if mode == "mxint4" else 128,
-        "activation": activation,
-    }
-    variant = fi.QuantVariant
-    if mode in ("nvfp4", "mxfp4_mxfp8"):
-        kind = variant.NVFP4 if mode == "nvfp4" else variant.MXFP4
-        return w1, w2, fi.prepare_trtllm_fp4_weights(w1, w2, variant=kind, **usual)
-    if mode in ("deepseek", "mxfp8"):
-        kind = variant.MxFp8 if mode == "mxfp8" else variant.DeepSeekFp8
-        return w1, w2, fi.prepare_trtllm_fp8_block_weights(w1, w2, variant=kind, **usual)
-    if mode == "per_tensor":
-        scales = {"hidden_states_scale_global": 32.0, "intermediate_scale_global": 64.0}
-        return w1, w2, fi.prepare_trtllm_fp8_per_tensor_weights(w1, w2, **scales, **usual)
-    name = {"mxint4": "prepare_trtllm_mxint4_weights", "bf16": "prepare_trtllm_bf16_weights"}[mode]
-    return w1, w2, getattr(fi, name)(w1, w2, **usual)
-
-
-PREPARED = [("nvfp4", "swiglu"), ("nvfp4", "relu2"), ("mxfp4_mxfp8", "swiglu"), ("mxfp8", "relu2")]
-PREPARED += [(m, "swiglu") for m in ("deepseek", "mxfp8", "per_tensor", "mxint4", "bf16")]
-
-
-@pytest.mark.parametrize(("mode", "activation"), PREPARED)
-def test_prepared_weights_are_what_the_recipes_give(mode, activation, monkeypatch):
-    gated = activation == "swiglu"
-    w1, w2, views = prepared(mode, cl.ACTIVATIONS[activation], gated)
-    monkeypatch.setattr(cl.torch, "log2", lambda x: torch.zeros_like(x))  # multipliers of 1
-    wanted = cl.WEIGHTS[mode](w1, w2, gated)[0]
-    monkeypatch.undo()
-    for name in ("gemm1_weights", "gemm2_weights", "gemm1_weights_scale", "gemm2_weights_scale"):
-        if name not in wanted:
-            continue
-        assert views[name].shape == wanted[name].shape
-        assert views[name].dtype == wanted[name].dtype
-        given, right = views[name].view(torch.uint8), wanted[name].view(torch.uint8)
-        share = (
-            (given == right).float().mean()
-        )  # per tensor: 448 / amax and its inverse round apart
-        assert share > (0.99 if mode == "per_tensor" else 0.999999)
-    if mode == "per_tensor":
-        a = views["output1_scales_gate_scalar"]
-        torch.testing.assert_close(a, w1.float().abs().amax((1, 2)) / 448 / 32)
-        torch.testing.assert_close(views["output1_scales_scalar"], a * 64)
-
-
-def test_prepared_activations_run():
-    _, _, views = prepared("nvfp4", None, True)
-    x = cl.normal((8, 256), 5)
-    codes, scales = fi.prepare_trtllm_fp4_activations(x, variant=fi.QuantVariant.NVFP4)
-    assert codes.shape == (8, 128)
-    assert scales.shape == (8, 16)
-    usual = cl.routing_of(cl.Sizes(256, 128, 4, 2, 8))
-    rest = dict.fromkeys(n for n in cl.OPTIONAL_FP4 if n not in views)
-    output = fi.trtllm_fp4_block_scale_moe(
-        torch.zeros(8, 4), None, codes, scales, intermediate_size=128, **views, **rest, **usual
-    )
-    assert output[0].abs().max() > 0
-    mx = fi.prepare_trtllm_fp8_block_activations(x, variant=fi.QuantVariant.MxFp8)
-    assert [t.shape for t in mx] == [(8, 256), (8, 8)]
-    deepseek = fi.prepare_trtllm_fp8_block_activations(x, variant=fi.QuantVariant.DeepSeekFp8)
-    assert [t.shape for t in deepseek] == [(8, 256), (2, 8)]
-    plain = fi.prepare_trtllm_fp8_per_tensor_activations(x, hidden_states_scale_global=32.0)
-    assert (plain[0].float() == (x.float() * 32).clamp(-448, 448).to(plain[0].dtype).float()).all()
-    with pytest.raises(ValueError, match="one finite positive number"):
-        fi.prepare_trtllm_fp8_per_tensor_activations(x, hidden_states_scale_global=-1.0)
-    with pytest.raises(ValueError, match="wanted one of QuantVariant"):
-        fi.prepare_trtllm_fp4_activations(x, variant=fi.QuantVariant.BF16)
 
 
 # --- routing
@@ -494,6 +396,75 @@ def test_gen_routing_with_shared_experts_and_metadata():
         fi.trtllm_moe_allocate_routing_metadata_multi_tile(
             packed, tile_ns=[8, 8], routing_input_mode=mode, **usual
         )
+
+
+UNPACKED = {
+    "num_experts": 16,
+    "top_k": 2,
+    "local_expert_offset": 0,
+    "num_local_experts": 16,
+    "tile_ns": [8],
+    "routing_input_mode": fi.RoutingInputMode.UnpackedPrecomputed,
+}
+
+
+@pytest.mark.parametrize(
+    ("weights", "part"),
+    [
+        (torch.ones(2), r"topk_weights has shape \[2\], wanted that of topk_ids, \[3, 2\]"),
+        (torch.ones(3, 1), r"topk_weights has shape \[3, 1\]"),
+        (torch.ones(3, 2, dtype=torch.int32), "topk_weights must be bfloat16 or float32"),
+        (torch.ones(3, 2, device="meta"), "topk_weights must be where topk_ids are, cpu; got meta"),
+        (None, "topk_weights is None"),
+        ([1.0], r"topk_weights is \[1.0\], wanted weights"),
+    ],
+)
+def test_weights_of_routing_metadata(weights, part):
+    ids = torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.int32)
+    right = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    metadata = fi.trtllm_moe_allocate_routing_metadata_multi_tile(
+        ids, topk_weights=right, **UNPACKED
+    )
+    assert (metadata.slots[0].expert_weights == right).all()
+    with pytest.raises(ValueError, match=part):
+        fi.populate_trtllm_moe_routing_metadata_(metadata, ids, weights)
+    assert (metadata.slots[0].expert_weights == right).all()
+    if weights is not None:
+        with pytest.raises(ValueError, match=part):
+            fi.trtllm_moe_allocate_routing_metadata_multi_tile(
+                ids, topk_weights=weights, **UNPACKED
+            )
+
+
+def test_ids_that_cannot_be_packed():
+    for number in (32767, -32768, -1):
+        packed = fi.pack_topk_ids(torch.tensor([[number, 1]]), torch.ones(1, 2))
+        assert (packed >> 16).tolist() == [[number, 1]]
+    for number in (32768, 40000, -32769):
+        for ids in (torch.tensor([[1, number]]), np.array([[1, number]])):
+            weights = torch.ones(1, 2) if isinstance(ids, torch.Tensor) else np.ones((1, 2))
+            with pytest.raises(ValueError, match=f"within -32768 .. 32767.*got .{number}."):
+                fi.pack_topk_ids(ids, weights)
+    with pytest.raises(ValueError, match=r"weights have shape \[2\], wanted that of ids"):
+        fi.pack_topk_ids(torch.zeros(3, 2).int(), torch.ones(2))
+    with pytest.raises(ValueError, match="ids must be integers; got float32"):
+        fi.pack_topk_ids(torch.zeros(3, 2), torch.ones(3, 2))
+
+
+def test_what_computes_on_the_host_cannot_be_captured(monkeypatch):
+    ids, weights = torch.zeros(3, 2).int(), torch.ones(3, 2)
+    metadata = fi.trtllm_moe_allocate_routing_metadata_multi_tile(
+        ids, topk_weights=weights, **UNPACKED
+    )
+    monkeypatch.setattr(ops, "is_capturing", lambda array: True)
+    for call in (
+        lambda: fi.pack_topk_ids(ids, weights),
+        lambda: fi.populate_trtllm_moe_routing_metadata_(metadata, ids, weights),
+        lambda: fi.trtllm_gen_routing(torch.zeros(3, 4), None, METHOD.Renormalize, 2),
+        lambda: fi.fp4_quantize(torch.zeros(2, 32)),
+    ):
+        with pytest.raises(RuntimeError, match="is being captured, and this function computes on"):
+            call()
 
 
 @pytest.mark.parametrize("scores_type", [torch.float32, torch.float16, torch.bfloat16])

@@ -4,9 +4,6 @@ on a GPU in full."""
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import numpy as np
 import pytest
 
@@ -19,7 +16,6 @@ import compat_reference as ref
 import hopyard
 import hopyard.compat.flashinfer as fi
 from compat_layers import one_torch_thread  # noqa: F401
-from hopyard.compat.flashinfer import engine
 
 MODES = list(cl.WEIGHTS)
 DEVICES = pytest.mark.parametrize("device", cl.DEVICES)
@@ -408,100 +404,3 @@ def test_numpy_arrays_give_the_bits_of_torch(mode):
     result = result[0] if isinstance(result, list) else result
     assert result.dtype == np.uint16
     np.testing.assert_array_equal(result, cl.bits(wanted))
-
-
-# --- caches
-
-
-@DEVICES
-@pytest.mark.parametrize("mode", MODES)
-def test_nothing_is_remembered_of_what_arrays_hold(mode, device):
-    case = cl.make(mode, bias=mode in FP4, device=device)
-    other = cl.make(mode, seed=50, bias=mode in FP4, device=device)
-    logits = cl.logits_of(case)
-    first = cl.call(case, logits=logits)
-    before = {
-        name: array.clone() for name, array in case.arguments.items() if hasattr(array, "clone")
-    }
-    wanted = cl.call(other, logits=logits)
-    cl.call(case, logits=logits)
-    for name, array in before.items():  # calls leave weights alone
-        assert (array.view(torch.uint8) == case.arguments[name].view(torch.uint8)).all()
-    for name, array in other.arguments.items():  # new content at the same addresses
-        if isinstance(array, torch.Tensor):
-            case.arguments[name].view(torch.uint8).copy_(array.view(torch.uint8))
-    second = cl.call(case, logits=logits)
-    cl.same(second, wanted)
-    assert (first != second).any()
-
-
-def test_views_neither_keep_weights_nor_grow_without_bound():
-    case = cl.make("nvfp4")
-    watch = [weakref.ref(a) for name, a in case.arguments.items() if isinstance(a, torch.Tensor)]
-    logits = cl.logits_of(case)
-    cl.call(case, logits=logits)
-    del case
-    gc.collect()
-    assert [w for w in watch if w() is not None] == []
-    cache = engine._Cache(3)
-    made = [cache.get(i, lambda i=i: i) for i in (1, 2, 3, 1, 4)]
-    assert made == [1, 2, 3, 1, 4]
-    assert list(cache._items) == [3, 1, 4]
-    cache.get(9, lambda: 9, pin=True)
-    for i in range(20, 30):
-        cache.get(i, lambda: 0)
-    assert len(cache) == 4
-    assert cache.get(9, lambda: None) == 9
-
-
-def test_plans_are_shared_by_layers_of_one_spec():
-    fi.clear_caches()
-    for seed in range(4):
-        case = cl.make("bf16", seed=seed)
-        for tokens in (8, 5, 1):
-            logits = cl.logits_of(case)[:tokens].contiguous()
-            hidden = case.arguments["hidden_states"][:tokens]
-            cl.call(case, logits=logits, hidden_states=hidden)
-    assert len(engine._plans) == 1
-    fi.clear_caches()
-    assert len(engine._plans) == len(engine._views) == 0
-
-
-def test_cuda_graph_replays_with_new_content():
-    if not cl.CUDA:
-        pytest.skip("no GPU, or a library without its kernels")
-    case = cl.make("nvfp4", bias=True, device="cuda", alpha=[1.2] * 8, limit=[0.9] * 8)
-    logits = cl.logits_of(case).cuda()
-    eager = cl.call(case, logits=logits)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        cl.call(case, logits=logits)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = cl.call(case, logits=logits)
-    fi.clear_caches()
-    graph.replay()
-    torch.cuda.synchronize()
-    cl.same(output, eager)
-    case.arguments["output2_scale_scalar"] *= 2
-    graph.replay()
-    torch.cuda.synchronize()
-    assert (output.float() != eager.float()).any()
-
-
-def test_new_arrays_within_a_capture_are_refused(monkeypatch):
-    monkeypatch.setattr(engine, "_is_capturing", lambda hidden: True)
-    fi.clear_caches()
-    case = cl.make("bf16", seed=77)
-    logits = cl.logits_of(case)
-    with pytest.raises(RuntimeError, match="make one call with the same arrays before the capture"):
-        cl.call(case, logits=logits)
-    monkeypatch.setattr(engine, "_is_capturing", lambda hidden: False)
-    output = cl.call(case, logits=logits)
-    monkeypatch.setattr(engine, "_is_capturing", lambda hidden: True)
-    cl.same(cl.call(case, logits=logits), output)
-    fi.clear_caches()
-    cl.same(cl.call(case, logits=logits), output)  # what a graph uses is kept
-    engine._views._pinned.clear()
-    engine._plans._pinned.clear()

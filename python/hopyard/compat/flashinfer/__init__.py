@@ -36,6 +36,14 @@ from hopyard.compat.flashinfer.layouts import (
     shuffle_matrix_a,
     shuffle_matrix_sf_a,
 )
+from hopyard.compat.flashinfer.metadata import (
+    TrtllmMoERoutingMetadata,
+    TrtllmMoERoutingMetadataSlot,
+    pack_topk_ids,
+    populate_trtllm_moe_routing_metadata_,
+    trtllm_moe_allocate_routing_metadata,
+    trtllm_moe_allocate_routing_metadata_multi_tile,
+)
 from hopyard.compat.flashinfer.moe_bf16 import trtllm_bf16_moe, trtllm_bf16_routed_moe
 from hopyard.compat.flashinfer.moe_fp4 import (
     trtllm_fp4_block_scale_moe,
@@ -70,15 +78,9 @@ from hopyard.compat.flashinfer.quantize import (
 )
 from hopyard.compat.flashinfer.routing import (
     TrtllmGenRoutingResult,
-    TrtllmMoERoutingMetadata,
-    TrtllmMoERoutingMetadataSlot,
     fused_topk_deepseek,
     hash_topk,
-    pack_topk_ids,
-    populate_trtllm_moe_routing_metadata_,
     trtllm_gen_routing,
-    trtllm_moe_allocate_routing_metadata,
-    trtllm_moe_allocate_routing_metadata_multi_tile,
 )
 from hopyard.compat.flashinfer.tuning import (
     autotune,

@@ -76,12 +76,24 @@ def check_contiguous(array: Array, name: str, error: type[Exception] = RuntimeEr
         )
 
 
+def require_memory(array: Array, name: str, error: type[Exception] = RuntimeError) -> None:
+    """Refuse torch's meta and fake tensors, which have no elements to compute with."""
+    kind = ops.without_memory(array)
+    if kind:
+        raise error(
+            f"{name} is a {kind} tensor, which has no memory; wanted one with values. These "
+            "functions run at once and cannot be traced: under torch.compile or torch.export use "
+            "hopyard.torch_ops"
+        )
+
+
 def check_device(
     array: Array, name: str, like: Array, error: type[Exception] = RuntimeError
 ) -> None:
-    """The array lies where hidden_states lies."""
-    got, wanted = ops.device_of(array), ops.device_of(like)
+    """The array lies where hidden_states lies, and has memory there."""
+    got, wanted = ops.place_of(array), ops.place_of(like)
     if got == wanted:
+        require_memory(array, name, error)
         return
     kind = "must be a CUDA tensor on" if wanted.startswith("cuda") else "must be on"
     raise error(f"{name} {kind} the same device as hidden_states: got {got}, wanted {wanted}")

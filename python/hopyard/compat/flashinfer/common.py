@@ -66,10 +66,11 @@ class Problem:
         return self.top_k + self.shared
 
 
-def activation_of(value: int) -> ActivationType:
+def activation_of(activation: ActivationType) -> ActivationType:
     """The activation of an operation, or FlashInfer's refusal."""
-    check(0 <= int(value) < ActivationType.InvalidType, f"Invalid activation type: {int(value)}")
-    activation = ActivationType(value)
+    check(
+        activation is not ActivationType.InvalidType, f"Invalid activation type: {int(activation)}"
+    )
     kind = "gated" if is_gated_activation(activation) else "eltwise"
     known = [a.name for a in _KINDS if is_gated_activation(a) == (kind == "gated")]
     check(
@@ -86,6 +87,7 @@ def problem_of(a: Arguments, hidden_size: int) -> Problem:
         RuntimeError: sizes or ranges that mean nothing.
     """
     checks.check_ndim(a.hidden_states, "hidden_states", 2)
+    checks.require_memory(a.hidden_states, "hidden_states")
     experts, top_k = int(a.num_experts), int(a.top_k)
     check(
         1 <= top_k <= experts,
@@ -120,28 +122,26 @@ def problem_of(a: Arguments, hidden_size: int) -> Problem:
     )
 
 
-def check_layout(weight_layout: int) -> WeightLayout:
+def check_layout(weight_layout: WeightLayout) -> WeightLayout:
     """The order of weights, or FlashInfer's refusal."""
     check(
-        0 <= int(weight_layout) <= WeightLayout.BlockMajorK,
-        f"the value of weight_layout is not recognized: got {int(weight_layout)}, wanted 0 .. 2",
-    )
-    check(
-        weight_layout != WeightLayout.MajorMn,
+        weight_layout is not WeightLayout.MajorMn,
         "Unsupported weight_layout: MajorMn; wanted MajorK or BlockMajorK",
         NotImplementedError,
     )
-    return WeightLayout(weight_layout)
+    return weight_layout
 
 
 # --- routing
 
 
-def method_of(value: int, error: type[Exception] = RuntimeError) -> RoutingMethodType:
+def method_of(
+    method: RoutingMethodType, error: type[Exception] = RuntimeError
+) -> RoutingMethodType:
     """The routing method, or FlashInfer's refusal."""
-    known = RoutingMethodType.Default <= int(value) < RoutingMethodType.Unspecified
-    check(known, f"Unimplemented routing method: {int(value)}; wanted 0 .. 9", error)
-    return RoutingMethodType(value)
+    known = method is not RoutingMethodType.Unspecified
+    check(known, f"Unimplemented routing method: {int(method)}; wanted 0 .. 9", error)
+    return method
 
 
 def rule_of(a: Arguments) -> RoutingRule:
@@ -219,7 +219,7 @@ def check_shared(a: Arguments, p: Problem) -> None:
         ValueError,
     )
     check(
-        a.routing_method_type == RoutingMethodType.DeepSeekV3,
+        a.routing_method_type is RoutingMethodType.DeepSeekV3,
         "num_fused_shared_experts > 0 is only supported with DeepSeekV3 routing; got "
         f"{method_of(a.routing_method_type).name}",
         ValueError,

@@ -4,13 +4,15 @@
 Nothing is remembered about what weights hold. A view of weights is found by the address, shape,
 strides, type and device of every one of their arrays, and is right for whatever lies there. What
 follows from the content of small arrays (scalars, biases in other units) is computed again by every
-call, into memory that belongs to the view.
+call, into memory that belongs to the view. What cannot be expressed is refused by the content that
+a call finds, not by what an earlier one found.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from typing import Any
 import hopyard
 from hopyard.arrays import Array, is_torch
 from hopyard.compat.flashinfer import ops
+from hopyard.devices import torch_module
 
 _MAX_PLANS = 32
 _MAX_VIEWS = 1024
@@ -41,7 +44,8 @@ class Experts:
         build: makes routed and shared `hopyard.ExpertWeights` of views and of the buffers.
         buffers: shapes of derived float32 arrays, which start as ones.
         derive: writes what follows from the arrays of this call into the buffers.
-        check: refuses what the buffers hold, once per view.
+        check: refuses what the buffers or the checked arrays hold.
+        checked: the caller's arrays whose content `check` depends on.
         cacheable: False where the library keeps something that it read from the weights.
     """
 
@@ -50,16 +54,50 @@ class Experts:
     buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     derive: Callable[[Buffers], None] = _derive_nothing
     check: Callable[[Buffers], None] = _derive_nothing
+    checked: tuple[Array, ...] = ()
     cacheable: bool = True
+
+
+def _version(array: Array) -> int | None:
+    """Torch's count of writes to a tensor on a GPU; None where every call must look.
+
+    Looking costs nothing on the CPU. On a GPU it waits, but torch counts the writes there, except
+    those to tensors that were made in inference mode.
+    """
+    if not is_torch(array) or array.device.type != "cuda" or array.is_inference():
+        return None
+    return int(array._version)
+
+
+class _Seen:
+    """Which tensors were found right: while they are the same and unwritten they need no look."""
+
+    def __init__(self) -> None:
+        self._tokens: tuple[tuple[weakref.ref[Any], int | None], ...] = ()
+
+    def ensure(self, arrays: tuple[Array, ...], look: Callable[[], None]) -> None:
+        """Call `look`, which may refuse, unless it accepted these very contents before."""
+        versions = [_version(array) for array in arrays]
+        if len(self._tokens) == len(arrays) and all(
+            ref() is array and seen == version
+            for array, version, (ref, seen) in zip(arrays, versions, self._tokens, strict=True)
+        ):
+            return
+        self._tokens = ()
+        look()
+        if None not in versions:
+            refs = [weakref.ref(array) for array in arrays]
+            self._tokens = tuple(zip(refs, versions, strict=True))
 
 
 @dataclass(frozen=True)
 class _View:
-    """Weights as the library sees them, and what they point to."""
+    """Weights as the library sees them, what they point to, and which contents were looked at."""
 
     weights: hopyard.Weights
     groups: Groups
     buffers: Buffers
+    seen: _Seen = field(default_factory=_Seen)
 
 
 class _Cache:
@@ -129,12 +167,6 @@ def flashinfer_errors() -> Iterator[None]:
         raise RuntimeError(str(error)) from error
 
 
-def _is_capturing(hidden: Array) -> bool:
-    if not is_torch(hidden) or hidden.device.type != "cuda":
-        return False
-    return bool(ops.torch_module().cuda.is_current_stream_capturing())
-
-
 def _make_view(
     spec: hopyard.MoeSpec, experts: Experts, like: Array, capturing: bool = False
 ) -> _View:
@@ -148,10 +180,19 @@ def _make_view(
     buffers = {name: ops.full(like, shape, 1.0) for name, shape in experts.buffers.items()}
     experts.derive(buffers)
     if is_torch(like) and like.device.type == "cuda":  # scales are about to be read by the host
-        ops.torch_module().cuda.current_stream(like.device).synchronize()
-    experts.check(buffers)
+        torch_module().cuda.current_stream(like.device).synchronize()
     groups = experts.build(buffers)
     return _View(hopyard.Weights(spec, *groups), groups, buffers)
+
+
+def _look(experts: Experts, buffers: Buffers, capturing: bool) -> None:
+    if capturing:
+        raise RuntimeError(
+            "a stream is being captured, and the scalars of MXFP4 weights must be looked at, which "
+            "waits for the GPU: before the capture make one call with the same tensors (the same "
+            "objects, not views of them made anew, nor made in inference mode), or pass None"
+        )
+    experts.check(buffers)
 
 
 def _capacity(tokens: int) -> int:
@@ -171,9 +212,9 @@ def run(spec: hopyard.MoeSpec, experts: Experts, hidden: Array, call: dict[str, 
         RuntimeError: what the library refuses; new arrays while a stream is captured.
     """
     capacity = _capacity(ops.shape_of(hidden)[0])
-    device = ops.device_of(hidden)
+    device = ops.place_of(hidden)
     kernel = getattr(_local, "tactic", "")
-    pin = _is_capturing(hidden)
+    pin = ops.is_capturing(hidden)
     with flashinfer_errors():
         if experts.cacheable:
             key = (spec, device, is_torch(hidden), experts.key)
@@ -181,6 +222,8 @@ def run(spec: hopyard.MoeSpec, experts: Experts, hidden: Array, call: dict[str, 
             experts.derive(view.buffers)
         else:
             view = _make_view(spec, experts, hidden, pin)
+        if experts.checked:
+            view.seen.ensure(experts.checked, lambda: _look(experts, view.buffers, pin))
         layer = _plans.get(
             (spec, device, capacity, kernel),
             lambda: hopyard.MoeLayer(spec, view.weights, capacity, tactic=kernel),

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 from enum import Enum, IntEnum
+from typing import Any, TypeVar
+
+Member = TypeVar("Member", bound=Enum)
 
 
 class RoutingMethodType(IntEnum):
@@ -92,6 +95,33 @@ class QuantVariant(Enum):
     MxInt4 = "mxint4"
 
 
+def member(
+    kind: type[Member],
+    value: Any,
+    name: str,
+    error: type[Exception] = ValueError,
+    phrase: str = "unknown value:",
+) -> Member:
+    """The member of our enumeration for a member of anybody's, or for a number.
+
+    Args:
+        kind: our enumeration.
+        value: what the caller gave; members of FlashInfer's enumerations have the same values.
+        name: of the argument, for the message.
+        error: class of the refusal.
+        phrase: how the message begins.
+    """
+    if type(value) is kind:
+        return value
+    raw = getattr(value, "value", value)
+    try:
+        return kind(raw)
+    except ValueError:
+        known = ", ".join(f"{one.name} = {one.value!r}" for one in kind)
+        message = f"{phrase} {raw!r}; {name} must be a {kind.__name__}, one of {known}"
+        raise error(message) from None
+
+
 def _code(block: int, signed: int, integer: int, bits: int, uid: int) -> int:
     return (block << 24) | (signed << 20) | (integer << 16) | (bits << 8) | uid
 
@@ -138,12 +168,12 @@ GATED = frozenset(
 
 def is_gated_activation(activation_type: int) -> bool:
     """Whether GEMM1 of this activation has a gate and an up half."""
-    return activation_type in GATED
+    return member(ActivationType, activation_type, "activation_type") in GATED
 
 
 def has_block_scale(dtype: DtypeTrtllmGen) -> bool:
     """Whether elements of this type come with block scales."""
-    return dtype in (
+    return member(DtypeTrtllmGen, dtype, "dtype") in (
         DtypeTrtllmGen.E2m1,
         DtypeTrtllmGen.MxE2m1,
         DtypeTrtllmGen.MxE4m3,

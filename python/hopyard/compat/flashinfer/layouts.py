@@ -7,6 +7,7 @@ layouts themselves are those that `hopyard.Matrix` reads as they are (docs/forma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from hopyard.arrays import Array, is_torch
 from hopyard.compat.flashinfer import ops
 from hopyard.compat.flashinfer.enums import DtypeTrtllmGen
+from hopyard.devices import torch_module
 
 _SCALE_VECTORS = (16, 32)
 IndexCache = dict[Hashable, Array]
@@ -46,7 +48,7 @@ def deduce_trtllm_gen_tensor_dtype(x: Array, scale: Array | None) -> DtypeTrtllm
 
 
 def _index(values: np.ndarray[Any, Any], like: Array) -> Array:
-    return ops.torch_module().from_numpy(values) if is_torch(like) else values
+    return torch_module().from_numpy(values) if is_torch(like) else values
 
 
 def get_reorder_rows_for_gated_act_gemm_row_indices(x: Array) -> Array:
@@ -157,7 +159,7 @@ def block_scale_interleave(unswizzled_sf: Array) -> Array:
     shape = ops.shape_of(unswizzled_sf)
     if len(shape) not in (2, 3):
         raise AssertionError(f"unswizzled_sf has shape {list(shape)}, wanted [M, C] or [E, M, C]")
-    scales = pad_scales(unswizzled_sf.reshape(-1, *shape[-2:]), 128, 4)
+    scales = pad_scales(unswizzled_sf.reshape(math.prod(shape[:-2]), *shape[-2:]), 128, 4)
     experts, rows, cols = ops.shape_of(scales)
     tiles = scales.reshape(experts, rows // 128, 4, 32, cols // 4, 4)
     return ops.permuted(tiles, (0, 1, 4, 3, 2, 5)).reshape(-1)
@@ -200,10 +202,6 @@ def _shuffle_index(weight: Array, epilogue_tile_m: int, num_elts_per_sf: int | N
     return get_shuffle_matrix_sf_a_row_indices(weight, epilogue_tile_m, num_elts_per_sf)
 
 
-def _on_device_of(index: Array, like: Array) -> Array:
-    return index.to(like.device) if is_torch(like) else index
-
-
 def _maybe_get_cached_w3_w1_permute_indices(
     _cache_permute_indices: IndexCache,
     dst_w3_w1_weight: Array,
@@ -219,14 +217,14 @@ def _maybe_get_cached_w3_w1_permute_indices(
         epilogue_tile_m,
         num_elts_per_sf,
         is_gated_act_gemm,
-        ops.device_of(dst_w3_w1_weight),
+        ops.place_of(dst_w3_w1_weight),
         is_torch(dst_w3_w1_weight),
     )
     if key not in _cache_permute_indices:
         index = _shuffle_index(dst_w3_w1_weight, epilogue_tile_m, num_elts_per_sf)
         if is_gated_act_gemm:
             index = get_reorder_rows_for_gated_act_gemm_row_indices(dst_w3_w1_weight)[index]
-        _cache_permute_indices[key] = _on_device_of(index, dst_w3_w1_weight)
+        _cache_permute_indices[key] = ops.on_device_of(index, dst_w3_w1_weight)
     return _cache_permute_indices[key]
 
 
@@ -244,10 +242,10 @@ def get_w2_permute_indices_with_cache(
         epilogue_tile_m,
         num_elts_per_sf,
         is_gated_act_gemm,
-        ops.device_of(dst_w2_weight),
+        ops.place_of(dst_w2_weight),
         is_torch(dst_w2_weight),
     )
     if key not in _cache_permute_indices:
         index = _shuffle_index(dst_w2_weight, epilogue_tile_m, num_elts_per_sf)
-        _cache_permute_indices[key] = _on_device_of(index, dst_w2_weight)
+        _cache_permute_indices[key] = ops.on_device_of(index, dst_w2_weight)
     return _cache_permute_indices[key]

@@ -160,8 +160,14 @@ class _Builder:
         if "beta" in buffers:
             ops.multiply(o.beta, o.gate1, buffers["beta"])
 
+    def checked(self) -> tuple[Array, ...]:
+        if self.layout.scalars and self.layout.weights != "mxfp4":
+            return ()
+        given = (self.o.scale1, self.o.gate1, self.o.scale2)
+        return tuple(array for array in given if array is not None)
+
     def check(self, buffers: Buffers) -> None:
-        """What cannot be expressed is refused when a view is made, by the values of that time."""
+        """What cannot be expressed is refused."""
         o = self.o
         if not self.layout.scalars:
             given = {
@@ -255,7 +261,8 @@ def experts_of(o: Operands, layout: Layout, p: Problem, hidden: Array) -> Expert
         buffers=builder.buffers(),
         derive=builder.derive,
         check=builder.check,
-        cacheable=not (reads_content and ops.device_of(hidden) != "cpu"),
+        checked=builder.checked(),
+        cacheable=not (reads_content and ops.place_of(hidden) != "cpu"),
     )
 
 

@@ -16,14 +16,10 @@ from typing import Any
 import numpy as np
 
 from hopyard.arrays import Array, dtype_name, from_bf16, is_torch, to_bf16
+from hopyard.devices import torch_module
 
 _NUMPY_NAMES = {"uint16": "bfloat16", "uint8": "bytes"}
 _BYTE_TYPES = ("float8_e4m3fn", "float8_e8m0fnu", "uint8")
-
-
-def torch_module() -> Any:
-    """Torch, imported by whoever made the tensor."""
-    return sys.modules["torch"]
 
 
 def type_of(array: Array) -> str:
@@ -48,9 +44,20 @@ def numel(array: Array) -> int:
     return math.prod(array.shape)
 
 
-def device_of(array: Array) -> str:
-    """Device as text, "cpu" for NumPy."""
+def place_of(array: Array) -> str:
+    """Device as text, also of devices that the library does not know; "cpu" for NumPy."""
     return _device_name(array.device) if is_torch(array) else "cpu"
+
+
+def without_memory(array: Array) -> str:
+    """ "meta" or "fake" for torch tensors that only have a shape, "" for all other arrays."""
+    if not is_torch(array):
+        return ""
+    # A fake tensor exists only where this module of torch was imported.
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake is not None and isinstance(array, fake.FakeTensor):
+        return "fake"
+    return "meta" if array.is_meta else ""
 
 
 @functools.cache
@@ -150,9 +157,32 @@ def multiply(left: Array, right: Array, out: Array) -> None:
     (torch_module().mul if is_torch(out) else np.multiply)(left, right, out=out)
 
 
+def is_capturing(array: Array) -> bool:
+    """Whether the current stream of the array's GPU is being captured."""
+    if not is_torch(array) or array.device.type != "cuda":
+        return False
+    torch = torch_module()
+    with torch.cuda.device(array.device):  # torch answers for the current device
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
 def to_host(array: Array) -> Array:
-    """The array in host memory: a copy of a CUDA tensor, everything else as it is."""
+    """The array in host memory: a copy of a CUDA tensor, everything else as it is.
+
+    Raises:
+        RuntimeError: a stream is being captured; a copy to the host cannot be.
+    """
+    if is_capturing(array):
+        raise RuntimeError(
+            f"a CUDA stream is being captured, and this function computes on the host: it cannot "
+            f"copy {dtype_name(array)} {list(shape_of(array))} there; call it before the capture"
+        )
     return array.cpu() if is_torch(array) and array.device.type != "cpu" else array
+
+
+def on_device_of(array: Array, like: Array) -> Array:
+    """A tensor where `like` is; NumPy arrays are there already."""
+    return array.to(like.device) if is_torch(like) else array
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
 
 from hopyard import formats
 from hopyard.arrays import Array, is_torch
-from hopyard.compat.flashinfer import layouts, ops
-from hopyard.compat.flashinfer.enums import ActivationType, QuantVariant, is_gated_activation
-from hopyard.compat.flashinfer.quantize import fp4_quantize, mxfp8_quantize
+from hopyard.compat.flashinfer import checks, layouts, ops
+from hopyard.compat.flashinfer.enums import (
+    ActivationType,
+    QuantVariant,
+    is_gated_activation,
+    member,
+)
+from hopyard.compat.flashinfer.quantize import block_scales, fp4_quantize, mxfp8_quantize
 
 Prepared = dict[str, Array]
 
@@ -36,19 +42,19 @@ class _Shape:
         return (2 if self.gated else 1) * self.inter
 
 
-def _activation(given: Any) -> int:
+def _activation(given: Any) -> ActivationType:
     """The type of an activation: None is SwiGLU; an object is named by its `type` or class."""
     if given is None:
         return ActivationType.Swiglu
-    if isinstance(given, int):
-        return ActivationType(given)
+    if isinstance(given, (int, Enum)):
+        return member(ActivationType, given, "activation")
     kind = getattr(given, "type", None) or getattr(given, "activation_type", None)
-    if isinstance(kind, int):
-        return ActivationType(kind)
+    if isinstance(kind, (int, Enum)):
+        return member(ActivationType, kind, "activation")
     wanted = type(given).__name__.lower()
-    for member in ActivationType:
-        if member.name.lower() == wanted:
-            return member
+    for known in ActivationType:
+        if known.name.lower() == wanted:
+            return known
     raise ValueError(f"activation is {given!r}, wanted an ActivationType")
 
 
@@ -63,6 +69,7 @@ def _variant(given: Any, known: tuple[QuantVariant, ...]) -> QuantVariant:
 
 def _check_weights(w1: Array, w2: Array, name: str, shape: _Shape) -> None:
     for array, argument in ((w1, "w1_bf16"), (w2, "w2_bf16")):
+        checks.require_memory(array, f"{name}: {argument}", ValueError)
         if not ops.is_type(array, "bfloat16"):
             raise ValueError(f"{name}: {argument} is {ops.type_of(array)}, wanted bfloat16")
     wanted1 = (shape.experts, shape.rows, shape.hidden)
@@ -204,6 +211,7 @@ def prepare_trtllm_fp4_activations(
         ValueError: variant, dimensions or columns.
         TypeError: not bfloat16.
     """
+    checks.require_memory(hidden_states_bf16, "hidden_states_bf16", ValueError)
     shape = ops.shape_of(hidden_states_bf16)
     if len(shape) != 2:
         raise ValueError(f"hidden_states_bf16 has shape {list(shape)}, wanted [tokens, hidden]")
@@ -217,7 +225,8 @@ def prepare_trtllm_fp4_activations(
         codes, scales = mxfp8_quantize(hidden_states_bf16, False)
     else:
         codes, scales = fp4_quantize(hidden_states_bf16, None, is_sf_swizzled_layout=False)
-    return codes, ops.view_as(scales.reshape(shape[0], -1), "float8_e4m3fn")
+    block = 32 if chosen is QuantVariant.MXFP4 else 16
+    return codes, ops.view_as(scales.reshape(shape[0], shape[1] // block), "float8_e4m3fn")
 
 
 def prepare_trtllm_fp8_block_weights(
@@ -247,15 +256,16 @@ def prepare_trtllm_fp8_block_weights(
         first = formats.quantize(ops.to_host(w1), "fp8_block128")
         second = formats.quantize(ops.to_host(w2), "fp8_block128")
         return {
-            "gemm1_weights": _like(first.codes, w1),
-            "gemm1_weights_scale": _like(first.scales, w1),
-            "gemm2_weights": _like(second.codes, w1),
-            "gemm2_weights_scale": _like(second.scales, w1),
+            "gemm1_weights": ops.on_device_of(first.codes, w1),
+            "gemm1_weights_scale": ops.on_device_of(first.scales, w1),
+            "gemm2_weights": ops.on_device_of(second.codes, w1),
+            "gemm2_weights_scale": ops.on_device_of(second.scales, w1),
         }
 
     def quantize(matrix: Array) -> tuple[Array, Array]:
         codes, scales = mxfp8_quantize(matrix, False)
-        return codes, scales.reshape(ops.shape_of(matrix)[0], -1)
+        rows, cols = ops.shape_of(matrix)
+        return codes, scales.reshape(rows, cols // 32)
 
     cache: layouts.IndexCache = {}
     codes1, scales1 = _each(w1, quantize)
@@ -268,10 +278,6 @@ def prepare_trtllm_fp8_block_weights(
     }
 
 
-def _like(array: Array, like: Array) -> Array:
-    return array.to(like.device) if is_torch(like) else array
-
-
 def prepare_trtllm_fp8_block_activations(
     hidden_states_bf16: Array, *, variant: Any
 ) -> tuple[Array, Array]:
@@ -281,6 +287,7 @@ def prepare_trtllm_fp8_block_activations(
     Raises:
         ValueError: variant, type, dimensions or columns.
     """
+    checks.require_memory(hidden_states_bf16, "hidden_states_bf16", ValueError)
     shape = ops.shape_of(hidden_states_bf16)
     if len(shape) != 2 or not ops.is_type(hidden_states_bf16, "bfloat16"):
         raise ValueError(
@@ -289,13 +296,15 @@ def prepare_trtllm_fp8_block_activations(
         )
     if _variant(variant, (QuantVariant.DeepSeekFp8, QuantVariant.MxFp8)) is QuantVariant.MxFp8:
         codes, scales = mxfp8_quantize(hidden_states_bf16, False)
-        return codes, scales.reshape(shape[0], -1)
+        return codes, scales.reshape(shape[0], shape[1] // 32)
     if shape[1] % 128:
         raise ValueError(f"hidden_states_bf16 has {shape[1]} columns, wanted a multiple of 128")
     source = ops.contiguous(ops.to_host(hidden_states_bf16))
     quantized = formats.quantize(source, "fp8_block1x128")
-    scales = ops.permuted(quantized.scales, (1, 0))
-    return _like(quantized.codes, hidden_states_bf16), _like(scales, hidden_states_bf16)
+    scales = ops.permuted(block_scales(quantized, 128, "float32"), (1, 0))
+    return ops.on_device_of(quantized.codes, hidden_states_bf16), ops.on_device_of(
+        scales, hidden_states_bf16
+    )
 
 
 def _calibrated(value: Any, name: str) -> float:
@@ -336,7 +345,7 @@ def prepare_trtllm_fp8_per_tensor_weights(
         step = ops.to_numpy(one.global_scale).astype(np.float32)
         if not np.isfinite(step).all():
             raise ValueError(f"{name}: {argument} holds values that are not finite")
-        quantized.append((_like(one.codes, weights), step))
+        quantized.append((ops.on_device_of(one.codes, weights), step))
     (codes1, step1), (codes2, step2) = quantized
     cache: layouts.IndexCache = {}
     experts = range(num_local_experts)
@@ -350,7 +359,9 @@ def prepare_trtllm_fp8_per_tensor_weights(
     return {
         "gemm1_weights": ops.view_as(first, "float8_e4m3fn"),
         "gemm2_weights": ops.view_as(second, "float8_e4m3fn"),
-        "output1_scales_scalar": scalar(g_mid * s_ab if gated else np.full_like(s_ab, g_mid)),
+        "output1_scales_scalar": scalar(
+            g_mid * s_ab if gated else np.fullops.on_device_of(s_ab, g_mid)
+        ),
         "output1_scales_gate_scalar": scalar(s_ab),
         "output2_scales_scalar": scalar(step2 / np.float32(g_mid)),
         "hidden_states_scale_global": scalar(g_x),
@@ -366,6 +377,7 @@ def prepare_trtllm_fp8_per_tensor_activations(
     Raises:
         ValueError: type, dimensions or multiplier.
     """
+    checks.require_memory(hidden_states_bf16, "hidden_states_bf16", ValueError)
     shape = ops.shape_of(hidden_states_bf16)
     if len(shape) != 2 or not ops.is_type(hidden_states_bf16, "bfloat16"):
         raise ValueError(
@@ -375,7 +387,7 @@ def prepare_trtllm_fp8_per_tensor_activations(
     multiplier = _calibrated(hidden_states_scale_global, "hidden_states_scale_global")
     source = ops.contiguous(ops.to_host(hidden_states_bf16))
     quantized = formats.quantize(source, "fp8_per_tensor", global_scale=1.0 / multiplier)
-    return _like(quantized.codes, hidden_states_bf16), None
+    return ops.on_device_of(quantized.codes, hidden_states_bf16), None
 
 
 def prepare_trtllm_mxint4_weights(
@@ -404,7 +416,7 @@ def prepare_trtllm_mxint4_weights(
 
     def quantize(matrix: Array) -> tuple[Array, Array]:
         one = formats.quantize(ops.to_host(matrix), "mxint4")
-        return _like(one.codes, matrix), _like(one.scales, matrix)
+        return ops.on_device_of(one.codes, matrix), ops.on_device_of(one.scales, matrix)
 
     codes1, scales1 = _each(w1, quantize)
     codes2, scales2 = _each(w2, quantize)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from hopyard import formats
-from hopyard.arrays import Array, is_torch
-from hopyard.compat.flashinfer import layouts, ops
+from hopyard.arrays import Array
+from hopyard.compat.flashinfer import checks, layouts, ops
 from hopyard.compat.flashinfer.enums import SfLayout
 from hopyard.compat.flashinfer.signature import Arguments, entry
 
@@ -49,22 +49,22 @@ def _scalar(value: Any, name: str) -> float:
 def _matrix(source: Array, name: str, block: int) -> Array:
     """The source as a host matrix [M, K]; leading dimensions are rows."""
     kinds = ("float32", "float16", "bfloat16")
+    checks.require_memory(source, name, ValueError)
     if not ops.is_type(source, *kinds):
         raise ValueError(f"{name} has dtype {ops.type_of(source)}, wanted one of {list(kinds)}")
     shape = ops.shape_of(source)
-    if len(shape) < 2 or shape[-1] % block:
+    if len(shape) < 2 or shape[-1] % block or shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {list(shape)}, wanted [.., M, K] with K a multiple of {block}"
         )
-    return ops.contiguous(ops.to_host(source).reshape(-1, shape[-1]))
+    return ops.contiguous(ops.to_host(source).reshape(math.prod(shape[:-1]), shape[-1]))
 
 
-def _back(array: Array, like: Array) -> Array:
-    return array.to(like.device) if is_torch(like) else array
-
-
-def _bytes(array: Array) -> Array:
-    return ops.as_bytes(array)
+def block_scales(quantized: formats.Quantized, block: int, dtype: str = "uint8") -> Array:
+    """Block scales [M, C]; where there are no rows the library has none, and an array is made."""
+    if quantized.scales is not None:
+        return quantized.scales
+    return ops.empty(quantized.codes, (0, quantized.shape[-1] // block), dtype)
 
 
 def _ordered_scales(linear: Array, layout: SfLayout) -> Array:
@@ -119,8 +119,10 @@ def fp4_quantize(a: Arguments) -> tuple[Array, Array]:
     layout = SfLayout.layout_linear
     if a.is_sf_swizzled_layout:
         layout = SfLayout.layout_8x4 if a.is_sf_8x4_layout else SfLayout.layout_128x4
-    codes = quantized.codes.reshape(*ops.shape_of(a.input)[:-1], -1)
-    return _back(codes, a.input), _back(_ordered_scales(_bytes(quantized.scales), layout), a.input)
+    codes = quantized.codes.reshape(*ops.shape_of(a.input)[:-1], ops.shape_of(source)[1] // 2)
+    linear = ops.as_bytes(block_scales(quantized, a.sf_vec_size))
+    scales = _ordered_scales(linear, layout)
+    return ops.on_device_of(codes, a.input), ops.on_device_of(scales, a.input)
 
 
 @entry(
@@ -151,7 +153,8 @@ def nvfp4_quantize(a: Arguments) -> tuple[Array, Array]:
         is_sf_8x4_layout=a.sfLayout is SfLayout.layout_8x4,
     )
     if a.do_shuffle:
-        scales = layouts.shuffle_matrix_sf_a(scales, 128).reshape(ops.shape_of(scales)[0], -1)
+        padded = ops.shape_of(layouts.pad_scales(scales, 128, 4))
+        scales = layouts.shuffle_matrix_sf_a(scales, 128).reshape(padded)
         codes = layouts.shuffle_matrix_a(codes, 128)
     return codes, scales
 
@@ -181,16 +184,19 @@ def mxfp8_quantize(a: Arguments) -> tuple[Array, Array]:
     if a.alignment % 32:
         raise ValueError(f"alignment is {a.alignment}, wanted a multiple of 32")
     source = _matrix(a.input, "input", 32)
-    quantized = formats.quantize(layouts.pad_scales(source, 1, a.alignment), "mxfp8")
+    padded = layouts.pad_scales(source, 1, a.alignment)
+    quantized = formats.quantize(padded, "mxfp8")
     layout = a.sf_swizzle_layout
     if layout is None:
         layout = SfLayout.layout_128x4 if a.is_sf_swizzled_layout else SfLayout.layout_linear
-    codes = quantized.codes.reshape(*ops.shape_of(a.input)[:-1], -1)
-    scales = _ordered_scales(_bytes(quantized.scales), layout).reshape(-1)
-    return _back(codes, a.input), _back(scales, a.input)
+    codes = quantized.codes.reshape(*ops.shape_of(a.input)[:-1], ops.shape_of(padded)[1])
+    linear = ops.as_bytes(block_scales(quantized, 32))
+    scales = _ordered_scales(linear, layout).reshape(-1)
+    return ops.on_device_of(codes, a.input), ops.on_device_of(scales, a.input)
 
 
 def _linear_scales(scales: Array, rows: int, cols: int, swizzled: bool) -> np.ndarray[Any, Any]:
+    checks.require_memory(scales, "the scale tensor", ValueError)
     flat = ops.to_numpy(scales).view(np.uint8).reshape(-1)
     least = layouts.swizzled_numel(rows, cols) if swizzled else rows * cols
     if flat.size < least:
@@ -202,8 +208,8 @@ def _linear_scales(scales: Array, rows: int, cols: int, swizzled: bool) -> np.nd
 
 
 def _blocks(values: np.ndarray[Any, Any], scales: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    rows, blocks = scales.shape
-    return (values.reshape(rows, blocks, -1) * scales[..., None]).reshape(rows, -1)
+    block = values.shape[1] // max(scales.shape[1], 1)
+    return values * np.repeat(scales, block, axis=1)
 
 
 @entry(
@@ -226,6 +232,7 @@ def e2m1_and_ufp8sf_scale_to_float(a: Arguments) -> Array:
     """
     if a.ufp8_type not in (0, 1):
         raise ValueError(f"ufp8_type is {a.ufp8_type}, wanted 0 (e8m0) or 1 (e4m3)")
+    checks.require_memory(a.e2m1_tensor, "e2m1_tensor", ValueError)
     packed = ops.to_numpy(a.e2m1_tensor).view(np.uint8)
     rows, cols = packed.shape[0], packed.shape[1] * 2
     if cols % a.sf_vec_size:
@@ -250,6 +257,7 @@ def mxfp8_dequantize_host(
     input: Array, scale_tensor: Array, is_sf_swizzled_layout: bool = True
 ) -> Array:
     """Decode MXFP8 codes [M, K] to float32 in host memory."""
+    checks.require_memory(input, "input", ValueError)
     codes = ops.to_numpy(input).view(np.uint8)
     rows, cols = codes.shape
     scales = _linear_scales(scale_tensor, rows, cols // 32, is_sf_swizzled_layout)

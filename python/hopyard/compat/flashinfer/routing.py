@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing alone: FlashInfer's routing operations and its routing metadata.
+"""Routing alone: FlashInfer's routing operations, and the padded permutation of its GEMMs.
 
-Metadata are computed on the host; for CUDA tensors that means a copy there and back.
+The permutation is computed on the host; for CUDA tensors that means a copy there and back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,19 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 import hopyard
-from hopyard.arrays import Array, from_bf16
+from hopyard.arrays import Array
 from hopyard.compat.flashinfer import checks, ops
 from hopyard.compat.flashinfer.checks import check
 from hopyard.compat.flashinfer.common import check_routing_limits, method_of, rule_of
 from hopyard.compat.flashinfer.engine import flashinfer_errors
-from hopyard.compat.flashinfer.enums import RoutingInputMode, RoutingMethodType
+from hopyard.compat.flashinfer.enums import RoutingMethodType
 from hopyard.compat.flashinfer.signature import Arguments, entry
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_MAX_TILES = 8
 
 
-def _want(condition: bool, message: str) -> None:
+def want(condition: bool, message: str) -> None:
+    """`check` with ValueError."""
     check(condition, message, ValueError)
 
 
@@ -35,23 +34,23 @@ def _want(condition: bool, message: str) -> None:
 
 
 def _check_topk_sizes(experts: int, groups: int, kept: int, top_k: int) -> None:
-    _want(
+    want(
         groups >= 1 and kept >= 1 and top_k >= 1,
         f"n_group, topk_group and topk must be positive; got {groups}, {kept}, {top_k}",
     )
-    _want(
+    want(
         kept * groups >= top_k,
         f"topk_group * n_group must be at least topk={top_k}; got {kept} * {groups}",
     )
-    _want(kept <= groups, f"topk_group={kept} must not be larger than n_group={groups}")
+    want(kept <= groups, f"topk_group={kept} must not be larger than n_group={groups}")
     if groups == 1:
-        _want(experts <= 384, f"num_experts must be at most 384 without groups; got {experts}")
-        _want(top_k <= 8, f"topk must be at most 8; got {top_k}")
+        want(experts <= 384, f"num_experts must be at most 384 without groups; got {experts}")
+        want(top_k <= 8, f"topk must be at most 8; got {top_k}")
         return
     size = experts / groups
-    _want(top_k <= 8, f"topk must be at most 8 with n_group={groups}; got {top_k}")
-    _want(size <= 32, f"a group has num_experts / n_group = {size} experts, wanted at most 32")
-    _want(
+    want(top_k <= 8, f"topk must be at most 8 with n_group={groups}; got {top_k}")
+    want(size <= 32, f"a group has num_experts / n_group = {size} experts, wanted at most 32")
+    want(
         size * kept <= 128,
         f"selected groups have {size * kept} experts, wanted at most 128",
     )
@@ -82,12 +81,12 @@ def _check_topk_arrays(a: Arguments) -> None:
     replay = a.routing_replay_out
     if replay is None:
         return
-    _want(
+    want(
         ops.is_type(replay, "int16"),
         f"routing_replay_out must be int16; got {ops.type_of(replay)}",
     )
     shape = ops.shape_of(replay)
-    _want(
+    want(
         len(shape) == 2 and shape[0] >= tokens and shape[1] == a.topk,
         f"routing_replay_out must have shape [>= {tokens}, {a.topk}]; got {list(shape)}",
     )
@@ -113,7 +112,7 @@ def fused_topk_deepseek(a: Arguments) -> None:
     Raises:
         ValueError, RuntimeError: as FlashInfer; `hopyard.fused_topk_deepseek` has no such limits.
     """
-    _want(
+    want(
         a.backend in ("default", "cake"),
         f"backend is {a.backend!r}, wanted 'default' or 'cake'",
     )
@@ -142,28 +141,28 @@ def fused_topk_deepseek(a: Arguments) -> None:
 def _check_hash(a: Arguments) -> tuple[int, int, int]:
     """Tokens, experts and K."""
     for name in ("router_logits", "input_ids", "tid2eid"):
-        _want(hasattr(getattr(a, name), "shape"), f"{name} must be a tensor")
+        want(hasattr(getattr(a, name), "shape"), f"{name} must be a tensor")
     shape = ops.shape_of(a.router_logits)
-    _want(
+    want(
         len(shape) == 2 and ops.type_of(a.router_logits) == "float32",
         f"router_logits must be 2D float32; got {ops.type_of(a.router_logits)} {list(shape)}",
     )
     ids = ops.shape_of(a.input_ids)
-    _want(
+    want(
         ids == (shape[0],) and ops.type_of(a.input_ids) == "int64",
         f"input_ids must be int64 [{shape[0]}]; got {ops.type_of(a.input_ids)} {list(ids)}",
     )
     table = ops.shape_of(a.tid2eid)
-    _want(
+    want(
         len(table) == 2 and ops.type_of(a.tid2eid) == "int32",
         f"tid2eid must be 2D int32; got {ops.type_of(a.tid2eid)} {list(table)}",
     )
     shared, scale = a.num_fused_shared_experts, float(a.routed_scaling_factor)
-    _want(shared in (0, 1), f"num_fused_shared_experts must be 0 or 1; got {shared}")
-    _want(table[1] >= 1, f"topk must be at least 1; got tid2eid {list(table)}")
-    _want(table[1] + shared <= 32, f"topk + shared experts must be at most 32; got {table[1]}")
-    _want(shape[1] >= 1, "router_logits must have at least 1 expert; got 0")
-    _want(
+    want(shared in (0, 1), f"num_fused_shared_experts must be 0 or 1; got {shared}")
+    want(table[1] >= 1, f"topk must be at least 1; got tid2eid {list(table)}")
+    want(table[1] + shared <= 32, f"topk + shared experts must be at most 32; got {table[1]}")
+    want(shape[1] >= 1, "router_logits must have at least 1 expert; got 0")
+    want(
         shared == 0 or (math.isfinite(scale) and scale > 0),
         f"routed_scaling_factor must be positive and finite with a shared expert; got {scale}",
     )
@@ -211,7 +210,7 @@ def hash_topk(a: Arguments) -> tuple[Array, Array]:
     return all_weights, all_ids
 
 
-# --- metadata
+# --- trtllm_gen_routing
 
 Ints = npt.NDArray[np.int32]
 
@@ -293,25 +292,26 @@ class TrtllmGenRoutingResult(NamedTuple):
 def _check_gen_routing(a: Arguments) -> RoutingMethodType:
     method = method_of(a.routing_method, ValueError)
     checks.require(a.routing_logits, "routing_logits", "an array [num_tokens, num_experts]")
+    checks.require_memory(a.routing_logits, "routing_logits", ValueError)
     shape = ops.shape_of(a.routing_logits)
-    _want(len(shape) == 2, f"routing_logits must be 2D; got shape {list(shape)}")
-    _want(
+    want(len(shape) == 2, f"routing_logits must be 2D; got shape {list(shape)}")
+    want(
         ops.is_type(a.routing_logits, "float32", "bfloat16"),
         f"routing_logits must be float32 or bfloat16; got {ops.type_of(a.routing_logits)}",
     )
     check(shape[0] >= 1, "routing_logits must have at least one token; got 0")
     experts = shape[1]
-    _want(
+    want(
         1 <= a.top_k <= experts, f"top_k must be between 1 and num_experts={experts}; got {a.top_k}"
     )
     if a.routing_bias is not None:
-        _want(
+        want(
             ops.numel(a.routing_bias) == experts,
             f"routing_bias must have num_experts={experts} elements; got "
             f"{ops.numel(a.routing_bias)}",
         )
     tile = a.tile_tokens_dim
-    _want(
+    want(
         tile >= 1 and tile & (tile - 1) == 0, f"tile_tokens_dim must be a power of two; got {tile}"
     )
     return method
@@ -399,173 +399,3 @@ def trtllm_gen_routing(a: Arguments) -> TrtllmGenRoutingResult:
         give(p.tile_limit),
         give(p.num_tiles),
     )
-
-
-@dataclass(frozen=True)
-class TrtllmMoERoutingMetadataSlot:
-    """Permutation of one tile size, in FlashInfer's order of its nine arrays.
-
-    Unused entries of index arrays are -1; the histogram holds each local expert's first row, then
-    its rows with padding.
-    """
-
-    total_num_padded_tokens: Array
-    expanded_idx_to_permuted_idx: Array
-    permuted_idx_to_token_idx: Array
-    expert_weights: Array
-    expert_count_histogram: Array
-    num_tokens_per_expert: Array
-    cta_idx_xy_to_batch_idx: Array
-    cta_idx_xy_to_mn_limit: Array
-    num_non_exiting_ctas: Array
-    tile_n: int = 8
-
-
-@dataclass(frozen=True)
-class TrtllmMoERoutingMetadata:
-    """Slots of several tile sizes, and what they were allocated for."""
-
-    slots: tuple[TrtllmMoERoutingMetadataSlot, ...]
-    tile_ns: tuple[int, ...]
-    num_experts: int
-    top_k: int
-    local_expert_offset: int
-    num_local_experts: int
-    routing_input_mode: RoutingInputMode
-
-
-def _check_metadata(a: Arguments, tile_ns: Sequence[int]) -> None:
-    shape = ops.shape_of(a.topk_ids)
-    _want(
-        len(shape) == 2 and shape[1] == a.top_k,
-        f"topk_ids must have shape [num_tokens, {a.top_k}]; got {list(shape)}",
-    )
-    _want(
-        ops.type_of(a.topk_ids) == "int32", f"topk_ids must be int32; got {ops.type_of(a.topk_ids)}"
-    )
-    _want(len(set(tile_ns)) == len(tile_ns), f"tile_ns must contain unique values; got {tile_ns}")
-    _want(
-        1 <= len(tile_ns) <= _MAX_TILES,
-        f"tile_ns must have 1 .. {_MAX_TILES} values; got {tile_ns}",
-    )
-    _want(min(tile_ns) >= 1, f"tile_ns must be positive; got {tile_ns}")
-    mode = RoutingInputMode(a.routing_input_mode)
-    _want(
-        mode is not RoutingInputMode.FromLogits,
-        "routing_input_mode must be PackedPrecomputed or UnpackedPrecomputed; got FromLogits",
-    )
-    unpacked = mode is RoutingInputMode.UnpackedPrecomputed
-    _want(
-        (a.topk_weights is not None) == unpacked,
-        f"topk_weights must be {'given' if unpacked else 'None'} for {mode.name}",
-    )
-
-
-def _allocate(a: Arguments, tile_ns: Sequence[int]) -> TrtllmMoERoutingMetadata:
-    _check_metadata(a, tile_ns)
-    tokens, top_k = ops.shape_of(a.topk_ids)
-    weights_type = "bfloat16" if a.topk_weights is None else ops.type_of(a.topk_weights)
-    slots = []
-    for tile in sorted(tile_ns):
-        tiles = max_ctas(tokens * top_k, int(a.num_experts), tile)
-        shapes = (1, tokens * top_k, tiles * tile + 1)
-        tail = (max(2 * int(a.num_experts), 512), int(a.num_experts), tiles, tiles, 1)
-        arrays = [ops.full(a.topk_ids, (n,), -1, "int32") for n in shapes]
-        arrays.append(ops.empty(a.topk_ids, (tokens, top_k), weights_type))
-        arrays += [ops.full(a.topk_ids, (n,), -1, "int32") for n in tail]
-        slots.append(TrtllmMoERoutingMetadataSlot(*arrays, tile_n=tile))
-    metadata = TrtllmMoERoutingMetadata(
-        tuple(slots),
-        tuple(sorted(tile_ns)),
-        int(a.num_experts),
-        top_k,
-        int(a.local_expert_offset),
-        int(a.num_local_experts),
-        RoutingInputMode(a.routing_input_mode),
-    )
-    populate_trtllm_moe_routing_metadata_(metadata, a.topk_ids, a.topk_weights)
-    return metadata
-
-
-@entry(
-    "topk_ids * num_experts top_k local_expert_offset num_local_experts tile_n "
-    "routing_input_mode topk_weights=None"
-)
-def trtllm_moe_allocate_routing_metadata(a: Arguments) -> TrtllmMoERoutingMetadataSlot:
-    """Routing metadata of precomputed ids for one tile size.
-
-    Args:
-        topk_ids: int32 [T, K], packed with weights or global ids.
-        tile_n: rows of a tile.
-        routing_input_mode: `RoutingInputMode`.
-        topk_weights: bfloat16 or float32 [T, K] beside unpacked ids.
-    """
-    return _allocate(a, [int(a.tile_n)]).slots[0]
-
-
-@entry(
-    "topk_ids * num_experts top_k local_expert_offset num_local_experts tile_ns "
-    "routing_input_mode topk_weights=None"
-)
-def trtllm_moe_allocate_routing_metadata_multi_tile(a: Arguments) -> TrtllmMoERoutingMetadata:
-    """`trtllm_moe_allocate_routing_metadata` for up to 8 tile sizes."""
-    return _allocate(a, [int(tile) for tile in a.tile_ns])
-
-
-def populate_trtllm_moe_routing_metadata_(
-    metadata: TrtllmMoERoutingMetadata, topk_ids: Array, topk_weights: Array | None = None
-) -> None:
-    """Fill the arrays of `metadata` again, in place, for other ids of the same shape.
-
-    Raises:
-        ValueError: the shape differs from the one that was allocated for.
-    """
-    shape = ops.shape_of(metadata.slots[0].expert_weights)
-    _want(
-        ops.shape_of(topk_ids) == shape,
-        f"topk_ids has shape {list(ops.shape_of(topk_ids))}, wanted {list(shape)} as allocated",
-    )
-    ids = ops.to_numpy(topk_ids)
-    if metadata.routing_input_mode is RoutingInputMode.PackedPrecomputed:
-        bits = (ids & 0xFFFF).astype(np.uint16)
-        ids = ids >> 16
-        weights = ops.like_kind(from_bf16(bits), topk_ids)
-    else:
-        _want(topk_weights is not None, "topk_weights is None, wanted weights of unpacked ids")
-        weights = topk_weights
-    for slot in metadata.slots:
-        sizes = (slot.tile_n, metadata.num_experts)
-        p = permute(ids, metadata.local_expert_offset, metadata.num_local_experts, sizes)
-        _fill_slot(slot, p, metadata, weights)
-
-
-def _fill_slot(
-    slot: TrtllmMoERoutingMetadataSlot,
-    p: Permutation,
-    metadata: TrtllmMoERoutingMetadata,
-    weights: Array,
-) -> None:
-    padded = -(-p.counts // slot.tile_n) * slot.tile_n
-    starts = np.cumsum(padded) - padded
-    contents = {
-        "total_num_padded_tokens": np.array([p.total_padded], np.int32),
-        "expanded_idx_to_permuted_idx": p.expanded_to_permuted.reshape(-1),
-        "permuted_idx_to_token_idx": p.permuted_to_token,
-        "expert_count_histogram": np.concatenate([starts, padded]).astype(np.int32),
-        "num_tokens_per_expert": p.counts,
-        "cta_idx_xy_to_batch_idx": p.tile_expert,
-        "cta_idx_xy_to_mn_limit": p.tile_limit,
-        "num_non_exiting_ctas": np.array([p.num_tiles], np.int32),
-    }
-    for name, values in contents.items():
-        array = getattr(slot, name)
-        array[: values.size] = ops.like_kind(values, array)
-    same = ops.type_of(weights) == ops.type_of(slot.expert_weights)
-    slot.expert_weights[...] = weights if same else ops.bfloat16(weights)
-
-
-def pack_topk_ids(ids: Array, weights: Array) -> Array:
-    """ids and weights [T, K] in the packed format: id << 16 | bfloat16 bits, masked."""
-    bits = ops.to_numpy(ops.bfloat16(ops.float32(weights))).astype(np.int32)
-    packed = (ops.to_numpy(ids).astype(np.int32) << 16) | (bits & 0xFFFF)
-    return ops.like_kind(packed, ids)

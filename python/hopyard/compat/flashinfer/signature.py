@@ -7,6 +7,7 @@ import ast
 import functools
 import inspect
 from collections.abc import Callable
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -15,8 +16,36 @@ from hopyard.compat.flashinfer import enums
 Result = TypeVar("Result")
 
 
+# Parameters that are enumerations: which, and FlashInfer's class and words for unknown values.
+_ENUMS: dict[str, tuple[type[Enum], type[Exception], str]] = {
+    "activation_type": (enums.ActivationType, RuntimeError, "Invalid activation type:"),
+    "act_type": (enums.ActivationType, RuntimeError, "Invalid activation type:"),
+    "routing_method_type": (
+        enums.RoutingMethodType,
+        RuntimeError,
+        "Unimplemented routing method:",
+    ),
+    "routing_method": (enums.RoutingMethodType, ValueError, "Unimplemented routing method:"),
+    "routing_input_mode": (enums.RoutingInputMode, ValueError, "unknown routing input mode:"),
+    "weight_layout": (
+        enums.WeightLayout,
+        RuntimeError,
+        "the value of weight_layout is not recognized: got",
+    ),
+    "fp8_quantization_type": (
+        enums.Fp8QuantizationType,
+        NotImplementedError,
+        "unknown FP8 quantization type:",
+    ),
+    "dtype_act": (enums.DtypeTrtllmGen, ValueError, "unknown element type:"),
+    "dtype_weights": (enums.DtypeTrtllmGen, ValueError, "unknown element type:"),
+    "sfLayout": (enums.SfLayout, ValueError, "unknown scale layout:"),
+    "sf_swizzle_layout": (enums.SfLayout, ValueError, "unknown scale layout:"),
+}
+
+
 class Arguments(SimpleNamespace):
-    """The arguments of a call by name, defaults filled in."""
+    """The arguments of a call by name: defaults filled in, enumerations as our members."""
 
 
 def _default(text: str) -> Any:
@@ -55,6 +84,8 @@ def entry(text: str) -> Callable[[Callable[[Arguments], Result]], Callable[..., 
         p.name: p.default for p in signature.parameters.values() if p.default is not p.empty
     }
     names = frozenset(signature.parameters)
+    optional = frozenset(name for name, default in defaults.items() if default is None)
+    kinds = [(name, *_ENUMS[name]) for name in signature.parameters if name in _ENUMS]
 
     def decorate(function: Callable[[Arguments], Result]) -> Callable[..., Result]:
         title = f"{function.__name__}()"
@@ -76,6 +107,9 @@ def entry(text: str) -> Callable[[Callable[[Arguments], Result]], Callable[..., 
             missing = [name for name in positional if name not in values]
             if missing:
                 raise TypeError(f"{title} is missing required arguments: {', '.join(missing)}")
+            for name, kind, error, phrase in kinds:
+                if values[name] is not None or name not in optional:
+                    values[name] = enums.member(kind, values[name], name, error, phrase)
             return function(Arguments(**values))
 
         call.__signature__ = signature  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ import hopyard
 from hopyard.compat.flashinfer import engine
 from hopyard.compat.flashinfer.checks import check
 from hopyard.compat.flashinfer.common import activation_of, check_layout
-from hopyard.compat.flashinfer.enums import DtypeTrtllmGen, Fp8QuantizationType
+from hopyard.compat.flashinfer.enums import DtypeTrtllmGen, Fp8QuantizationType, member
 from hopyard.compat.flashinfer.signature import Arguments, entry
 
 _LOG = logging.getLogger("hopyard.compat.flashinfer")
@@ -52,14 +52,17 @@ def is_trtllm_moe_supported(
     FlashInfer's table, without its demand for a GPU of compute capability 10: what it answers with
     True runs on the CPU and, in a build for it, on Hopper.
     """
-    pair = (DtypeTrtllmGen(dtype_weights), DtypeTrtllmGen(dtype_act))
+    pair = (
+        member(DtypeTrtllmGen, dtype_weights, "dtype_weights"),
+        member(DtypeTrtllmGen, dtype_act, "dtype_act"),
+    )
     return pair[0] in _ANSWERED and pair in _PAIRS
 
 
 def _formats(a: Arguments) -> tuple[str, str]:
     if a.fp8_quantization_type == Fp8QuantizationType.DeepSeekFp8:
         return "fp8_block128", "fp8_block128"
-    pair = (DtypeTrtllmGen(a.dtype_weights), DtypeTrtllmGen(a.dtype_act))
+    pair = (a.dtype_weights, a.dtype_act)
     check(
         pair in _PAIRS,
         f"No kernel found for the given options: dtype_weights={pair[0].name}, "

@@ -81,7 +81,7 @@ def describe(array: Array | None) -> Hashable:
         ops.shape_of(array),
         _strides_of(array),
         ops.type_of(array),
-        ops.device_of(array),
+        ops.place_of(array),
     )
 
 

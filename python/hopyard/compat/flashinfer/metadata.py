@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlashInfer's routing metadata and its packed ids.
+
+They are computed on the host; for CUDA tensors that means a copy there and back, which cannot be
+captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hopyard.arrays import Array, from_bf16
+from hopyard.compat.flashinfer import checks, ops
+from hopyard.compat.flashinfer.enums import RoutingInputMode
+from hopyard.compat.flashinfer.routing import Permutation, max_ctas, permute, want
+from hopyard.compat.flashinfer.signature import Arguments, entry
+
+_MAX_TILES = 8
+_INT16 = np.iinfo(np.int16)
+
+
+@dataclass(frozen=True)
+class TrtllmMoERoutingMetadataSlot:
+    """Permutation of one tile size, in FlashInfer's order of its nine arrays.
+
+    Unused entries of index arrays are -1; the histogram holds each local expert's first row, then
+    its rows with padding.
+    """
+
+    total_num_padded_tokens: Array
+    expanded_idx_to_permuted_idx: Array
+    permuted_idx_to_token_idx: Array
+    expert_weights: Array
+    expert_count_histogram: Array
+    num_tokens_per_expert: Array
+    cta_idx_xy_to_batch_idx: Array
+    cta_idx_xy_to_mn_limit: Array
+    num_non_exiting_ctas: Array
+    tile_n: int = 8
+
+
+@dataclass(frozen=True)
+class TrtllmMoERoutingMetadata:
+    """Slots of several tile sizes, and what they were allocated for."""
+
+    slots: tuple[TrtllmMoERoutingMetadataSlot, ...]
+    tile_ns: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    local_expert_offset: int
+    num_local_experts: int
+    routing_input_mode: RoutingInputMode
+
+
+def _check_metadata(a: Arguments, tile_ns: Sequence[int]) -> None:
+    checks.require(a.topk_ids, "topk_ids", f"an int32 array [num_tokens, {a.top_k}]")
+    checks.require_memory(a.topk_ids, "topk_ids", ValueError)
+    shape = ops.shape_of(a.topk_ids)
+    want(
+        len(shape) == 2 and shape[1] == a.top_k,
+        f"topk_ids must have shape [num_tokens, {a.top_k}]; got {list(shape)}",
+    )
+    want(
+        ops.type_of(a.topk_ids) == "int32", f"topk_ids must be int32; got {ops.type_of(a.topk_ids)}"
+    )
+    want(len(set(tile_ns)) == len(tile_ns), f"tile_ns must contain unique values; got {tile_ns}")
+    want(
+        1 <= len(tile_ns) <= _MAX_TILES,
+        f"tile_ns must have 1 .. {_MAX_TILES} values; got {tile_ns}",
+    )
+    want(min(tile_ns) >= 1, f"tile_ns must be positive; got {tile_ns}")
+    mode = a.routing_input_mode
+    want(
+        mode is not RoutingInputMode.FromLogits,
+        "routing_input_mode must be PackedPrecomputed or UnpackedPrecomputed; got FromLogits",
+    )
+    unpacked = mode is RoutingInputMode.UnpackedPrecomputed
+    want(
+        (a.topk_weights is not None) == unpacked,
+        f"topk_weights must be {'given' if unpacked else 'None'} for {mode.name}",
+    )
+    if unpacked:
+        _check_weights_of(a.topk_weights, a.topk_ids)
+
+
+def _allocate(a: Arguments, tile_ns: Sequence[int]) -> TrtllmMoERoutingMetadata:
+    _check_metadata(a, tile_ns)
+    tokens, top_k = ops.shape_of(a.topk_ids)
+    weights_type = "bfloat16" if a.topk_weights is None else ops.type_of(a.topk_weights)
+    slots = []
+    for tile in sorted(tile_ns):
+        tiles = max_ctas(tokens * top_k, int(a.num_experts), tile)
+        shapes = (1, tokens * top_k, tiles * tile + 1)
+        tail = (max(2 * int(a.num_experts), 512), int(a.num_experts), tiles, tiles, 1)
+        arrays = [ops.full(a.topk_ids, (n,), -1, "int32") for n in shapes]
+        arrays.append(ops.empty(a.topk_ids, (tokens, top_k), weights_type))
+        arrays += [ops.full(a.topk_ids, (n,), -1, "int32") for n in tail]
+        slots.append(TrtllmMoERoutingMetadataSlot(*arrays, tile_n=tile))
+    metadata = TrtllmMoERoutingMetadata(
+        tuple(slots),
+        tuple(sorted(tile_ns)),
+        int(a.num_experts),
+        top_k,
+        int(a.local_expert_offset),
+        int(a.num_local_experts),
+        a.routing_input_mode,
+    )
+    populate_trtllm_moe_routing_metadata_(metadata, a.topk_ids, a.topk_weights)
+    return metadata
+
+
+@entry(
+    "topk_ids * num_experts top_k local_expert_offset num_local_experts tile_n "
+    "routing_input_mode topk_weights=None"
+)
+def trtllm_moe_allocate_routing_metadata(a: Arguments) -> TrtllmMoERoutingMetadataSlot:
+    """Routing metadata of precomputed ids for one tile size.
+
+    Args:
+        topk_ids: int32 [T, K], packed with weights or global ids.
+        tile_n: rows of a tile.
+        routing_input_mode: `RoutingInputMode`.
+        topk_weights: bfloat16 or float32 [T, K] beside unpacked ids.
+    """
+    return _allocate(a, [int(a.tile_n)]).slots[0]
+
+
+@entry(
+    "topk_ids * num_experts top_k local_expert_offset num_local_experts tile_ns "
+    "routing_input_mode topk_weights=None"
+)
+def trtllm_moe_allocate_routing_metadata_multi_tile(a: Arguments) -> TrtllmMoERoutingMetadata:
+    """`trtllm_moe_allocate_routing_metadata` for up to 8 tile sizes."""
+    return _allocate(a, [int(tile) for tile in a.tile_ns])
+
+
+def populate_trtllm_moe_routing_metadata_(
+    metadata: TrtllmMoERoutingMetadata, topk_ids: Array, topk_weights: Array | None = None
+) -> None:
+    """Fill the arrays of `metadata` again, in place, for other ids of the same shape.
+
+    Raises:
+        ValueError: the shape differs from the one that was allocated for, or the weights from it.
+        RuntimeError: a stream is being captured; the permutation is computed on the host.
+    """
+    shape = ops.shape_of(metadata.slots[0].expert_weights)
+    want(
+        ops.shape_of(topk_ids) == shape,
+        f"topk_ids has shape {list(ops.shape_of(topk_ids))}, wanted {list(shape)} as allocated",
+    )
+    checks.require_memory(topk_ids, "topk_ids", ValueError)
+    ids = ops.to_numpy(topk_ids)
+    if metadata.routing_input_mode is RoutingInputMode.PackedPrecomputed:
+        bits = (ids & 0xFFFF).astype(np.uint16)
+        ids = ids >> 16
+        weights = ops.like_kind(from_bf16(bits), topk_ids)
+    else:
+        _check_weights_of(topk_weights, topk_ids)
+        weights = topk_weights
+    for slot in metadata.slots:
+        sizes = (slot.tile_n, metadata.num_experts)
+        p = permute(ids, metadata.local_expert_offset, metadata.num_local_experts, sizes)
+        _fill_slot(slot, p, metadata, weights)
+
+
+def _check_weights_of(weights: Array | None, ids: Array) -> None:
+    """topk_weights: bfloat16 or float32, of the shape of topk_ids and beside them."""
+    name, shape = "topk_weights", ops.shape_of(ids)
+    want(hasattr(weights, "shape"), f"{name} is {weights!r}, wanted weights of unpacked ids")
+    checks.check_type(weights, name, ["bfloat16", "float32"], ValueError)
+    want(
+        ops.shape_of(weights) == shape,
+        f"{name} has shape {list(ops.shape_of(weights))}, wanted that of topk_ids, {list(shape)}",
+    )
+    want(
+        ops.place_of(weights) == ops.place_of(ids),
+        f"{name} must be where topk_ids are, {ops.place_of(ids)}; got {ops.place_of(weights)}",
+    )
+    checks.require_memory(weights, name, ValueError)
+
+
+def _fill_slot(
+    slot: TrtllmMoERoutingMetadataSlot,
+    p: Permutation,
+    metadata: TrtllmMoERoutingMetadata,
+    weights: Array,
+) -> None:
+    padded = -(-p.counts // slot.tile_n) * slot.tile_n
+    starts = np.cumsum(padded) - padded
+    contents = {
+        "total_num_padded_tokens": np.array([p.total_padded], np.int32),
+        "expanded_idx_to_permuted_idx": p.expanded_to_permuted.reshape(-1),
+        "permuted_idx_to_token_idx": p.permuted_to_token,
+        "expert_count_histogram": np.concatenate([starts, padded]).astype(np.int32),
+        "num_tokens_per_expert": p.counts,
+        "cta_idx_xy_to_batch_idx": p.tile_expert,
+        "cta_idx_xy_to_mn_limit": p.tile_limit,
+        "num_non_exiting_ctas": np.array([p.num_tiles], np.int32),
+    }
+    for name, values in contents.items():
+        array = getattr(slot, name)
+        array[: values.size] = ops.like_kind(values, array)
+    same = ops.type_of(weights) == ops.type_of(slot.expert_weights)
+    slot.expert_weights[...] = weights if same else ops.bfloat16(weights)
+
+
+def pack_topk_ids(ids: Array, weights: Array) -> Array:
+    """ids and weights [T, K] in the packed format: id << 16 | bfloat16 bits, masked.
+
+    Raises:
+        ValueError: shapes that differ, or ids that 16 bits cannot hold.
+    """
+    for name, array in (("ids", ids), ("weights", weights)):
+        checks.require_memory(array, name, ValueError)
+    want(
+        ops.shape_of(ids) == ops.shape_of(weights),
+        f"weights have shape {list(ops.shape_of(weights))}, wanted that of ids, "
+        f"{list(ops.shape_of(ids))}",
+    )
+    numbers = ops.to_numpy(ids)
+    want(numbers.dtype.kind in "iu", f"ids must be integers; got {ops.type_of(ids)}")
+    outside = (numbers < _INT16.min) | (numbers > _INT16.max)
+    want(
+        not outside.any(),
+        f"ids must be within {_INT16.min} .. {_INT16.max}, the 16 bits that they are packed "
+        f"into; got {numbers[outside][:1].tolist()}",
+    )
+    bits = ops.to_numpy(ops.bfloat16(ops.float32(weights))).astype(np.int32)
+    packed = (numbers.astype(np.int32) << 16) | (bits & 0xFFFF)
+    return ops.like_kind(packed, ids)
