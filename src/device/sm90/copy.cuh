@@ -28,6 +28,18 @@ __device__ __forceinline__ void CopyBox(const void* map, uint32_t shared, Barrie
       : "memory");
 }
 
+// The same to this place in the shared memory of the cluster's blocks whose bits `blocks` has, each
+// of whose barriers there counts all bytes.
+__device__ __forceinline__ void CopyBoxToBlocks(const void* map, uint32_t shared, Barrier barrier,
+                                                const BoxStart& start, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
+      "l"(map), "r"(barrier.address), "r"(start.at[0]), "r"(start.at[1]), "r"(start.at[2]),
+      "r"(start.at[3]), "r"(start.at[4]), "h"(blocks)
+      : "memory");
+}
+
 // 16 bytes, of which the first `valid` are read and the others zero.
 __device__ __forceinline__ void CopyPiece(uint32_t shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),

@@ -21,6 +21,17 @@ struct Barrier {
   __device__ __forceinline__ void Arrive() const {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
   }
+  // At the barrier in this place of the shared memory of the cluster's block `rank`.
+  __device__ __forceinline__ void ArriveAt(uint32_t rank) const {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(address),
+        "r"(rank)
+        : "memory");
+  }
   // One arrival, and `bytes` that the copy engine will deliver.
   __device__ __forceinline__ void ArriveAndExpect(uint32_t bytes) const {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
@@ -45,6 +56,14 @@ struct Barrier {
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// All threads of the cluster's blocks meet; what they wrote before is seen after.
+__device__ __forceinline__ void SyncCluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
 }
 
 // Orders this thread's shared-memory writes before later reads by the tensor cores and the copy

@@ -45,6 +45,9 @@ struct GemmConfig {
   // Of those, gate and up in alternate columns: a consumer's two tiles are 128 columns, and gate
   // and up meet in registers after the products.
   bool interleaved = false;
+  // Blocks of a cluster: they take tiles of one expert side by side, and each copies a part of the
+  // weights that all of them read into the shared memory of all.
+  int cluster = 1;
 
   friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
 };
@@ -242,9 +245,11 @@ constexpr int SharedLimit(const GemmConfig& config) {
   return BlocksPerProcessor(config) == 1 ? kMaxSharedBytes : (233472 / 2) - 1024;
 }
 
-// What the kernel for MN-major weights is to the one for K-major ones: all else is equal.
+// What the kernel for MN-major weights is to the one for K-major ones: all else is equal, but there
+// are no clusters.
 constexpr bool IsMnMajorTwin(GemmConfig config, const GemmConfig& twin, bool interleaved) {
   config.mn_major = true;
+  config.cluster = 1;
   config.interleaved = interleaved;
   return config == twin;
 }
@@ -263,7 +268,10 @@ constexpr bool IsValid(const GemmConfig& config) {
                                                  config.consumers == 2 && config.tokens == 128);
   const bool major = (!config.mn_major || config.family == Family::kBf16) &&
                      (!config.interleaved || (config.mn_major && config.gated));
-  return tokens && operands && major && (config.consumers == 1 || config.consumers == 2) &&
+  // A block of a cluster copies whole tiles.
+  const bool cluster =
+      config.cluster == 1 || (config.cluster == 2 && BlocksPerProcessor(config) == 1);
+  return tokens && operands && major && cluster && (config.consumers == 1 || config.consumers == 2) &&
          config.stages >= 3 && (can_promote || !config.promoted) &&
          SharedBytes(config) <= SharedLimit(config);
 }

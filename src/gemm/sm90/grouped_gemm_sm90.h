@@ -95,7 +95,8 @@ struct GroupedGemmArgs {
   int32_t slots_per_token = 1;
   int32_t delta_slots = 0;
 
-  // Tiles of at most `tokens` rows (KernelInfo), as the permutation lists them.
+  // Tiles of at most `tokens` rows (KernelInfo), as the permutation lists them: whole clusters, in
+  // which the last ones may be empty.
   const int32_t* tile_expert = nullptr;
   const int32_t* tile_row_begin = nullptr;
   const int32_t* tile_row_end = nullptr;
@@ -123,6 +124,7 @@ struct KernelInfo {
   bool gated = false;
   bool mn_major = false;     // reads MN-major weights only; others do not
   bool interleaved = false;  // of those, gate and up in alternate columns only
+  int cluster = 1;           // tiles come in groups of so many of one expert
   bool rounds = false;       // can write GEMM1's output in the formats that GEMM2 then reads
 };
 [[nodiscard]] int NumKernels();

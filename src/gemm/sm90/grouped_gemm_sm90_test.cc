@@ -41,6 +41,8 @@ class Call {
         counts_(std::move(counts)),
         random_(17),
         experts_(static_cast<int64_t>(counts_.size())),
+        // Kernels of single blocks read lists with empty tiles too: the other GEMM may want them.
+        cluster_(problem.gather ? std::max(2, kernel_.cluster) : kernel_.cluster),
         rows_(problem.features * (kernel_.gated ? 2 : 1)),
         weights_(problem, experts_, rows_, random_) {
     for (int64_t i = 0; i < experts_ * rows_; ++i) {
@@ -173,7 +175,8 @@ class Call {
   void MakeTiles() {
     for (int64_t e = 0; e < experts_; ++e) {
       const int64_t count = counts_[static_cast<size_t>(e)];
-      for (int64_t begin = 0; begin < count; begin += kernel_.tokens) {
+      const int64_t room = RoundUp(count, int64_t{kernel_.tokens} * cluster_);
+      for (int64_t begin = 0; begin < room; begin += kernel_.tokens) {
         tile_expert_.push_back(static_cast<int32_t>(e));
         tile_begin_.push_back(static_cast<int32_t>(num_rows_ + begin));
         tile_end_.push_back(
@@ -318,6 +321,7 @@ class Call {
   std::mt19937 random_;
   std::normal_distribution<float> normal_{0.0F, 0.5F};
   int64_t experts_ = 0;
+  int64_t cluster_ = 1;
   int64_t rows_ = 0;
   GemmWeights weights_;
   int64_t x_pitch_ = 0;

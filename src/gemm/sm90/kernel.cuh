@@ -41,16 +41,18 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
     tile.feature_begin =
         int64_t{work.feature_begin} +
         self.number * (kConfig.tokens_are_m ? kTileRows : FeaturesPerConsumer(kConfig));
+    // The tile's last stage is held until its room has been used.
+    const int held = (self.ring.stage == 0 ? kConfig.stages : self.ring.stage) - 1;
     if constexpr (kConfig.tokens_are_m) {
-      // The tile's last stage is held until its room has been used.
-      const int held = (self.ring.stage == 0 ? kConfig.stages : self.ring.stage) - 1;
       tile.staged = shared.Weights(held, 0, 0);
+    }
+    if (kConfig.cluster == 1 || tile.num_rows > 0) {
       StoreTile<Row>(args, tile, acc);
+    }
+    if constexpr (kConfig.tokens_are_m) {
       // The copy engine writes there next.
       hopyard::sm90::FenceAsyncProxy();
-      Release(shared.Empty(held));
-    } else {
-      StoreTile<Row>(args, tile, acc);
+      Release<Row>(shared.Empty(held));
     }
   }
 }
@@ -76,15 +78,19 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), BlocksPerProces
     hopyard::sm90::PrefetchTensorMap(&args.first.map);
     for (int stage = 0; stage < kConfig.stages; ++stage) {
       shared.Full(stage).Init(Shared<Row>::kFullArrivals);
-      // Every consumer warp.
-      shared.Empty(stage).Init(kConfig.consumers * 4);
+      // Every consumer warp of the cluster.
+      shared.Empty(stage).Init(kConfig.cluster * kConfig.consumers * 4);
     }
     for (int slot = 0; slot < WorkSlots(kConfig); ++slot) {
       shared.Posted(slot).Init(1);
     }
     hopyard::sm90::FenceBarrierInit();
   }
-  __syncthreads();
+  if constexpr (kConfig.cluster == 1) {
+    __syncthreads();
+  } else {
+    hopyard::sm90::SyncCluster();
+  }
   hopyard::sm90::AwaitPredecessors();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(ProducerRegisters(kConfig)));
@@ -92,6 +98,10 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), BlocksPerProces
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ConsumerRegisters(kConfig)));
     Consume<Row>(args, shared, table);
+  }
+  if constexpr (kConfig.cluster > 1) {
+    // No block's memory goes while another copies or arrives there.
+    hopyard::sm90::SyncCluster();
   }
 }
 

@@ -35,9 +35,12 @@ void Launch(const GroupedGemmArgs& args, const LaunchDevice& device, const devic
   }
   const int64_t blocks =
       (args.features + FeaturesPerBlock(kConfig) - 1) / FeaturesPerBlock(kConfig) * args.max_tiles;
-  const auto grid = static_cast<unsigned>(
-      std::min<int64_t>(int64_t{device.processors} * BlocksPerProcessor(kConfig), blocks));
-  device::Launch(queue, {grid, ThreadsPerBlock(kConfig), SharedBytes(kConfig)},
+  // Tiles come in whole clusters, and so do the places for them.
+  const int64_t places =
+      device.processors / kConfig.cluster * kConfig.cluster * BlocksPerProcessor(kConfig);
+  constexpr auto kCluster = static_cast<unsigned>(kConfig.cluster);
+  const auto grid = static_cast<unsigned>(std::min(places, blocks));
+  device::Launch(queue, {grid, ThreadsPerBlock(kConfig), SharedBytes(kConfig), kCluster},
                  GroupedGemmKernel<Row>, args);
 }
 

@@ -29,11 +29,20 @@ struct Consumer {
   uint32_t table;  // of kMxFp4AsFp8
 };
 
-// Every warp has read what it wanted of a stage.
+// A warp has read what it wanted of a stage; all blocks that copy to it learn that.
+template <class Row>
 __device__ __forceinline__ void Release(Barrier empty) {
+  constexpr int kCluster = Row::kConfig.cluster;
   __syncwarp();
-  if (threadIdx.x % 32 == 0) {
-    empty.Arrive();
+  const uint32_t lane = threadIdx.x % 32;
+  if constexpr (kCluster == 1) {
+    if (lane == 0) {
+      empty.Arrive();
+    }
+  } else {
+    if (lane < kCluster) {
+      empty.ArriveAt(lane);
+    }
   }
 }
 
@@ -78,14 +87,14 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
     // The products of the stage before are done: it may be filled again.
     hopyard::sm90::MmaWait<1>();
     if (previous >= 0) {
-      Release(shared.Empty(previous));
+      Release<Row>(shared.Empty(previous));
     }
     previous = stage;
     self.ring.Advance();
   }
   hopyard::sm90::MmaWait<0>();
   if (previous >= 0) {
-    Release(shared.Empty(previous));
+    Release<Row>(shared.Empty(previous));
   }
   hopyard::sm90::Touch(first_sums);
   hopyard::sm90::Touch(second_sums);
@@ -277,20 +286,20 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
     // The second tile of the stage before is done.
     hopyard::sm90::MmaWait<kPending>();
     if (kPending > 0 && previous >= 0) {
-      Release(shared.Empty(previous));
+      Release<Row>(shared.Empty(previous));
     }
     tiles.Prepare(shared, self, stage, 1);
     tiles.Issue(shared, self, stage, 1, block > 0, acc[1]);
     hopyard::sm90::MmaWait<kPending>();
     if constexpr (kPending == 0) {
-      Release(shared.Empty(stage));
+      Release<Row>(shared.Empty(stage));
     }
     previous = stage;
     self.ring.Advance();
   }
   hopyard::sm90::MmaWait<0>();
   if (kPending > 0 && previous >= 0) {
-    Release(shared.Empty(previous));
+    Release<Row>(shared.Empty(previous));
   }
   hopyard::sm90::Touch(acc[0]);
   hopyard::sm90::Touch(acc[1]);
@@ -298,7 +307,7 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
 
 // Scales of tokens and 128x128 blocks: each tile's products over 128 of K are summed apart and then
 // added in FP32, while the other warpgroup multiplies. (Two sets of partial sums, so that the own
-// next tile is multiplied meanwhile, gained nothing: H100, 2026-11.) kComplete: ScalesAreComplete.
+// next tile is multiplied meanwhile, gained nothing: H100, 2026-11.)
 template <class Row>
 __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>& shared,
                                  const Work& work, Consumer<Row>& self,
@@ -371,19 +380,19 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
       tiles.Prepare(shared, self, self.ring.stage, 0);
     }
     if (!Row::kConfig.tokens_are_m || more) {
-      Release(shared.Empty(stage));
+      Release<Row>(shared.Empty(stage));
     }
   }
 }
 
-// Tokens as M: passes the stages of a tile that has none of this consumer's tokens.
+// Passes the stages of a tile that has none of this consumer's tokens.
 template <class Row>
 __device__ __forceinline__ void PassStages(const Shared<Row>& shared, int k_blocks,
                                            Consumer<Row>& self) {
   for (int left = k_blocks; left > 0; --left) {
     shared.AwaitFull(self.ring.stage, self.ring.parity);
-    if (left > 1) {
-      Release(shared.Empty(self.ring.stage));
+    if (!Row::kConfig.tokens_are_m || left > 1) {
+      Release<Row>(shared.Empty(self.ring.stage));
     }
     self.ring.Advance();
   }
@@ -393,7 +402,9 @@ template <class Row>
 __device__ __forceinline__ void Multiply(const GroupedGemmArgs& args, const Shared<Row>& shared,
                                          const Work& work, Consumer<Row>& self,
                                          float (&acc)[2][kSums<Row>]) {
-  if constexpr (Row::kConfig.family == Family::kBf16) {
+  if (Row::kConfig.cluster > 1 && work.num_rows == 0) {
+    PassStages(shared, KBlocks<Row>(args), self);
+  } else if constexpr (Row::kConfig.family == Family::kBf16) {
     // An expert's last tile may hold few tokens: the tensor cores work on half of it. Sums of the
     // others are not written. (The same spills in kernels with partial sums and gains nothing in
     // those that decode: H100, 2026-11.)

@@ -128,21 +128,31 @@ struct RingPosition {
   }
 };
 
-// Blocks take work in strides. Tiles come in groups: all features of one group are done before the
+// Which of its cluster's blocks this is.
+template <class Row>
+__device__ __forceinline__ int ClusterRank() {
+  return static_cast<int>(blockIdx.x) % Row::kConfig.cluster;
+}
+
+// Clusters take work in strides, and of the tiles of one expert that are a cluster's each block
+// takes one, which may be empty. Tiles come in groups: all features of one group are done before the
 // next begins, and within it tiles vary fastest, so that a group's token rows stay in the L2 cache
 // and tiles of one expert read a weight row at the same time.
 template <class Row>
 struct Scheduler {
+  static constexpr int kCluster = Row::kConfig.cluster;
   // 16 tiles of 128 rows of 4096 BF16 values are 16 MiB, a third of an H100's L2.
-  static constexpr int kGroupTiles = 16;
+  static constexpr int kGroup = 16 / kCluster;
 
   const GroupedGemmArgs& args;
-  int num_tiles;
+  int clusters;  // of tiles
   int feature_blocks;
   int next;
 
   __device__ explicit Scheduler(const GroupedGemmArgs& gemm)
-      : args(gemm), num_tiles(*gemm.num_tiles), next(static_cast<int>(blockIdx.x)) {
+            : args(gemm),
+        clusters(*gemm.num_tiles / kCluster),
+        next(static_cast<int>(blockIdx.x) / kCluster) {
     constexpr int kFeatures = FeaturesPerBlock(Row::kConfig);
     // Rows in an order of groups of 128 are written to the end of their last group.
     const int64_t features = gemm.out_format.order == KOrder::kNatural
@@ -152,14 +162,14 @@ struct Scheduler {
   }
   // False at the end.
   __device__ bool Next(Work& work) {
-    while (next < num_tiles * feature_blocks) {
-      const int group = next / (kGroupTiles * feature_blocks);
-      const int within = next % (kGroupTiles * feature_blocks);
-      const int left = num_tiles - group * kGroupTiles;
-      const int tiles = left < kGroupTiles ? left : kGroupTiles;
-      const int tile = group * kGroupTiles + within % tiles;
+    while (next < clusters * feature_blocks) {
+      const int group = next / (kGroup * feature_blocks);
+      const int within = next % (kGroup * feature_blocks);
+      const int left = clusters - group * kGroup;
+      const int tiles = left < kGroup ? left : kGroup;
+      const int tile = (group * kGroup + within % tiles) * kCluster + ClusterRank<Row>();
       const int segment = args.tile_expert[tile];
-      next += static_cast<int>(gridDim.x);
+      next += static_cast<int>(gridDim.x) / kCluster;
       if (segment < args.segment_begin || segment >= args.segment_end) {
         continue;
       }
@@ -167,6 +177,13 @@ struct Scheduler {
       work.expert = segment - args.segment_begin;
       work.row_begin = args.tile_row_begin[tile];
       work.num_rows = args.tile_row_end[tile] - args.tile_row_begin[tile];
+      // A tile that fills up a cluster ends before it begins.
+      if (work.num_rows <= 0) {
+        if constexpr (kCluster == 1) {
+          continue;
+        }
+        work.num_rows = 0;
+      }
       return true;
     }
     return false;

@@ -11,7 +11,8 @@
 
 namespace hopyard::gemm::sm90 {
 
-// The weight tiles of a stage, one a thread: tile t is tile t % 2 of consumer t / 2. What does not
+// The weight tiles of a stage, one a thread: tile t is tile t % 2 of consumer t / 2. In a cluster
+// each block copies every `cluster`th for all of them, when all have room. What does not
 // change from stage to stage is computed once per work item; a stage costs a few instructions.
 template <class Row>
 struct WeightCopies {
@@ -28,11 +29,15 @@ struct WeightCopies {
   int expert;
 
   __device__ __forceinline__ static int Tile() { return static_cast<int>(threadIdx.x); }
+  // The tiles that this block copies, for its whole cluster.
+  __device__ __forceinline__ static bool IsMine() {
+    return Tile() < kTiles && Tile() % kConfig.cluster == ClusterRank<Row>();
+  }
   __device__ __forceinline__ static const MatrixArgs& Matrix(const GroupedGemmArgs& args) {
     return kConfig.gated && Tile() % 2 == 1 ? args.second : args.first;
   }
   __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work) {
-    if (Tile() >= kTiles) {
+    if (!IsMine()) {
       return;
     }
     const MatrixArgs& matrix = Matrix(args);
@@ -50,7 +55,7 @@ struct WeightCopies {
     if (Tile() == 0) {
       barrier.ArriveAndExpect(WeightBytes(kConfig));
     }
-    if (Tile() >= kTiles) {
+    if (!IsMine()) {
       return;
     }
     const int k = k_block * kStep;
@@ -64,9 +69,14 @@ struct WeightCopies {
     }
     const bool whole = matrix.row_unit == 1;
     const bool blocks = matrix.k_blocks_last != 0;
-    hopyard::sm90::CopyBox(map, tile, barrier,
-                           {{blocks ? k % kBlock : k, whole ? row : 0, 0,
-                             whole ? 0 : row / matrix.row_unit, blocks ? k / kBlock : expert}});
+    const hopyard::sm90::BoxStart start{{blocks ? k % kBlock : k, whole ? row : 0, 0,
+                                         whole ? 0 : row / matrix.row_unit,
+                                         blocks ? k / kBlock : expert}};
+    if constexpr (kConfig.cluster == 1) {
+      hopyard::sm90::CopyBox(map, tile, barrier, start);
+    } else {
+      hopyard::sm90::CopyBoxToBlocks(map, tile, barrier, start, (1U << kConfig.cluster) - 1U);
+    }
   }
 };
 

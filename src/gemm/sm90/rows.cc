@@ -21,6 +21,7 @@ KernelInfo KernelAt(int index) {
   info.gated = row.config.gated;
   info.mn_major = row.config.mn_major;
   info.interleaved = row.config.interleaved;
+  info.cluster = row.config.cluster;
   info.rounds = RoundsRows(row.config);
   return info;
 }

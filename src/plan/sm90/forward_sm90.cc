@@ -106,7 +106,7 @@ permute::PlaceSm90Args PlaceArgsOf(const Pass& pass) {
 permute::PermuteSm90Args PermuteArgsOf(const Pass& pass) {
   const Layout& layout = pass.layout();
   permute::PermuteSm90Args args;
-  args.options = PermuteOptionsFor(pass.spec(), pass.choice->tile);
+  args.options = PermuteOptionsFor(pass.spec(), *pass.choice);
   args.max_tokens = pass.tokens;
   args.slots_per_token = pass.spec().slots_per_token();
   args.num_tokens = pass.num_tokens;

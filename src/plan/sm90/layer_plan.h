@@ -68,7 +68,7 @@ struct Layout : RoutingLayout {
 };
 [[nodiscard]] Layout MakeLayout(const MoeSpec& spec, const KernelChoice& choice, int64_t tokens);
 
-[[nodiscard]] PermuteOptions PermuteOptionsFor(const MoeSpec& spec, int tile);
+[[nodiscard]] PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice);
 
 struct LayerPlan {
   GroupFormats routed;

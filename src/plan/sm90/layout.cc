@@ -29,7 +29,7 @@ int64_t MostTiles(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int
     }
     const int64_t last = std::min(choice.max_tokens, tokens);
     most = std::max(most,
-                    MaxTiles(last * spec.slots_per_token(), PermuteOptionsFor(spec, choice.tile)));
+                    MaxTiles(last * spec.slots_per_token(), PermuteOptionsFor(spec, choice)));
     first = last + 1;
   }
   return most;
@@ -60,10 +60,16 @@ GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights, bool rounded) 
   return formats;
 }
 
-PermuteOptions PermuteOptionsFor(const MoeSpec& spec, int tile) {
+PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice) {
   PermuteOptions options;
   options.num_local_experts = spec.num_local_experts() + spec.shared.count;
-  options.tile = tile;
+  options.tile = choice.tile;
+  for (const GroupKernels& kernels : {choice.routed, choice.shared}) {
+    for (const int kernel : {kernels.gemm1, kernels.gemm2}) {
+      options.cluster =
+          std::max<int64_t>(options.cluster, gemm::sm90::KernelAt(kernel).cluster);
+    }
+  }
   return options;
 }
 
@@ -90,7 +96,7 @@ Layout MakeLayout(const MoeSpec& spec, const KernelChoice& choice, int64_t token
   layout.TakeRouting(spec, tokens, MostTiles(spec, tiles, tokens));
   layout.num_tokens = layout.Take(4);
   layout.permute_scratch = layout.Take(
-      4 * permute::PermuteScratchInts(layout.slots, PermuteOptionsFor(spec, tiles.front().tile)));
+      4 * permute::PermuteScratchInts(layout.slots, PermuteOptionsFor(spec, tiles.front())));
   layout.x = layout.Take(tokens * layout.x_bytes);
   layout.shared_x = routed.operands.x == shared.operands.x
                         ? layout.x

@@ -112,7 +112,7 @@ GroupedGemmArgs TilesOf(const GroupPass& group) {
   args.tile_row_begin = args.tile_expert + layout.max_tiles;
   args.tile_row_end = args.tile_row_begin + layout.max_tiles;
   args.num_tiles = args.tile_row_end + layout.max_tiles;
-  args.max_tiles = MaxTiles(pass.slots(), PermuteOptionsFor(pass.spec(), pass.choice->tile));
+  args.max_tiles = MaxTiles(pass.slots(), PermuteOptionsFor(pass.spec(), *pass.choice));
   return args;
 }
 
