@@ -123,10 +123,12 @@ class Routings {
 // A routing cut into tiles, on the device.
 class DeviceTiles {
  public:
-  DeviceTiles(const MoeSpec& spec, int64_t tokens, const std::vector<int32_t>& experts, int tile) {
+  DeviceTiles(const MoeSpec& spec, int64_t tokens, const std::vector<int32_t>& experts,
+              const KernelInfo& kernel) {
     PermuteOptions options;
     options.num_local_experts = spec.num_experts;
-    options.tile = tile;
+    options.tile = kernel.tokens;
+    options.cluster = kernel.cluster;
     slots_ = tokens * spec.top_k;
     max_tiles_ = MaxTiles(slots_, options);
     std::vector<int32_t> ints(
@@ -287,7 +289,7 @@ void BenchKernel(const Point& point, const Gemm& gemm, const Rows& rows, int ind
   for (int i = 0; i < calls; ++i) {
     const Routings::Call& call = routings->At(i);
     touched += static_cast<double>(call.touched) / calls;
-    tiles.emplace_back(spec, point.tokens, call.experts, kernel.tokens);
+    tiles.emplace_back(spec, point.tokens, call.experts, kernel);
     launches.push_back(
         WeightArgs(spec, gemm, *point.layers[static_cast<size_t>(i) % point.layers.size()]));
     tiles.back().Set(&launches.back());
