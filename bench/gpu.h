@@ -124,6 +124,14 @@ struct Machine {
   Ceilings ceilings;
 };
 
+// Its ceilings for products of operands of this type.
+inline Machine MachineFor(Machine machine, DType operands) {
+  if (operands == DType::kE4m3) {
+    machine.ceilings.flops_per_us = machine.ceilings.fp8_flops_per_us;
+  }
+  return machine;
+}
+
 // What one case measured.
 struct CaseResult {
   std::string_view model;
