@@ -31,9 +31,12 @@ int MostTokenWarps(const RoutePermuteArgs& args) {
 }
 
 // Several warps a token where all tokens are then routed at a time.
-bool TakesTeams(const RoutePermuteArgs& args) {
-  return args.routes && route::SuitsTeams(args.route) &&
-         args.permute.max_tokens <= MostAtATime(args, route::TeamScratchWords(args.route));
+route::TeamLayout TeamsOf(const RoutePermuteArgs& args, int tokens) {
+  if (!args.routes) {
+    return {};
+  }
+  const route::TeamLayout layout = route::TeamLayoutOf(args.route, kMaxWarps / tokens);
+  return tokens <= MostAtATime(args, layout.words) ? layout : route::TeamLayout{};
 }
 
 // Routes by teams, or in another way.
@@ -65,19 +68,18 @@ void RoutePermuteSm90(const RoutePermuteArgs& args, const device::Queue& queue) 
   RoutePermuteLaunch launch{args};
   launch.teams =
       static_cast<int>(std::clamp<int64_t>(args.permute.max_tokens, 1, MostTokenWarps(args)));
-  int scratch = 0;
-  if (TakesTeams(args)) {
-    const int rounds_of_32 = static_cast<int>(CeilDiv(args.route.num_experts, sm90::kWarpSize));
-    launch.team_warps = std::min(rounds_of_32, kMaxWarps / launch.teams);
-    scratch = route::TeamScratchWords(args.route);
-  } else if (args.routes) {
+  launch.team = TeamsOf(args, launch.teams);
+  const int team_warps = std::max(1, launch.team.warps);
+  launch.team_reciprocal = static_cast<uint32_t>(CeilDiv(1 << 16, team_warps));
+  int scratch = launch.team.words;
+  if (args.routes && launch.team.warps == 0) {
     scratch = route::WarpScratchWords(args.route);
   }
-  const int threads = std::max(permute::kPermuteThreads,
-                               sm90::kWarpSize * launch.teams * std::max(1, launch.team_warps));
+  const int threads =
+      std::max(permute::kPermuteThreads, sm90::kWarpSize * launch.teams * team_warps);
   const int shared_bytes = 4 * (FewSlotsWords(args.permute) + launch.teams * scratch);
   device::Launch(queue, {1, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes)},
-                 launch.team_warps > 0 ? RoutePermuteKernel<true> : RoutePermuteKernel<false>,
+                 launch.team.warps > 0 ? RoutePermuteKernel<true> : RoutePermuteKernel<false>,
                  launch);
 }
 

@@ -17,8 +17,10 @@ namespace hopyard::fused {
 
 struct RoutePermuteLaunch {
   RoutePermuteArgs args;
-  int teams = 0;       // tokens that are routed at a time: those with shared memory
-  int team_warps = 0;  // of each; 0: one, which takes its slots one after the other
+  int teams = 0;  // tokens that are routed at a time: those with shared memory
+  // Of several warps a token; 0 warps: one, which takes its slots one after the other.
+  route::TeamLayout team;
+  uint32_t team_reciprocal = 0;  // 2^16 / team.warps, rounded up: divides any of a block's warps
 };
 
 // Ahead of the memory that routing takes.
@@ -45,14 +47,16 @@ __device__ inline void RouteByTeams(const RoutePermuteLaunch& launch, int32_t* s
                                     const permute::FewSlots& few) {
   const RoutePermuteArgs& args = launch.args;
   const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
-  const int mine = warp / launch.team_warps;
-  const route::Team team{warp % launch.team_warps, launch.team_warps};
-  const route::TeamScratch scratch = route::TeamScratchOf(args.route, shared, mine);
+  const int mine = static_cast<int>(static_cast<uint32_t>(warp) * launch.team_reciprocal >> 16);
+  const route::Team team{warp - mine * launch.team.warps, launch.team.warps};
+  const route::TeamScratch scratch =
+      route::TeamScratchOf(args.route, launch.team, shared + mine * launch.team.words);
   const int64_t tokens = sm90::LiveTokens(args.place.num_tokens, args.place.max_tokens);
   for (int64_t first = 0; first < tokens; first += launch.teams) {
     const int64_t token = first + mine;
     const bool live = mine < launch.teams && token < tokens;
-    const route::RoutedSlot routed = route::RouteByTeam(args.route, token, live, team, scratch);
+    const route::RoutedSlot routed =
+        route::RouteByTeam(args.route, launch.team, token, live, team, scratch);
     if (live && team.warp == 0) {
       PlaceRouted(args, token, routed, few);
     }

@@ -299,7 +299,7 @@ struct Shape {
   int groups;
   int top_groups;
 };
-// The last three have too many candidates, or groups, for several warps a token.
+// Some have too many candidates, or groups, for several warps a token.
 constexpr Shape kShapes[] = {{1, 1, 1, 1},     {8, 2, 1, 1},    {31, 5, 31, 9},   {60, 6, 3, 1},
                              {128, 8, 1, 1},   {160, 6, 20, 7}, {256, 8, 8, 4},   {256, 32, 2, 1},
                              {384, 8, 1, 1},   {512, 10, 8, 2}, {2048, 3, 32, 5}, {512, 29, 64, 20},

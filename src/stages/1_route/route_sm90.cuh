@@ -338,10 +338,13 @@ __device__ inline float WeighSlotSm90(const RouteSm90Args& args, bool valid, flo
   float weight = value;
   if (args.rule.weight == RoutingWeight::kSoftmaxSelected) {
     const float term = SoftmaxTerm<ScalarOps>(value, sm90::MaxIgnoringNan(value));
-    weight = ScalarOps::Div(term, SumSlots(args, ScalarOps::Add(0.0F, term)));
+    const float sum = SumSlots(args, ScalarOps::Add(0.0F, term));
+    weight = ScalarOps::Div(valid ? term : 1.0F, sum);
   } else if (args.rule.weight == RoutingWeight::kSigmoidSelected) {
-    weight = Sigmoid<ScalarOps>(value);
+    weight = Sigmoid<ScalarOps>(valid ? value : 1.0F);
   }
+  // Zeros and NaN would send lanes without a slot the long way through a division.
+  weight = valid ? weight : 1.0F;
   const bool divide = args.rule.renormalise != Renormalise::kNone;
   float denominator = 1.0F;
   if (divide) {

@@ -12,56 +12,56 @@
 
 namespace hopyard::route {
 
-// More would make ranking them slower than taking one after the other.
-inline constexpr int kMostTeamCandidates = 256;
-inline constexpr int kMostTeamWarps = 32;
+// Of every 32 experts 1 << shift are candidates; what follows from the rule, made by the host.
+struct TeamLayout {
+  int warps = 0;       // of a team; 0: the rule does not suit teams
+  int shift = 0;       // of candidates: at least top_k
+  int candidates = 0;  // of a token
+  int padded = 0;      // the same in whole groups of 32
+  int words = 0;       // of shared memory for a team
+};
 
-// Of every 32 experts 1 << CandidateShift are candidates: at least top_k, and whole groups of 4.
-__host__ __device__ inline int CandidateShift(int top_k) {
-  int shift = 2;
-  while (1 << shift < top_k) {
-    ++shift;
+// `most_warps` is at most 32.
+inline TeamLayout TeamLayoutOf(const RouteSm90Args& args, int most_warps) {
+  // More would make ranking them slower than taking one after the other.
+  constexpr int kMostCandidates = 256;
+  TeamLayout layout;
+  layout.shift = 3;
+  while (1 << layout.shift < args.top_k) {
+    ++layout.shift;
   }
-  return shift;
-}
-
-__host__ __device__ inline int TeamCandidates(const RouteSm90Args& args) {
-  return PaddedTo32(args.num_experts) / 32 << CandidateShift(args.top_k);
-}
-
-// Whether RouteByTeam is meant for this rule.
-__host__ __device__ inline bool SuitsTeams(const RouteSm90Args& args) {
-  return TeamCandidates(args) <= kMostTeamCandidates && args.rule.num_groups <= 32;
+  const int padded_experts = PaddedTo32(args.num_experts);
+  layout.candidates = padded_experts / 32 << layout.shift;
+  layout.padded = PaddedTo32(layout.candidates);
+  layout.words = 2 * padded_experts + layout.padded + 3 * 32 + layout.padded / 2;
+  const bool suits = layout.candidates <= kMostCandidates && args.rule.num_groups <= 32;
+  layout.warps = suits ? (padded_experts / 32 < most_warps ? padded_experts / 32 : most_warps) : 0;
+  return layout;
 }
 
 // Shared memory of one team, 16-byte aligned.
 struct TeamScratch {
   int32_t* keys;        // [padded experts] order keys of the biased scores, or softmax terms
   float* values;        // [padded experts] what WeighSlotSm90 takes
-  int32_t* best;        // [TeamCandidates] of every 32 experts the best keys, in order
+  int32_t* best;        // [padded] of every 32 experts the best keys, in order
   int32_t* group_keys;  // [32]
   int32_t* chosen;      // [32] experts by slot; ahead of that, largest logits by warp
-  int32_t* has_nan;     // [kMostTeamWarps] whether a logit of the warp's share is NaN
-  int16_t* best_ids;    // [TeamCandidates] whose the best keys are
+  int32_t* has_nan;     // [32] by warp, whether a logit of its share is NaN
+  int16_t* best_ids;    // [padded] whose the best keys are
 };
 
-__host__ __device__ inline int TeamScratchWords(const RouteSm90Args& args) {
-  const int candidates = TeamCandidates(args);
-  return 2 * PaddedTo32(args.num_experts) + candidates + 64 + kMostTeamWarps +
-         (candidates / 2 + 3) / 4 * 4;
-}
-
-// That of team `team`; `shared` has TeamScratchWords for each.
-__device__ inline TeamScratch TeamScratchOf(const RouteSm90Args& args, int32_t* shared, int team) {
+// `base` has TeamLayout::words.
+__device__ inline TeamScratch TeamScratchOf(const RouteSm90Args& args, const TeamLayout& layout,
+                                            int32_t* base) {
   const int padded = PaddedTo32(args.num_experts);
   TeamScratch scratch;
-  scratch.keys = shared + team * TeamScratchWords(args);
-  scratch.values = static_cast<float*>(static_cast<void*>(scratch.keys + padded));
-  scratch.best = scratch.keys + 2 * padded;
-  scratch.group_keys = scratch.best + TeamCandidates(args);
+  scratch.keys = base;
+  scratch.values = static_cast<float*>(static_cast<void*>(base + padded));
+  scratch.best = base + 2 * padded;
+  scratch.group_keys = scratch.best + layout.padded;
   scratch.chosen = scratch.group_keys + 32;
   scratch.has_nan = scratch.chosen + 32;
-  scratch.best_ids = static_cast<int16_t*>(static_cast<void*>(scratch.has_nan + kMostTeamWarps));
+  scratch.best_ids = static_cast<int16_t*>(static_cast<void*>(scratch.has_nan + 32));
   return scratch;
 }
 
@@ -121,19 +121,22 @@ __device__ inline void ScoreShare(const RouteSm90Args& args, int64_t token, cons
   }
 }
 
-// How many of `count` keys come ahead of the one at `place`: larger ones, and equal ones at smaller
-// places. `keys` is 16-byte aligned, `count` a multiple of 4, no key is below kExcludedKey.
-__device__ __forceinline__ int RankAmong(const int32_t* keys, int count, int place) {
+// How many of 32 * blocks keys come ahead of the one at `place`: larger ones, and equal ones at
+// smaller places. `keys` is 16-byte aligned, no key is below kExcludedKey.
+__device__ __forceinline__ int RankAmong(const int32_t* keys, int blocks, int place) {
   const auto* fours = static_cast<const int4*>(static_cast<const void*>(keys));
   const int32_t key = keys[place];
   const int own = place / 4;
   int rank = 0;
-#pragma unroll 4
-  for (int i = 0; i < count / 4; ++i) {
-    const int4 four = fours[i];
-    const int32_t bound = i < own ? key - 1 : key;
-    rank += (four.x > bound ? 1 : 0) + (four.y > bound ? 1 : 0);
-    rank += (four.z > bound ? 1 : 0) + (four.w > bound ? 1 : 0);
+#pragma unroll 1
+  for (int i = 0; i < 8 * blocks; i += 8) {
+#pragma unroll
+    for (int j = i; j < i + 8; ++j) {
+      const int4 four = fours[j];
+      const int32_t bound = j < own ? key - 1 : key;
+      rank += (four.x > bound ? 1 : 0) + (four.y > bound ? 1 : 0);
+      rank += (four.z > bound ? 1 : 0) + (four.w > bound ? 1 : 0);
+    }
   }
   const int4 four = fours[own];
   rank += place % 4 > 0 && four.x == key ? 1 : 0;
@@ -142,45 +145,63 @@ __device__ __forceinline__ int RankAmong(const int32_t* keys, int count, int pla
   return rank;
 }
 
-// The best of every 32 experts of the warp's share. `kept` has a bit per group.
-__device__ inline void RankShare(const RouteSm90Args& args, const Team& team, int end,
-                                 uint32_t kept, const TeamScratch& scratch) {
-  const int shift = CandidateShift(args.top_k);
+// Takes what groups without a bit in `kept` hold, and what lies beyond the candidates, out of the
+// ranking.
+__device__ inline void ExcludeShare(const RouteSm90Args& args, const TeamLayout& layout,
+                                    const Team& team, int end, uint32_t kept,
+                                    const TeamScratch& scratch) {
+  const int unused = layout.candidates + sm90::LaneId();
+  if (end > 0 && team.warp == 0 && unused < layout.padded) {
+    scratch.best[unused] = kExcludedKey;
+  }
+  if (args.rule.num_groups > 1) {
+    const int size = args.num_experts / args.rule.num_groups;
 #pragma unroll 1
-  for (int e = team.First(); e < end; e += team.Step()) {
-    if (args.rule.num_groups > 1 && e < args.num_experts) {
-      const int group = e / (args.num_experts / args.rule.num_groups);
-      if ((kept >> group & 1U) == 0) {
+    for (int e = team.First(); e < end; e += team.Step()) {
+      if (e < args.num_experts && (kept >> (e / size) & 1U) == 0) {
         scratch.keys[e] = kExcludedKey;
       }
     }
-    __syncwarp();
-    const int lane = sm90::LaneId();
-    const int rank = RankAmong(scratch.keys + (e - lane), sm90::kWarpSize, lane);
-    if (rank >> shift == 0) {
-      const int at = (e / sm90::kWarpSize << shift) + rank;
-      scratch.best[at] = scratch.keys[e];
-      scratch.best_ids[at] = static_cast<int16_t>(e);
-    }
   }
+  __syncwarp();
 }
 
-// The first top_k of the best.
-__device__ inline void RankBest(const RouteSm90Args& args, const Team& team, int candidates,
-                                const TeamScratch& scratch) {
+// First the best of every 32 experts of the warp's share, then the first top_k of all of those. One
+// piece of code for both.
+__device__ inline void RankShare(const RouteSm90Args& args, const TeamLayout& layout,
+                                 const Team& team, int end, const TeamScratch& scratch) {
 #pragma unroll 1
-  for (int i = team.First(); i < candidates; i += team.Step()) {
-    const int rank = RankAmong(scratch.best, candidates, i);
-    if (rank < args.top_k) {
-      scratch.chosen[rank] = scratch.best_ids[i];
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool experts = pass == 0;
+    const int count = experts ? end : (end > 0 ? layout.candidates : 0);
+    const int wanted = experts ? 1 << layout.shift : args.top_k;
+#pragma unroll 1
+    for (int i = team.First(); i < count; i += team.Step()) {
+      const int ahead = experts ? i - sm90::LaneId() : 0;
+      const int blocks = experts ? 1 : layout.padded / 32;
+      const int32_t* keys = experts ? scratch.keys : scratch.best;
+      const int rank = RankAmong(keys + ahead, blocks, i - ahead);
+      if (rank < wanted && experts) {
+        const int at = (i / 32 << layout.shift) + rank;
+        scratch.best[at] = keys[i];
+        scratch.best_ids[at] = static_cast<int16_t>(i);
+      } else if (rank < wanted) {
+        scratch.chosen[rank] = scratch.best_ids[i];
+      }
+    }
+    // Up to 32 candidates are ranked by the team's first warp alone.
+    if (experts || layout.padded > 32) {
+      __syncthreads();
+    } else {
+      __syncwarp();
     }
   }
 }
 
 // Leaves the ids of the slots in scratch.chosen, where a team's first warp can read them. All
 // threads of the block call; `end` is 0 for a team without a token, which leaves `scratch` alone.
-__device__ inline void SelectByTeam(const RouteSm90Args& args, const Team& team, int end,
-                                    const TeamScratch& scratch) {
+__device__ inline void SelectByTeam(const RouteSm90Args& args, const TeamLayout& layout,
+                                    const Team& team, int end, const TeamScratch& scratch) {
   uint32_t kept = 0;
   if (args.rule.num_groups > 1) {
     __syncthreads();
@@ -190,22 +211,16 @@ __device__ inline void SelectByTeam(const RouteSm90Args& args, const Team& team,
     __syncthreads();
     kept = end > 0 ? KeptOfFewGroups(args, scratch.group_keys) : 0;
   }
-  RankShare(args, team, end, kept, scratch);
-  __syncthreads();
-  const int candidates = TeamCandidates(args);
-  RankBest(args, team, end > 0 ? candidates : 0, scratch);
-  if (candidates > sm90::kWarpSize) {
-    __syncthreads();
-  } else {
-    __syncwarp();
-  }
+  ExcludeShare(args, layout, team, end, kept, scratch);
+  RankShare(args, layout, team, end, scratch);
 }
 
 // Routes a token, or none where `live` is false, and writes what RouteSm90 writes. All threads of
 // the block call, and meet before `scratch` is used again. The team's first warp receives slot
 // `lane`.
-__device__ inline RoutedSlot RouteByTeam(const RouteSm90Args& args, int64_t token, bool live,
-                                         const Team& team, const TeamScratch& scratch) {
+__device__ inline RoutedSlot RouteByTeam(const RouteSm90Args& args, const TeamLayout& layout,
+                                         int64_t token, bool live, const Team& team,
+                                         const TeamScratch& scratch) {
   const int end = live ? PaddedTo32(args.num_experts) : 0;
   const bool select = args.source == IdSource::kSelect;
   const bool first = live && team.warp == 0;
@@ -219,7 +234,7 @@ __device__ inline RoutedSlot RouteByTeam(const RouteSm90Args& args, int64_t toke
   }
   ScoreShare(args, token, team, end, stats, scratch);
   if (select) {
-    SelectByTeam(args, team, end, scratch);
+    SelectByTeam(args, layout, team, end, scratch);
   } else {
     __syncthreads();
   }

@@ -308,7 +308,7 @@ __device__ inline Peers CountPeers(const FewSlots& few, int live, int slot, int3
   const auto* fours = static_cast<const int4*>(static_cast<const void*>(few.segments));
   const int own = slot / 4;
   Peers peers;
-#pragma unroll 2
+#pragma unroll 1
   for (int i = 0; i < (live + 3) / 4; ++i) {
     const int4 four = fours[i];
     peers.before = i == own ? peers.same : peers.before;
