@@ -65,7 +65,6 @@ for _name, _cls in (
 # made hold pointers to its code.
 lib: Any = tvm_ffi.load_module(_library_path())
 for _name in (
-    "forward",
     "route",
     "fused_topk_deepseek",
     "quantize",
