@@ -28,7 +28,7 @@ except ImportError:
     torch = None
 
 HIDDEN, WIDTH, EXPERTS = 8, 8, 4
-BATCHES, CALLS = 25, 400
+BATCHES, CALLS = 200, 100
 GOALS_US = {"layer, torch": 8.0, "operator": 15.0, "operator, out": 15.0}
 
 

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
-from hopyard._library import lib
+from hopyard._library import call_layer, lib
 from hopyard.arrays import (
     Array,
     as_tensor,
@@ -115,13 +114,6 @@ def _check_spec_of(weights: Weights, spec: MoeSpec) -> None:
             )
 
 
-def _bound(plan: Any, weights: Weights) -> Callable[..., None]:
-    """The extension's function of a call's arguments, for this plan and these weights."""
-    forward = lib.bind_layer(plan, weights._handle)
-    forward.release_gil = True  # whatever the environment's default is
-    return forward
-
-
 class MoeLayer:
     """A layer that can be called; safe to call from several threads at once.
 
@@ -161,7 +153,6 @@ class MoeLayer:
         self._device = parse_device(weights.device if device is None else device, weights._device)
         self._plan = lib.make_plan(spec_to_map(spec), dict(self._options), self._device)
         self._require_fit(weights)
-        self._forward = _bound(self._plan, weights)
         self._workspaces = Workspaces(self.workspace_bytes, self._device)
 
     @property
@@ -210,7 +201,6 @@ class MoeLayer:
         self._require_fit(weights)
         other = copy.copy(self)
         other._weights = weights
-        other._forward = _bound(self._plan, weights)
         return other
 
     def _require_fit(self, weights: Weights) -> None:
@@ -285,14 +275,23 @@ class MoeLayer:
         form = form_of(tuple(given))
         if form.options:
             given |= {name: option_value(name, given[name], stream) for name in form.options}
-        # Where torch allocates: on its current stream, unless the caller named one.
-        place = None if uses_torch and "stream" not in call else stream
+        # Torch allocates in the order of its current stream, which is the one unless one is named.
+        current = uses_torch and "stream" not in call
         as_it_is = uses_torch and type(hidden) in crosses_as_it_is
         states = hidden if as_it_is else as_tensor(hidden, "hidden", stream)
-        result, output = self._result(hidden, call, form, place)
-        workspace = self._workspaces.take(stream, uses_torch=uses_torch)
+        result, output = self._result(hidden, call, form, None if current else stream)
+        workspace = self._workspaces.take(stream, uses_torch=uses_torch, current=current)
         try:
-            self._forward(form.handle, workspace, stream, states, output, *given.values())
+            call_layer(
+                self._plan,
+                self._weights._handle,
+                form.handle,
+                workspace,
+                stream,
+                states,
+                output,
+                *given.values(),
+            )
         except Exception:
             fault = fault_of(hidden, call, stream)
             if fault is None:

@@ -46,7 +46,8 @@ class LayerFormObj : public tvm::ffi::Object {
   // that Python reads itself. `routing` is what the names say of it.
   LayerFormObj(const tvm::ffi::Array<tvm::ffi::String>& names, const std::string& routing);
 
-  // The call with these arguments, behind which `hidden` and a new `output` (or None) stand.
+  // The call with these values: the hidden states, a new output or None, and the arguments that the
+  // form was made for.
   [[nodiscard]] LayerCall Read(const MoeSpec& spec, tvm::ffi::PackedArgs values) const;
 
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("hopyard.LayerForm", LayerFormObj, tvm::ffi::Object);

@@ -77,16 +77,18 @@ LayerFormRef LayerFormFn(const ffi::Array<ffi::String>& names, const ffi::String
   return Guarded([&] { return LayerFormRef(names, routing); });
 }
 
-// The layer as a function of (form, workspace, stream, hidden, output, arguments of the form ...).
-ffi::Function BindLayerFn(const PlanRef& plan, const WeightsRef& weights) {
-  return ffi::Function::FromPacked([plan, weights](ffi::PackedArgs args, ffi::Any* /*result*/) {
+// A layer's call: a function of (plan, weights, form, workspace, stream, hidden, output, arguments
+// in the order of the form ...). Its number of arguments varies, so it is handed out as an object.
+ffi::Function LayerFunctionFn() {
+  return ffi::Function::FromPacked([](ffi::PackedArgs args, ffi::Any* /*result*/) {
     Guarded([&] {
-      const auto* form = args[0].cast<const LayerFormObj*>();
-      const auto workspace = args[1].cast<ffi::TensorView>();
+      const Plan& plan = args[0].cast<const PlanObj*>()->plan;
+      const Weights& weights = args[1].cast<const WeightsObj*>()->weights;
+      const auto* form = args[2].cast<const LayerFormObj*>();
+      const auto workspace = args[3].cast<ffi::TensorView>();
       const Workspace memory{workspace.data_ptr(), static_cast<size_t>(workspace.numel())};
-      const LayerCall call = form->Read(plan->plan.spec(), args.Slice(3));
-      Forward(plan->plan, weights->weights, call.inputs, call.outputs, memory,
-              StreamOf(args[2].cast<int64_t>()));
+      const LayerCall call = form->Read(plan.spec(), args.Slice(5));
+      Forward(plan, weights, call.inputs, call.outputs, memory, StreamOf(args[4].cast<int64_t>()));
     });
   });
 }
@@ -187,7 +189,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_weights, MakeWeightsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy_weights, CopyWeightsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(update_weights, UpdateWeightsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_form, LayerFormFn);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_layer, BindLayerFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_function, LayerFunctionFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, RouteFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_topk_deepseek, FusedTopkDeepseekFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(count_gpus, CountGpusFn);
