@@ -446,7 +446,7 @@ def test_bad_arguments_are_named():
             OPS.route(case.logits, "top2", 2)
         with pytest.raises(ValueError, match=r"rule is '\[1\]', wanted the text of .*rule_text"):
             OPS.route_out(case.logits, "[1]", 2, ids, weights)
-        with pytest.raises(ValueError, match=r"routing.score is 'magic', wanted one of logit, soft"):
+        with pytest.raises(ValueError, match="score is 'magic', wanted one of logit, softmax"):
             OPS.route(case.logits, '{"score": "magic"}', 2)
     with pytest.raises(ValueError, match="expert_ids is i64; wanted i32"):
         OPS.route_out(case.logits, rule, 2, ids.long(), weights)
