@@ -38,19 +38,24 @@ BATCHES, CALLS = 400, 50
 GOALS_US = {"layer, torch": 8.0, "operator": 15.0, "operator, out": 15.0}
 
 
-def microseconds(call: Callable[[], Any], device: str) -> tuple[float, float]:
-    """Least and median mean time of a call over batches."""
-    for _ in range(CALLS):
-        call()
-    times = []
+def microseconds(
+    calls: dict[str, Callable[[], Any]], device: str
+) -> dict[str, tuple[float, float]]:
+    """Least and median mean time of each call over batches.
+
+    The calls take turns, so that each of them sees the quiet moments of the machine.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(BATCHES):
-        if device != "cpu":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(CALLS):
+        for name, call in calls.items():
             call()
-        times.append(1e6 * (time.perf_counter() - begin) / CALLS)
-    return min(times), statistics.median(times)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            times[name].append(1e6 * (time.perf_counter() - begin) / CALLS)
+    return {name: (min(spans[1:]), statistics.median(spans[1:])) for name, spans in times.items()}
 
 
 def numpy_arrays(expert: int) -> dict[str, Any]:
@@ -167,8 +172,8 @@ def main() -> None:
             tensors = torch_arrays(arrays, given.device)
             calls |= layer_calls(tensors, "torch") | operator_calls(tensors)
             calls |= route_calls(tensors) if expert == 0 else {}
-        for name, call in calls.items():
-            (least, median), goal = microseconds(call, given.device), GOALS_US.get(name)
+        for name, (least, median) in microseconds(calls, given.device).items():
+            goal = GOALS_US.get(name)
             if given.json is not None:
                 times = {"us": round(least, 2), "median_us": round(median, 2), "goal_us": goal}
                 line = {**machine(given.json), "device": given.device, "path": path, "call": name}
