@@ -120,6 +120,11 @@ def test_none_is_the_same_as_nothing(kind):
     wanted = as_numpy(layer(hidden, logits=logits))
     absent = dict.fromkeys(hopyard.CallOptions.__annotations__)
     np.testing.assert_array_equal(as_numpy(layer(hidden, **{**absent, "logits": logits})), wanted)
+    out = kind(np.zeros((T, H), np.uint16))
+    assert layer(hidden, **{**absent, "logits": logits, "out": out}) is out
+    np.testing.assert_array_equal(as_numpy(out), wanted)
+    fresh = layer(hidden, **{**absent, "logits": logits, "accumulate": False})
+    np.testing.assert_array_equal(as_numpy(fresh), wanted)
     with pytest.raises(ValueError, match=r"routing arguments are \[\], wanted exactly one of"):
         layer(hidden, **absent)
     with pytest.raises(ValueError, match=r"routing arguments are \['logits', 'packed'\]"):
