@@ -460,6 +460,12 @@ def routing_by(rule, case, seed=9):
     return arguments
 
 
+def method_of(call):
+    """What of `routing_by` the routed operations take, too."""
+    names = ("routing_method_type", "n_group", "topk_group", "routed_scaling_factor")
+    return {name: call[name] for name in names}
+
+
 NO_BIAS = ("trtllm_bf16_routed_moe", "trtllm_mxint4_block_scale_routed_moe")
 
 

@@ -170,17 +170,19 @@ def given_ids(row, ids, weights):
     return (fi.pack_topk_ids(*pair) if row.given == "packed" else pair), weights
 
 
-def by_ids(row, case, ids, weights, output):
+def by_ids(row, case, call, result):
     """Run and judge the routed operation. With the same weights both operations agree, by
     FlashInfer's criterion for FP4, which is its strictest. The logits' own weights are FP32 here:
     BF16 ones are compared with the same ones given as FP32."""
+    ids, weights, output = result
     given, weights = given_ids(row, ids, weights)
-    again = run(case, routed=given)
+    method = cl.method_of(call)
+    again = run(case, routed=given, **method)
     cl.judge(case, again, ids, weights)
     if row.given == "float32":
         ref.parity(again, output, 1e-3, 0.06)
     else:
-        cl.same(again, cl.call(case, routed=(ids.int(), weights.float())))
+        cl.same(again, cl.call(case, routed=(ids.int(), weights.float()), **method))
 
 
 def delta_of(row, case, ids):
@@ -252,7 +254,7 @@ def test_grid(row, device):
         elif row.tactics:
             every_tactic(row, case, ids, weights)
         elif row.given:
-            by_ids(row, case, ids, weights, output)
+            by_ids(row, case, call, (ids, weights, output))
 
 
 # --- tests of the tests

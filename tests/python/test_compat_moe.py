@@ -15,7 +15,6 @@ import torch
 
 import compat_layers as cl
 import compat_reference as ref
-import hopyard
 import hopyard.compat.flashinfer as fi
 from compat_layers import one_torch_thread  # noqa: F401
 
@@ -165,20 +164,6 @@ def test_routed_operations(mode, kind, device):
     cl.same(plain, output)
     assert (replay[:-3].cpu().long() == ids).all()
     assert (replay[-3:] == -7).all()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_replay_changes_nothing_and_keeps_the_tail(mode):
-    case = cl.make(mode, cl.Sizes(tokens=7))
-    logits = cl.logits_of(case)
-    replay = torch.full((12, case.sizes.top_k), -1, dtype=torch.int16)
-    output = cl.call(case, logits=logits, routing_replay_out=replay)
-    cl.same(output, cl.call(case, logits=logits))
-    ids, weights = hopyard.route(logits, hopyard.RoutingRule.renormalize(), case.sizes.top_k)
-    assert (replay[:7] == ids).all()
-    assert (replay[7:] == -1).all()
-    # replay out -> replay in: the recorded ids with the same weights give the same bits
-    cl.same(output, cl.call(case, routed=(replay[:7].int(), weights)))
 
 
 @DEVICES
