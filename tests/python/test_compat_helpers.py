@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import itertools
 import logging
 import subprocess
 import sys
@@ -297,12 +298,13 @@ def test_autotune_runs_the_usual_kernels_and_says_so(caplog):
     from hopyard.compat.flashinfer import tuning
 
     tuning._say_once.cache_clear()
-    for tokens in (1, 16):
-        case = cl.make("nvfp4", cl.Sizes(256, 128, 16, 4, tokens))
+    for mode, tokens in itertools.product(("nvfp4", "mxfp4_mxfp8", "deepseek", "mxfp8"), (1, 16)):
+        case = cl.make(mode, cl.Sizes(256, 128, 16, 4, tokens))
         packed = fi.pack_topk_ids(torch.arange(4).expand(tokens, 4).int(), torch.ones(tokens, 4))
-        outside = cl.call(case, routed=packed)
-        with caplog.at_level(logging.WARNING), fi.autotune(True, tuning_buckets=(1, 16)):
-            cl.same(cl.call(case, routed=packed), outside)
+        for routing in ({"routed": packed}, {"logits": cl.logits_of(case)}):
+            outside = cl.call(case, **routing)
+            with caplog.at_level(logging.WARNING), fi.autotune(True, tuning_buckets=(1, 16)):
+                cl.same(cl.call(case, **routing), outside)
     assert len([r for r in caplog.records if "no autotuner yet" in r.message]) == 1
 
 

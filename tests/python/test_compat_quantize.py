@@ -234,6 +234,20 @@ def test_prepared_activations_run():
         fi.prepare_trtllm_fp4_activations(x, variant=fi.QuantVariant.BF16)
 
 
+def test_per_tensor_scales_of_zeros_and_of_no_numbers():
+    w1, w2 = cl.normal((2, 256, 128), 0), cl.normal((2, 128, 128), 1)
+    sizes = {"num_local_experts": 2, "hidden_size": 128, "intermediate_size": 128}
+    given = {"hidden_states_scale_global": 32.0, "intermediate_scale_global": 64.0, **sizes}
+    w1[1] = 0
+    views = fi.prepare_trtllm_fp8_per_tensor_weights(w1, w2, **given)
+    assert views["output1_scales_gate_scalar"][1] == 1 / 32
+    assert (views["gemm1_weights"][1].float() == 0).all()
+    for value in (torch.nan, torch.inf):
+        w2[0, 3, 5] = value
+        with pytest.raises(ValueError, match="w2_bf16 holds values that are not finite"):
+            fi.prepare_trtllm_fp8_per_tensor_weights(w1, w2, **given)
+
+
 CUTLASS = {"num_local_experts": 4, "hidden_size": 256, "intermediate_size": 128}
 
 

@@ -220,11 +220,12 @@ def test_the_grid_of_fused_topk_deepseek():
 # --- hash_topk
 
 
+@DEVICES
 @pytest.mark.parametrize("shared", [0, 1])
-def test_hash_topk(shared):
-    logits = cl.normal((6, 16), 3).float()
-    table = torch.randint(0, 16, (10, 4), dtype=torch.int32)
-    tokens = torch.tensor([0, 9, 3, 3, 5, 1])
+def test_hash_topk(shared, device):
+    logits = cl.normal((6, 16), 3).float().to(device)
+    table = (torch.arange(40).view(10, 4) * 7 % 16).int().to(device)
+    tokens = torch.tensor([0, 9, 3, 3, 5, 1], device=device)
     weights, ids = fi.hash_topk(logits, tokens, table, shared, 2.5)
     assert (ids[:, :4] == table[tokens]).all()
     score = torch.sqrt(torch.nn.functional.softplus(logits.double()))
@@ -234,6 +235,12 @@ def test_hash_topk(shared):
     if shared:
         assert (ids[:, 4] == 16).all()
         assert (weights[:, 4] == 1 / 2.5).all()
+    outside = torch.tensor([0, 10, -1, 3, 5, 1], device=device)
+    weights, ids = fi.hash_topk(logits, outside, table, shared, 2.5)
+    assert (ids[1:3, :4] == -1).all()
+    assert (weights[1:3, :4] == 0).all()
+    for array in fi.hash_topk(logits[:0], tokens[:0], table, shared, 2.5):
+        assert array.shape == (0, 4 + shared)
 
 
 # --- metadata and packed ids
