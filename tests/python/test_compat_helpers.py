@@ -104,6 +104,12 @@ SIGNATURES = {
     "enable_pdl=None",
     "autotune": "tune_mode=True, cache=None, tuning_buckets=None, round_up=None, skip_ops=None",
     "is_trtllm_moe_supported": "dtype_weights, dtype_act, quant_method=None",
+    "prepare_cutlass_bf16_weights": "w1_bf16, w2_bf16, *, num_local_experts, hidden_size, "
+    "intermediate_size, activation=None, device=None",
+    "prepare_cutlass_w4a16_weights": "w1_bf16, w2_bf16, *, num_local_experts, hidden_size, "
+    "intermediate_size, activation=None, device=None",
+    "prepare_trtllm_fp4_weights": "w1_bf16, w2_bf16, *, variant=None, num_local_experts, "
+    "hidden_size, intermediate_size, activation=None, device=None, permute_cache=None",
     "shuffle_matrix_a": "input_tensor, epilogue_tile_m",
     "shuffle_matrix_sf_a": "input_tensor, epilogue_tile_m, num_elts_per_sf=16",
     "block_scale_interleave": "unswizzled_sf",

@@ -232,6 +232,17 @@ def test_prepared_activations_run():
         fi.prepare_trtllm_fp8_per_tensor_activations(x, hidden_states_scale_global=-1.0)
     with pytest.raises(ValueError, match="wanted one of QuantVariant"):
         fi.prepare_trtllm_fp4_activations(x, variant=fi.QuantVariant.BF16)
+    block, per_tensor = (
+        lambda x: fi.prepare_trtllm_fp8_block_activations(x, variant=fi.QuantVariant.MxFp8),
+        lambda x: fi.prepare_trtllm_fp8_per_tensor_activations(x, hidden_states_scale_global=1.0),
+    )
+    for prepare in (block, per_tensor):
+        with pytest.raises(ValueError, match="hidden_states_bf16 is float32, wanted bfloat16"):
+            prepare(x.float())
+        with pytest.raises(ValueError, match=r"has shape \[256\], wanted \[tokens, hidden\]"):
+            prepare(x[0])
+    with pytest.raises(TypeError, match="hidden_states_bf16 is float32, wanted bfloat16"):
+        fi.prepare_trtllm_fp4_activations(x.float(), variant=fi.QuantVariant.MXFP4)
 
 
 def test_per_tensor_scales_of_zeros_and_of_no_numbers():

@@ -32,6 +32,7 @@ _Quantize = Callable[[Array], tuple[Array, Array]]
 _FP4 = (QuantVariant.NVFP4, QuantVariant.MXFP4, QuantVariant.W4A16)
 _FP8_BLOCK = (QuantVariant.DeepSeekFp8, QuantVariant.MxFp8)
 _SIZES = "num_local_experts hidden_size intermediate_size activation=None device=None"
+_CACHE = " permute_cache=None"
 
 
 def _activation(given: Any) -> ActivationType:
@@ -163,7 +164,7 @@ def _move(array: Array, device: Any) -> Array:
     return ops.contiguous(moved)
 
 
-@entry("w1_bf16 w2_bf16 * variant=None permute_cache=None " + _SIZES)
+@entry("w1_bf16 w2_bf16 * variant=None " + _SIZES + _CACHE)
 def prepare_trtllm_fp4_weights(a: Arguments) -> Prepared:
     """NVFP4 (default), MXFP4 or W4A16 weights of `trtllm_fp4_block_scale_moe`.
 
@@ -197,6 +198,17 @@ def prepare_trtllm_fp4_weights(a: Arguments) -> Prepared:
     return result
 
 
+def _check_hidden(hidden: Array, wrong_type: type[Exception] = ValueError) -> tuple[int, ...]:
+    """Shape of BF16 hidden states [tokens, hidden]."""
+    name, shape = "hidden_states_bf16", ops.shape_of(hidden)
+    checks.require_memory(hidden, name, ValueError)
+    if len(shape) != 2:
+        raise ValueError(f"{name} has shape {list(shape)}, wanted [tokens, hidden]")
+    if not ops.is_type(hidden, "bfloat16"):
+        raise wrong_type(f"{name} is {ops.type_of(hidden)}, wanted bfloat16")
+    return shape
+
+
 def prepare_trtllm_fp4_activations(
     hidden_states_bf16: Array, *, variant: Any
 ) -> tuple[Array, Array | None]:
@@ -207,12 +219,7 @@ def prepare_trtllm_fp4_activations(
         ValueError: variant, dimensions or columns.
         TypeError: not bfloat16.
     """
-    checks.require_memory(hidden_states_bf16, "hidden_states_bf16", ValueError)
-    shape = ops.shape_of(hidden_states_bf16)
-    if len(shape) != 2:
-        raise ValueError(f"hidden_states_bf16 has shape {list(shape)}, wanted [tokens, hidden]")
-    if not ops.is_type(hidden_states_bf16, "bfloat16"):
-        raise TypeError(f"hidden_states_bf16 is {ops.type_of(hidden_states_bf16)}, wanted bfloat16")
+    shape = _check_hidden(hidden_states_bf16, TypeError)
     chosen = _variant(variant, _FP4)
     if chosen is QuantVariant.W4A16:
         return hidden_states_bf16, None
@@ -264,13 +271,7 @@ def prepare_trtllm_fp8_block_activations(
     Raises:
         ValueError: variant, type, dimensions or columns.
     """
-    checks.require_memory(hidden_states_bf16, "hidden_states_bf16", ValueError)
-    shape = ops.shape_of(hidden_states_bf16)
-    if len(shape) != 2 or not ops.is_type(hidden_states_bf16, "bfloat16"):
-        raise ValueError(
-            f"hidden_states_bf16 is {ops.type_of(hidden_states_bf16)} {list(shape)}, wanted "
-            "bfloat16 [tokens, hidden]"
-        )
+    shape = _check_hidden(hidden_states_bf16)
     if _variant(variant, _FP8_BLOCK) is QuantVariant.MxFp8:
         codes, scales = mxfp8_quantize(hidden_states_bf16, False)
         return codes, scales.reshape(shape[0], shape[1] // 32)
@@ -334,20 +335,14 @@ def prepare_trtllm_fp8_per_tensor_activations(
     Raises:
         ValueError: type, dimensions or multiplier.
     """
-    checks.require_memory(hidden_states_bf16, "hidden_states_bf16", ValueError)
-    shape = ops.shape_of(hidden_states_bf16)
-    if len(shape) != 2 or not ops.is_type(hidden_states_bf16, "bfloat16"):
-        raise ValueError(
-            f"hidden_states_bf16 is {ops.type_of(hidden_states_bf16)} {list(shape)}, wanted "
-            "bfloat16 [tokens, hidden]"
-        )
+    _check_hidden(hidden_states_bf16)
     multiplier = _calibrated(hidden_states_scale_global, "hidden_states_scale_global")
     source = ops.contiguous(ops.to_host(hidden_states_bf16))
     quantized = formats.quantize(source, "fp8_per_tensor", global_scale=1.0 / multiplier)
     return ops.on_device_of(quantized.codes, hidden_states_bf16), None
 
 
-@entry("w1_bf16 w2_bf16 * permute_cache=None " + _SIZES)
+@entry("w1_bf16 w2_bf16 * " + _SIZES + _CACHE)
 def prepare_trtllm_mxint4_weights(a: Arguments) -> Prepared:
     """INT4 weights with BF16 scales for `trtllm_mxint4_block_scale_moe`.
 
@@ -360,7 +355,7 @@ def prepare_trtllm_mxint4_weights(a: Arguments) -> Prepared:
     return result
 
 
-@entry("w1_bf16 w2_bf16 * permute_cache=None " + _SIZES)
+@entry("w1_bf16 w2_bf16 * " + _SIZES + _CACHE)
 def prepare_trtllm_bf16_weights(a: Arguments) -> Prepared:
     """BF16 weights of `trtllm_bf16_moe`: shuffled, K in blocks of 64.
 
