@@ -39,6 +39,7 @@ class Row:
         shared: number of shared experts.
         tail: rows of the replay buffer behind the tokens.
         tactics: every kernel is run, 10 times.
+        four_over_six: scales of NVFP4 are such that blocks end at 6 or at 4.
     """
 
     group: str
@@ -57,6 +58,7 @@ class Row:
     shared: int = 0
     tail: int = 0
     tactics: bool = False
+    four_over_six: bool = False
 
     def __str__(self):
         experts, top_k, inter = self.layer
@@ -65,13 +67,14 @@ class Row:
         words += [f"H{self.hidden}I{inter}", self.activation, r.method, r.logits, r.bias]
         words += [self.bias, self.delta, self.given, f"alpha{self.alpha}" if self.alpha else ""]
         words += [f"shared{self.shared}" if self.shared else "", "zero" if self.zero else ""]
+        words += ["4over6" if self.four_over_six else ""]
         return "-".join(word for word in words if word)
 
     @property
     def key(self):
         """Rows of one key use the same weights."""
         gated = self.activation not in ("relu2", "identity")
-        return self.mode, self.hidden, self.layer[2], gated
+        return self.mode, self.hidden, self.layer[2], gated, self.four_over_six
 
 
 def group(name, **axes):
@@ -280,6 +283,7 @@ GRID = [
         hidden=[1024, 4096],
         rule=Rule("TopK"),
         given="packed",
+        four_over_six=[False, True],
     ),
     *group(
         "routed_fp4",

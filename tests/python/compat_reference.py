@@ -88,6 +88,29 @@ def round_nvfp4_rows(values):
     return round_nvfp4(values, 2688 / values.abs().amax(-1, keepdim=True).clamp(min=1e-30))
 
 
+def encode_e2m1(values):
+    """e2m1 values [.., K] as codes, two a byte, low nibble first."""
+    code = (values.abs()[..., None] == E2M1.to(values)).int().argmax(-1)
+    code = code + 8 * torch.signbit(values)
+    return (code[..., ::2] + 16 * code[..., 1::2]).to(torch.uint8)
+
+
+def quantize_4over6(matrix, multiplier):
+    """NVFP4 codes and e4m3 scales (as bytes) whose blocks end at 6 or at 4, whichever is nearer."""
+    values = blocks(matrix.double(), 16)
+    tried = []
+    for top in (6.0, 4.0):
+        scale = e4m3(values.abs().amax(-1) * multiplier.double() / top)
+        step = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None] / multiplier
+        codes = e2m1(values / step)
+        tried.append((codes, scale, (codes * step - values).pow(2).sum(-1)))
+    (six, scale6, error6), (four, scale4, error4) = tried
+    nearer = error4 < error6
+    codes = torch.where(nearer[..., None], four, six).flatten(-2)
+    scales = torch.where(nearer, scale4, scale6)
+    return encode_e2m1(codes), scales.float().to(torch.float8_e4m3fn).view(torch.uint8)
+
+
 # --- routing
 
 

@@ -16,6 +16,7 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -58,9 +59,23 @@ def parameters():
     return here + [pytest.param(r, *CUDA.values, marks=CUDA.marks, id=f"{r}-cuda") for r in ROWS]
 
 
+@contextlib.contextmanager
+def quantiser(four_over_six):
+    """The tests' NVFP4 quantiser within: the compat package's, or one with 4-over-6 scales."""
+    if not four_over_six:
+        yield
+        return
+
+    def quantize(matrix, multiplier, *_, is_sf_swizzled_layout):
+        return ref.quantize_4over6(matrix, multiplier)
+
+    with mock.patch.object(fi, "fp4_quantize", quantize):
+        yield
+
+
 @functools.lru_cache(maxsize=2)
-def pool(device, *what):
-    """Weights that rows of one key share."""
+def pool(device, _four_over_six, *what):
+    """Weights that rows of one key share; made under `quantiser`."""
     arrays, first, second, multipliers = cl.stored(*what)
     arrays = {name: cl.move(array, device) for name, array in arrays.items()}
     return arrays, first.to(device), second.to(device), multipliers
@@ -77,16 +92,17 @@ def case_of(row, device):
     options = {
         name: [value] * distinct for name in ("alpha", "beta") if (value := getattr(row, name))
     }
-    case = cl.make(
-        row.mode,
-        cl.Sizes(row.hidden, inter, distinct, top_k, row.tokens),
-        row.activation,
-        device=device,
-        weights=functools.partial(pool, device),
-        zero=row.zero,
-        bias=bool(row.bias),
-        **options,
-    )
+    with quantiser(row.four_over_six):
+        case = cl.make(
+            row.mode,
+            cl.Sizes(row.hidden, inter, distinct, top_k, row.tokens),
+            row.activation,
+            device=device,
+            weights=functools.partial(pool, device, row.four_over_six),
+            zero=row.zero,
+            bias=bool(row.bias),
+            **options,
+        )
     case = cl.spread(case, torch.arange(total) % distinct)
     return replace(case, sizes=replace(case.sizes, experts=experts))
 
@@ -301,6 +317,21 @@ def test_other_experts_are_rejected():
         ref.Rule("TopK").confirm(torch.tensor([[5, 1], [0, 7]]), ties)
     with pytest.raises(AssertionError):
         cl.judge(replace(case, places=case.places.roll(1)), output, ids, weights)
+
+
+def test_four_over_six_scales():
+    x = cl.normal((64, 128), 1)
+    multiplier = torch.tensor([512.0])
+    usual = fi.fp4_quantize(x, multiplier, is_sf_swizzled_layout=False)
+    other = ref.quantize_4over6(x, multiplier)
+    errors, tops = [], []
+    for codes, scales in (usual, other):
+        values = ref.decode_e2m1(codes)
+        scales = scales.view(torch.float8_e4m3fn).double() / 512
+        errors.append((ref.with_scales(values, scales, 16) - x.double()).pow(2).sum().item())
+        tops.append(ref.blocks(values.abs(), 16).amax(-1))
+    assert errors[1] < 0.9 * errors[0]
+    assert (tops[1] == 4).float().mean() > 0.2 > (tops[0] == 4).float().mean()
 
 
 def test_the_whole_table_can_be_named():
