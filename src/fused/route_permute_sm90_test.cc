@@ -361,7 +361,7 @@ Problem Draw(const Shape& shape, const RoutingRule& rule, int64_t tokens, Random
     target = random->Below(kNumTargets);
   }
   p.natural = random->Below(2) == 0;
-  p.hidden = 8 * (1 + random->Below(70));
+  p.hidden = int64_t{8} * (1 + random->Below(70));
   const bool all = p.local.kind == ExpertMap::Kind::kAll;
   p.options = {(all ? shape.experts : p.local.count) + p.shared, int64_t{16} << random->Below(4),
                1 + random->Below(2), 1};
