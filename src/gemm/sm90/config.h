@@ -36,7 +36,7 @@ enum class Family : uint8_t {
 struct GemmConfig {
   Family family = Family::kBf16;
   int tokens = 0;     // N of a tile: 16, 32, 64, 96 or 128
-  int consumers = 1;  // consumer warpgroups, side by side along the features
+  int consumers = 1;  // consumer warpgroups, side by side along the features (or k_parts)
   int stages = 0;     // depth of the pipeline
   bool gated = false;
   bool promoted = false;  // scales of tokens and 128x128 blocks are applied every 128 of K
@@ -48,6 +48,10 @@ struct GemmConfig {
   // Blocks of a cluster: they take tiles of one expert side by side, and each copies a part of the
   // weights that all of them read into the shared memory of all.
   int cluster = 1;
+  // Consumer warpgroups that share features: each multiplies every k_parts-th block of K, and the
+  // first adds their sums up, in order. For few tokens, where one warpgroup's blocks of K one after
+  // the other are the time.
+  int k_parts = 1;
 
   friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
 };
@@ -128,18 +132,22 @@ constexpr bool ReadsWeights(Family family, WeightFormat weights) {
 constexpr int FeaturesPerConsumer(const GemmConfig& config) {
   return config.gated ? kTileRows : 2 * kTileRows;
 }
+// Consumers side by side along the features.
+constexpr int FeatureParts(const GemmConfig& config) {
+  return config.consumers / config.k_parts;
+}
 constexpr int FeaturesPerBlock(const GemmConfig& config) {
-  return config.consumers * FeaturesPerConsumer(config);
+  return FeatureParts(config) * FeaturesPerConsumer(config);
 }
 // Whether blocks see whole groups of 128 features of GEMM1's output, which scales may cover.
 constexpr bool RoundsRows(const GemmConfig& config) {
-  return config.gated && config.consumers == 2;
+  return config.gated && FeatureParts(config) == 2;
 }
 constexpr int TileBytes(const GemmConfig& config) {
   return kTileRows * WeightRowBytes(config.family);
 }
 constexpr int WeightBytes(const GemmConfig& config) {
-  return config.consumers * 2 * TileBytes(config);
+  return FeatureParts(config) * 2 * TileBytes(config);
 }
 // A stage's token rows: panels of 128 bytes a row, one or two of them.
 constexpr int TokenPanels(const GemmConfig& config) {
@@ -160,7 +168,7 @@ constexpr int ScaleSets(const GemmConfig& config) {
   return !config.promoted                  ? 0
          : !HasSquareScales(config.family) ? 1
          : config.gated                    ? 2
-                                           : config.consumers;
+                                           : FeatureParts(config);
 }
 constexpr int ScaleLaneBytes(const GemmConfig& config) {
   return config.tokens + 16;
@@ -174,12 +182,12 @@ constexpr int StageScaleBytes(const GemmConfig& config) {
 // 64 features of every token, per consumer, on their way from registers to memory. Where tokens are
 // M, that is where the last stage's weights were.
 constexpr int StagingBytes(const GemmConfig& config) {
-  return config.tokens_are_m ? 0 : config.consumers * config.tokens * kTileRows * 2;
+  return config.tokens_are_m ? 0 : FeatureParts(config) * config.tokens * kTileRows * 2;
 }
 // One factor and one row of the LoRA delta per token and consumer (epilogue.cuh); where tokens are
 // M, also factor and bias of every weight row.
 constexpr int FactorBytes(const GemmConfig& config) {
-  return config.consumers * config.tokens * 8 + (config.tokens_are_m ? 4 * kTileRows * 8 : 0);
+  return FeatureParts(config) * config.tokens * 8 + (config.tokens_are_m ? 4 * kTileRows * 8 : 0);
 }
 // Work items that the producer has begun and the consumers have not ended: one stage each at least,
 // and one more whose stages are free already.
@@ -203,11 +211,15 @@ inline constexpr int kWeightScaleWarpBytes = 32 * kWeightScaleRowBytes;
 constexpr int WeightScaleBytes(const GemmConfig& config) {
   return ScaleBytes(config.family) > 0 ? config.consumers * 4 * kWeightScaleWarpBytes : 0;
 }
+// The sums of all parts of K but the first, on their way to it: FP32, of two tiles.
+constexpr int PartBytes(const GemmConfig& config) {
+  return (config.k_parts - 1) * 2 * kTileRows * config.tokens * 4;
+}
 // From a start that is aligned to the 1024 bytes of a swizzle pattern.
 constexpr int SharedBytes(const GemmConfig& config) {
   return config.stages * (WeightBytes(config) + TokenBytes(config) + StageScaleBytes(config)) +
          StagingBytes(config) + FactorBytes(config) + SourceBytes(config) +
-         WeightScaleBytes(config) + WorkBytes(config) + BarrierBytes(config);
+         WeightScaleBytes(config) + PartBytes(config) + WorkBytes(config) + BarrierBytes(config);
 }
 constexpr int ThreadsPerBlock(const GemmConfig& config) {
   return 128 * (1 + config.consumers);
@@ -246,10 +258,13 @@ constexpr int SharedLimit(const GemmConfig& config) {
 }
 
 // What the kernel for MN-major weights is to the one for K-major ones: all else is equal, but there
-// are no clusters.
+// are no clusters and no parts of K.
 constexpr bool IsMnMajorTwin(GemmConfig config, const GemmConfig& twin, bool interleaved) {
   config.mn_major = true;
   config.cluster = 1;
+  config.consumers = FeatureParts(config);
+  config.k_parts = 1;
+  config.stages = twin.stages;
   config.interleaved = interleaved;
   return config == twin;
 }
@@ -271,9 +286,12 @@ constexpr bool IsValid(const GemmConfig& config) {
   // A block of a cluster copies whole tiles.
   const bool cluster =
       config.cluster == 1 || (config.cluster == 2 && BlocksPerProcessor(config) == 1);
-  return tokens && operands && major && cluster && (config.consumers == 1 || config.consumers == 2) &&
-         config.stages >= 3 && (can_promote || !config.promoted) &&
-         SharedBytes(config) <= SharedLimit(config);
+  const bool parts =
+      config.k_parts == 1 || (config.k_parts == config.consumers && config.cluster == 1 &&
+                              !config.mn_major && BlocksPerProcessor(config) == 2);
+  return tokens && operands && major && cluster && parts &&
+         (config.consumers == 1 || config.consumers == 2) && config.stages >= 3 &&
+         (can_promote || !config.promoted) && SharedBytes(config) <= SharedLimit(config);
 }
 
 // Rows of a build with HOPYARD_KERNELS=dev, which compiles in a fraction of the time: the smallest

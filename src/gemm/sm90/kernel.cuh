@@ -19,10 +19,12 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
   // Shuffled so that the compiler takes it for the same in all lanes.
   const int number =
       __shfl_sync(hopyard::sm90::kAllLanes, static_cast<int>(threadIdx.x) / 128 - 1, 0);
-  Consumer<Row> self{number, {}, table};
+  Consumer<Row> self{number / kConfig.k_parts, number % kConfig.k_parts, {}, table};
   OutputTile<Row> tile{};
   tile.base = shared.base;
-  ClearFactors(tile);
+  if (self.part == 0) {
+    ClearFactors(tile);
+  }
   for (RingPosition<WorkSlots(kConfig)> slot;; slot.Advance()) {
     shared.Posted(slot.stage).Wait(slot.parity);
     float acc[2][kSums<Row>];
@@ -32,6 +34,12 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
         return;
       }
       Multiply<Row>(args, shared, work, self, acc);
+    }
+    if constexpr (kConfig.k_parts > 1) {
+      AddParts<Row>(shared, self.part, acc);
+      if (self.part > 0) {
+        continue;
+      }
     }
     // Read again rather than kept: registers are short meanwhile.
     const Work work = shared.LoadWork(slot.stage);

@@ -24,7 +24,8 @@ inline constexpr int kSums = Row::kConfig.tokens / 2;
 // What a consumer warpgroup keeps while it works.
 template <class Row>
 struct Consumer {
-  int number;
+  int number;  // along the features
+  int part;    // of K
   RingPosition<Row::kConfig.stages> ring;
   uint32_t table;  // of kMxFp4AsFp8
 };
@@ -46,6 +47,73 @@ __device__ __forceinline__ void Release(Barrier empty) {
   }
 }
 
+__device__ __forceinline__ float LoadOne(uint32_t shared) {
+  float one = 0.0F;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(one) : "r"(shared));
+  return one;
+}
+
+// Passes over up to `most` stages, of `left` that the work item still has, whose blocks of K other
+// consumers multiply. All consumers wait for and release every stage: none gets a round of the ring
+// ahead of another.
+template <class Row>
+__device__ __forceinline__ void PassOthers(const Shared<Row>& shared, Consumer<Row>& self, int most,
+                                           int left) {
+  if constexpr (Row::kConfig.k_parts > 1) {
+    for (int stages = most < left ? most : left; stages > 0; --stages) {
+      shared.AwaitFull(self.ring.stage, self.ring.parity);
+      Release<Row>(shared.Empty(self.ring.stage));
+      self.ring.Advance();
+    }
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void Clear(float (&acc)[2][kCount]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      acc[half][i] = 0.0F;
+    }
+  }
+}
+
+// Adds the sums of all parts of K to the first one's, in order.
+template <class Row>
+__device__ __forceinline__ void AddParts(const Shared<Row>& shared, int part,
+                                         float (&acc)[2][kSums<Row>]) {
+  constexpr GemmConfig kConfig = Row::kConfig;
+  constexpr int kBarrier = 5;
+  constexpr uint32_t kPart = PartBytes(kConfig) / (kConfig.k_parts - 1);
+  // A thread's sums lie 128 values apart: no two meet in a bank.
+  const auto place = [&](int of_part, int half, int i) {
+    return shared.base + Shared<Row>::kParts + static_cast<uint32_t>(of_part - 1) * kPart +
+           512U * static_cast<uint32_t>(half * kSums<Row> + i) + 4U * (threadIdx.x % 128);
+  };
+  if (part > 0) {
+#pragma unroll
+    for (int i = 0; i < 2 * kSums<Row>; ++i) {
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(place(part, i / kSums<Row>, i % kSums<Row>)),
+                   "f"(acc[i / kSums<Row>][i % kSums<Row>])
+                   : "memory");
+    }
+  }
+  hopyard::sm90::NamedBarrier(kBarrier, 128 * kConfig.consumers);
+  if (part == 0) {
+#pragma unroll
+    for (int other = 1; other < kConfig.k_parts; ++other) {
+#pragma unroll
+      for (int i = 0; i < 2 * kSums<Row>; ++i) {
+        float& sum = acc[i / kSums<Row>][i % kSums<Row>];
+        sum = __fadd_rn(sum, LoadOne(place(other, i / kSums<Row>, i % kSums<Row>)));
+      }
+    }
+  }
+  // They may be written again.
+  hopyard::sm90::NamedBarrier(kBarrier, 128 * kConfig.consumers);
+}
+
 // The first kN tokens of a tile's sums.
 template <int kN, int kCount>
 __device__ __forceinline__ float (&FirstTokens(float (&sums)[kCount]))[kN / 2] {
@@ -59,11 +127,16 @@ template <class Row, int kN>
 __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_blocks,
                                                Consumer<Row>& self, float (&acc)[2][kSums<Row>]) {
   constexpr int kSteps = BlockK(Row::kConfig.family) / 16;
+  constexpr int kParts = Row::kConfig.k_parts;
   using Bf16 = hopyard::sm90::MmaBf16<kN>;
   auto& first_sums = FirstTokens<kN>(acc[0]);
   auto& second_sums = FirstTokens<kN>(acc[1]);
   int previous = -1;
-  for (int block = 0; block < k_blocks; ++block) {
+  if constexpr (kParts > 1) {
+    Clear(acc);
+  }
+  PassOthers(shared, self, self.part, k_blocks);
+  for (int block = self.part; block < k_blocks; block += kParts) {
     const int stage = self.ring.stage;
     shared.AwaitFull(stage, self.ring.parity);
     const TileDescriptor tokens(shared.Tokens(stage, 0));
@@ -72,7 +145,7 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
     hopyard::sm90::MmaFence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int accumulate = block > 0 || step > 0 ? 1 : 0;
+      const int accumulate = block > self.part || step > 0 ? 1 : 0;
       const uint64_t columns = tokens.Plus(32U * step).Bits();
       if constexpr (Row::kConfig.mn_major) {
         const uint32_t rows = 16U * 128U * step;
@@ -91,6 +164,7 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
     }
     previous = stage;
     self.ring.Advance();
+    PassOthers(shared, self, kParts - 1, k_blocks - 1 - block);
   }
   hopyard::sm90::MmaWait<0>();
   if (previous >= 0) {
@@ -98,12 +172,6 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
   }
   hopyard::sm90::Touch(first_sums);
   hopyard::sm90::Touch(second_sums);
-}
-
-__device__ __forceinline__ float LoadOne(uint32_t shared) {
-  float one = 0.0F;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(one) : "r"(shared));
-  return one;
 }
 
 __device__ __forceinline__ float2 LoadPair(uint32_t shared) {
@@ -218,10 +286,17 @@ struct WeightTiles {
                    int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
     }
   }
-  // Call with group = 0, 1, 2, ... ahead of each stage.
+  // Call with the consumer's own groups in order, ahead of each one's stage.
   __device__ __forceinline__ void NextScales(const GroupedGemmArgs& args, int group) {
     if constexpr (kScaled) {
-      scales.Advance(args, group);
+#pragma unroll
+      for (int before = Row::kConfig.k_parts - 1; before > 0; --before) {
+        if (group >= before) {
+          scales.Reach(args, group - before);
+        }
+      }
+      scales.Reach(args, group);
+      scales.Load(group);
     }
   }
   __device__ __forceinline__ void Prepare(const Shared<Row>& shared, const Consumer<Row>& self,
@@ -274,28 +349,34 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
   const int k_blocks = KBlocks<Row>(args);
   // Groups that may be under way while the next tile is decoded.
   constexpr int kPending = WeightTiles<Row>::kSets - 1;
+  constexpr int kParts = Row::kConfig.k_parts;
   WeightTiles<Row> tiles;
   tiles.Begin(args, shared, work, self);
   int previous = -1;
-  for (int block = 0; block < k_blocks; ++block) {
+  if constexpr (kParts > 1) {
+    Clear(acc);
+  }
+  PassOthers(shared, self, self.part, k_blocks);
+  for (int block = self.part; block < k_blocks; block += kParts) {
     const int stage = self.ring.stage;
     tiles.NextScales(args, block);
     shared.AwaitFull(stage, self.ring.parity);
     tiles.Prepare(shared, self, stage, 0);
-    tiles.Issue(shared, self, stage, 0, block > 0, acc[0]);
+    tiles.Issue(shared, self, stage, 0, block > self.part, acc[0]);
     // The second tile of the stage before is done.
     hopyard::sm90::MmaWait<kPending>();
     if (kPending > 0 && previous >= 0) {
       Release<Row>(shared.Empty(previous));
     }
     tiles.Prepare(shared, self, stage, 1);
-    tiles.Issue(shared, self, stage, 1, block > 0, acc[1]);
+    tiles.Issue(shared, self, stage, 1, block > self.part, acc[1]);
     hopyard::sm90::MmaWait<kPending>();
     if constexpr (kPending == 0) {
       Release<Row>(shared.Empty(stage));
     }
     previous = stage;
     self.ring.Advance();
+    PassOthers(shared, self, kParts - 1, k_blocks - 1 - block);
   }
   hopyard::sm90::MmaWait<0>();
   if (kPending > 0 && previous >= 0) {
@@ -316,13 +397,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   tiles.Begin(args, shared, work, self);
   float part[kSums<Row>];
   const bool complete = ScalesAreComplete<Row>(args);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int i = 0; i < kSums<Row>; ++i) {
-      acc[half][i] = 0.0F;
-    }
-  }
+  Clear(acc);
   // Both warpgroups would multiply at the same time and then add at the same time. The second lets
   // the first go ahead by a tile of products; from then on one multiplies while the other adds.
   constexpr int kTurn = 4;
@@ -345,10 +420,15 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   const int blocks = KBlocks<Row>(args);
   const bool in_turn = Row::kConfig.consumers == 2 && BlocksPerProcessor(Row::kConfig) == 1 &&
                        (!Row::kConfig.tokens_are_m || work.num_rows > kTileRows);
-  tiles.NextScales(args, 0);
+  constexpr int kParts = Row::kConfig.k_parts;
+  PassOthers(shared, self, self.part, blocks);
+  if (kParts > 1 && self.part >= blocks) {
+    return;
+  }
+  tiles.NextScales(args, self.part);
   shared.AwaitFull(self.ring.stage, self.ring.parity);
   tiles.Prepare(shared, self, self.ring.stage, 0);
-  for (int block = 0; block < blocks; ++block) {
+  for (int block = self.part; block < blocks; block += kParts) {
     const int stage = self.ring.stage;
     if (in_turn && block == 0 && self.number == 1) {
       hopyard::sm90::NamedBarrier(kTurn, 256);
@@ -363,11 +443,12 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
     }
     tiles.Issue(shared, self, stage, 1, false, part);
     self.ring.Advance();
-    const bool more = block + 1 < blocks;
+    const bool more = block + kParts < blocks;
+    PassOthers(shared, self, kParts - 1, blocks - 1 - block);
     // Scales come ahead of the stage where there are registers for them.
     if (more) {
       if constexpr (kAhead) {
-        tiles.NextScales(args, block + 1);
+        tiles.NextScales(args, block + kParts);
       }
       shared.AwaitFull(self.ring.stage, self.ring.parity);
       if constexpr (kAhead) {
@@ -376,7 +457,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
     }
     add(1, stage, false);
     if (!kAhead && more) {
-      tiles.NextScales(args, block + 1);
+      tiles.NextScales(args, block + kParts);
       tiles.Prepare(shared, self, self.ring.stage, 0);
     }
     if (!Row::kConfig.tokens_are_m || more) {

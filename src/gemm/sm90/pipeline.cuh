@@ -32,7 +32,8 @@ struct Shared {
   static constexpr uint32_t kFactors = kStaging + StagingBytes(kConfig);
   static constexpr uint32_t kSources = kFactors + FactorBytes(kConfig);
   static constexpr uint32_t kWeightScales = kSources + SourceBytes(kConfig);
-  static constexpr uint32_t kWork = kWeightScales + WeightScaleBytes(kConfig);
+  static constexpr uint32_t kParts = kWeightScales + WeightScaleBytes(kConfig);
+  static constexpr uint32_t kWork = kParts + PartBytes(kConfig);
   static constexpr uint32_t kBarriers = kWork + WorkBytes(kConfig);
 
   uint32_t base;
@@ -135,9 +136,9 @@ __device__ __forceinline__ int ClusterRank() {
 }
 
 // Clusters take work in strides, and of the tiles of one expert that are a cluster's each block
-// takes one, which may be empty. Tiles come in groups: all features of one group are done before the
-// next begins, and within it tiles vary fastest, so that a group's token rows stay in the L2 cache
-// and tiles of one expert read a weight row at the same time.
+// takes one, which may be empty. Tiles come in groups: all features of one group are done before
+// the next begins, and within it tiles vary fastest, so that a group's token rows stay in the L2
+// cache and tiles of one expert read a weight row at the same time.
 template <class Row>
 struct Scheduler {
   static constexpr int kCluster = Row::kConfig.cluster;
@@ -150,7 +151,7 @@ struct Scheduler {
   int next;
 
   __device__ explicit Scheduler(const GroupedGemmArgs& gemm)
-            : args(gemm),
+      : args(gemm),
         clusters(*gemm.num_tiles / kCluster),
         next(static_cast<int>(blockIdx.x) / kCluster) {
     constexpr int kFeatures = FeaturesPerBlock(Row::kConfig);

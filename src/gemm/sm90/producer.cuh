@@ -17,7 +17,7 @@ namespace hopyard::gemm::sm90 {
 template <class Row>
 struct WeightCopies {
   static constexpr GemmConfig kConfig = Row::kConfig;
-  static constexpr int kTiles = 2 * kConfig.consumers;
+  static constexpr int kTiles = 2 * FeatureParts(kConfig);
   // The copy engine counts elements of one byte for packed codes.
   static constexpr int kStep =
       BlockK(kConfig.family) / (WeightRowBytes(kConfig.family) == 64 ? 2 : 1);
@@ -256,7 +256,7 @@ struct StageScales {
   __device__ static void StoreBlocksOfRows(const GroupedGemmArgs& args, const Work& work,
                                            const Shared<Row>& shared, int stage, int block) {
     const int tile = static_cast<int>(threadIdx.x);
-    if (tile >= 2 * kConfig.consumers) {
+    if (tile >= 2 * FeatureParts(kConfig)) {
       return;
     }
     const MatrixArgs& matrix = kConfig.gated && tile % 2 == 1 ? args.second : args.first;
@@ -299,7 +299,7 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
     };
     // These loads depend on each other. Small tiles send for their first weights before them; large
     // ones have stages in store, and a producer without the registers for it.
-    constexpr bool kWeightsFirst = Row::kConfig.consumers == 1;
+    constexpr bool kWeightsFirst = FeatureParts(Row::kConfig) == 1;
     if constexpr (!kWeightsFirst) {
       begin();
     }

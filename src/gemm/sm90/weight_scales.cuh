@@ -95,8 +95,8 @@ struct BlockScales {
     CopyWindow(args, 0);
     CopyWindow(args, 1);
   }
-  // Call with group = 0, 1, 2, ... before `Of`.
-  __device__ __forceinline__ void Advance(const GroupedGemmArgs& args, int group) {
+  // Call with group = 0, 1, 2, ...
+  __device__ __forceinline__ void Reach(const GroupedGemmArgs& args, int group) {
     if (group % kGroups == 0) {
       // Every lane has left the window before this one.
       __syncwarp();
@@ -112,6 +112,9 @@ struct BlockScales {
       hopyard::sm90::AwaitPieces<0>();
       __syncwarp();
     }
+  }
+  // The group that has been reached, for `Of`.
+  __device__ __forceinline__ void Load(int group) {
     const uint32_t thread = hopyard::sm90::ThreadHere();
     ForEachRow([&](int i) { return LoadQuarter(i, group, thread); });
   }
