@@ -34,13 +34,22 @@ struct Role {
   // GEMM1's output must be rounded for GEMM2, which kernels that can (`fused`) do themselves.
   bool rounded = false;
   bool fused = false;
-  int forced = -1;  // the kernel that options.tactic names
+  std::vector<int> kernels;  // that run it, by index
+  int forced = -1;           // the kernel that options.tactic names
 };
 
 // Kernels for K-major weights; those for MN-major ones stand in for them when a call brings such.
+std::vector<int> KernelsThatRun(const Role& role) {
+  std::vector<int> kernels;
+  for (int i = 0; i < NumKernels(); ++i) {
+    if (!KernelAt(i).mn_major && gemm::sm90::Runs(i, role.shape.weights, role.rows, role.gated)) {
+      kernels.push_back(i);
+    }
+  }
+  return kernels;
+}
 bool Fits(int index, const Role& role) {
-  return !KernelAt(index).mn_major &&
-         gemm::sm90::Runs(index, role.shape.weights, role.rows, role.gated);
+  return std::find(role.kernels.begin(), role.kernels.end(), index) != role.kernels.end();
 }
 bool HasName(int index, const std::string& name) {
   return index >= 0 && KernelAt(index).name == name;
@@ -63,8 +72,10 @@ void AddRoles(const MoeSpec& spec, const GroupFormats& formats, bool shared,
   second.rows = formats.operands.h;
   second.shape = {formats.weights, spec.intermediate_size, spec.hidden_size, first.shape.experts};
   second.shared_experts = first.shared_experts;
-  roles->push_back(first);
-  roles->push_back(second);
+  for (Role* role : {&first, &second}) {
+    role->kernels = KernelsThatRun(*role);
+    roles->push_back(std::move(*role));
+  }
 }
 
 // GEMM1, GEMM2, and the same of shared experts where their weights have another format.
@@ -119,10 +130,8 @@ std::string ForceTactic(const std::string& tactic, std::vector<Role>* roles) {
   const Role& unknown = first.forced < 0 ? first : second;
   std::string reason = "tactic '" + tactic + "' is no kernel of this layer's " + unknown.name +
                        " on the GPU (wanted one of GEMM1, or GEMM1+GEMM2); known:";
-  for (int i = 0; i < NumKernels(); ++i) {
-    if (Fits(i, unknown)) {
-      reason += ' ' + std::string(KernelAt(i).name);
-    }
+  for (const int kernel : unknown.kernels) {
+    reason += ' ' + std::string(KernelAt(kernel).name);
   }
   return reason;
 }
@@ -166,7 +175,7 @@ struct Pick {
 
 // The model knows no better: of what costs so little more than the cheapest, the first is taken,
 // smaller tiles and blocks.
-constexpr double kAsCheap = 1.01;
+constexpr double kAsCheap = 1.005;
 
 // The cheapest kernel of the role with tiles of `tile` rows, or the one that was asked for; -1.
 int CheapestKernel(const Role& role, int tile, const Batch& batch) {
@@ -175,13 +184,14 @@ int CheapestKernel(const Role& role, int tile, const Batch& batch) {
   }
   int best = -1;
   double best_us = 0.0;
-  for (int i = 0; i < NumKernels(); ++i) {
-    if (KernelAt(i).tokens == tile && Fits(i, role)) {
-      const double us = Microseconds(i, role, batch);
-      if (best < 0 || us * kAsCheap < best_us) {
-        best = i;
-        best_us = us;
-      }
+  for (const int kernel : role.kernels) {
+    if (KernelAt(kernel).tokens != tile) {
+      continue;
+    }
+    const double us = Microseconds(kernel, role, batch);
+    if (best < 0 || us * kAsCheap < best_us) {
+      best = kernel;
+      best_us = us;
     }
   }
   return best;
@@ -199,8 +209,8 @@ double Microseconds(const std::vector<int>& kernels, const std::vector<Role>& ro
 // No kernels where no tile has one for every role.
 Pick CheapestPick(const std::vector<Role>& roles, const Batch& batch) {
   std::set<int> sizes;
-  for (int i = 0; i < NumKernels(); ++i) {
-    sizes.insert(KernelAt(i).tokens);
+  for (const int kernel : roles.front().kernels) {
+    sizes.insert(KernelAt(kernel).tokens);
   }
   Pick best;
   for (const int tile : sizes) {
@@ -260,7 +270,7 @@ std::vector<int64_t> TokenSteps(const MoeSpec& spec) {
 // The kernels that the model expects to be the fastest. They change where that saves more than the
 // model knows: few ranges, each easy to tell.
 std::vector<TileChoice> CheapestTiles(const MoeSpec& spec, const std::vector<Role>& roles) {
-  constexpr double kWorthAChange = 0.99;
+  constexpr double kWorthAChange = 0.995;
   std::vector<TileChoice> choices;
   std::vector<int> kernels;
   for (const int64_t tokens : TokenSteps(spec)) {
@@ -346,15 +356,17 @@ class Judge {
     return {false, TimesString(index, role, spec_, {tokens}) + " tokens, " +
                        std::string(KernelAt(instead).name) + " " +
                        TimesString(instead, role, spec_, {tokens}) +
-                       "; never enough better with its tile: ask for it by name"};
+                       "; not taken for any number of tokens: ask for it by name"};
   }
   [[nodiscard]] Verdict Taken(int index, const Role& role, const std::vector<Range>& ranges) const {
     const KernelInfo info = KernelAt(index);
     const std::string tile = "tiles of " + std::to_string(info.tokens) + " rows, blocks of " +
                              std::to_string(info.features) + " features, ";
+    std::string all;
     std::string text;
     std::set<int64_t> tokens;
     for (const Range& range : ranges) {
+      all += (all.empty() ? "" : " and ") + RangeString(range.first, range.last);
       if (range.first <= options_.max_tokens) {
         const int64_t last = std::min(range.last, options_.max_tokens);
         tokens.insert({range.first, last});
@@ -362,8 +374,7 @@ class Judge {
       }
     }
     if (text.empty()) {
-      return {false, RangeString(ranges.front().first, ranges.front().last) +
-                         ": max_tokens=" + std::to_string(options_.max_tokens) + " stays below"};
+      return {false, all + ": max_tokens=" + std::to_string(options_.max_tokens) + " stays below"};
     }
     const std::string times = TimesString(index, role, spec_, tokens);
     if (role.forced >= 0) {
@@ -433,11 +444,7 @@ void ListByNameOnly(const MoeSpec& spec, const std::vector<Role>& roles,
 std::string NoTileReason(const MoeSpec& spec, const std::vector<Role>& roles,
                          const PlanOptions& options) {
   for (const Role& role : roles) {
-    bool any = false;
-    for (int i = 0; i < NumKernels(); ++i) {
-      any = any || Fits(i, role);
-    }
-    if (!any) {
+    if (role.kernels.empty()) {
       return "this build has no GPU kernel for " + std::string(role.name) + " of " +
              std::string(ToString(role.shape.weights)) + " weights with " +
              std::string(ToString(spec.activations)) + " activations; plan for the CPU";
