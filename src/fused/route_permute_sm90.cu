@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "core/shape.h"
 #include "device/launch.cuh"
 #include "device/sm90/dependent.cuh"
 #include "fused/route_permute_sm90.cuh"
@@ -17,28 +18,37 @@ constexpr int kSharedBytes = 48 * 1024;
 // us for 1, 8 and 16 tokens, three launches 10.2, 11.2 and 12.1.
 constexpr int64_t kMostTokens = 16;
 
-// Warps that there is shared memory for.
-int MostTokenWarps(const RoutePermuteArgs& args) {
-  constexpr int kMaxWarps = kMaxThreads / sm90::kWarpSize;
-  if (!args.routes) {
-    return kMaxWarps;
-  }
-  const int left = kSharedBytes / 4 - FewSlotsWords(args.permute);
-  return std::min(kMaxWarps, left / route::WarpScratchWords(args.route));
+constexpr int kMaxWarps = kMaxThreads / sm90::kWarpSize;
+
+// Tokens of so many words each that there is shared memory for.
+int MostAtATime(const RoutePermuteArgs& args, int words) {
+  return std::min(kMaxWarps, (kSharedBytes / 4 - FewSlotsWords(args.permute)) / words);
 }
 
+// Tokens that can be routed at a time, by a warp each.
+int MostTokenWarps(const RoutePermuteArgs& args) {
+  return args.routes ? MostAtATime(args, route::WarpScratchWords(args.route)) : kMaxWarps;
+}
+
+// Several warps a token where all tokens are then routed at a time.
+route::TeamLayout TeamsOf(const RoutePermuteArgs& args, int tokens) {
+  if (!args.routes) {
+    return {};
+  }
+  const route::TeamLayout layout = route::TeamLayoutOf(args.route, kMaxWarps / tokens);
+  return tokens <= MostAtATime(args, layout.words) ? layout : route::TeamLayout{};
+}
+
+// Routes by teams, or in another way.
+template <bool kTeams>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     RoutePermuteKernel(const __grid_constant__ RoutePermuteLaunch launch) {
   extern __shared__ uint4 shared[];
   sm90::TakeTurn();
   const permute::PermuteSm90Args& args = launch.args.permute;
   const permute::FewSlots few = permute::FewSlotsIn(shared);
-  if (threadIdx.x < permute::kPermuteThreads) {
-    permute::ClearCounts(args, few);
-  }
   auto* const words = static_cast<int32_t*>(static_cast<void*>(shared));
-  RouteAndPlace(launch, words + FewSlotsWords(args), few);
-  __syncthreads();
+  RouteAndPlace<kTeams>(launch, words + FewSlotsWords(args), few);
   // Later barriers are for those that stay.
   if (threadIdx.x < permute::kPermuteThreads) {
     permute::PermuteFewSlots(args, static_cast<int>(permute::LiveSlots(args)), few);
@@ -56,13 +66,21 @@ bool FitsOneBlock(const RoutePermuteArgs& args) {
 void RoutePermuteSm90(const RoutePermuteArgs& args, const device::Queue& queue) {
   HOPYARD_INTERNAL(FitsOneBlock(args)) << args.permute.max_tokens << " tokens for one block";
   RoutePermuteLaunch launch{args};
-  launch.token_warps =
+  launch.teams =
       static_cast<int>(std::clamp<int64_t>(args.permute.max_tokens, 1, MostTokenWarps(args)));
-  const int threads = std::max(permute::kPermuteThreads, sm90::kWarpSize * launch.token_warps);
-  const int scratch = args.routes ? launch.token_warps * route::WarpScratchWords(args.route) : 0;
-  const int shared_bytes = 4 * (FewSlotsWords(args.permute) + scratch);
+  launch.team = TeamsOf(args, launch.teams);
+  const int team_warps = std::max(1, launch.team.warps);
+  launch.team_reciprocal = static_cast<uint32_t>(CeilDiv(1 << 16, team_warps));
+  int scratch = launch.team.words;
+  if (args.routes && launch.team.warps == 0) {
+    scratch = route::WarpScratchWords(args.route);
+  }
+  const int threads =
+      std::max(permute::kPermuteThreads, sm90::kWarpSize * launch.teams * team_warps);
+  const int shared_bytes = 4 * (FewSlotsWords(args.permute) + launch.teams * scratch);
   device::Launch(queue, {1, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes)},
-                 RoutePermuteKernel, launch);
+                 launch.team.warps > 0 ? RoutePermuteKernel<true> : RoutePermuteKernel<false>,
+                 launch);
 }
 
 }  // namespace hopyard::fused

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A warp per token routes it and places its slots; then the first warps rank the slots of all
-// tokens.
+// Several warps route a token, or one where its rule wants that, and the first of them places its
+// slots; then the first warps rank the slots of all tokens.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include "device/sm90/warp.cuh"
 #include "fused/route_permute_sm90.h"
 #include "stages/1_route/route_sm90.cuh"
+#include "stages/1_route/route_team_sm90.cuh"
 #include "stages/2_permute/permute_sm90.cuh"
 #include "stages/2_permute/place_sm90.cuh"
 
@@ -16,7 +17,10 @@ namespace hopyard::fused {
 
 struct RoutePermuteLaunch {
   RoutePermuteArgs args;
-  int token_warps = 0;  // of the block's warps: those with shared memory to route
+  int teams = 0;  // tokens that are routed at a time: those with shared memory
+  // Of several warps a token; 0 warps: one, which takes its slots one after the other.
+  route::TeamLayout team;
+  uint32_t team_reciprocal = 0;  // 2^16 / team.warps, rounded up: divides any of a block's warps
 };
 
 // Ahead of the memory that routing takes.
@@ -24,26 +28,84 @@ __host__ __device__ inline int FewSlotsWords(const permute::PermuteSm90Args& arg
   return permute::FewSlotsBytes(args) / 4;
 }
 
-// Leaves the segments of all slots in `few`.
-__device__ inline void RouteAndPlace(const RoutePermuteLaunch& launch, int32_t* shared,
-                                     const permute::FewSlots& few) {
+// The slots of a token that this warp routed.
+__device__ inline void PlaceRouted(const RoutePermuteArgs& args, int64_t token,
+                                   const route::RoutedSlot& routed, const permute::FewSlots& few) {
+  const int slots = args.place.top_k + args.place.shared;
+#pragma unroll 1
+  for (int slot = sm90::LaneId(); slot < slots; slot += sm90::kWarpSize) {
+    // A token chooses at most as many experts as a warp has lanes.
+    const permute::Choice choice = slot < args.place.top_k
+                                       ? permute::Choice{routed.id, routed.weight}
+                                       : permute::ChoiceOf(args.place, token, slot);
+    few.segments[token * slots + slot] =
+        permute::ValidSegment(args.permute, permute::PutSlot(args.place, token, slot, choice));
+  }
+}
+
+__device__ inline void RouteByTeams(const RoutePermuteLaunch& launch, int32_t* shared,
+                                    const permute::FewSlots& few) {
   const RoutePermuteArgs& args = launch.args;
   const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
-  if (warp >= launch.token_warps) {
+  const int mine = static_cast<int>(static_cast<uint32_t>(warp) * launch.team_reciprocal >> 16);
+  const route::Team team{warp - mine * launch.team.warps, launch.team.warps};
+  const route::TeamScratch scratch =
+      route::TeamScratchOf(args.route, launch.team, shared + mine * launch.team.words);
+  const int64_t tokens = sm90::LiveTokens(args.place.num_tokens, args.place.max_tokens);
+  for (int64_t first = 0; first < tokens; first += launch.teams) {
+    const int64_t token = first + mine;
+    const bool live = mine < launch.teams && token < tokens;
+    const route::RoutedSlot routed =
+        route::RouteByTeam(args.route, launch.team, token, live, team, scratch);
+    if (live && team.warp == 0) {
+      PlaceRouted(args, token, routed, few);
+    }
+    __syncthreads();
+  }
+}
+
+__device__ inline void RouteByWarps(const RoutePermuteLaunch& launch, int32_t* shared,
+                                    const permute::FewSlots& few) {
+  const RoutePermuteArgs& args = launch.args;
+  const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
+  if (warp >= launch.teams) {
     return;
   }
   const route::WarpScratch scratch = route::WarpScratchOf(args.route, shared, warp);
-  const int slots = args.place.top_k + args.place.shared;
   const int64_t tokens = sm90::LiveTokens(args.place.num_tokens, args.place.max_tokens);
-  for (int64_t token = warp; token < tokens; token += launch.token_warps) {
-    if (args.routes) {
-      // Lane j writes slot j, and reads it again just below.
-      route::RouteTokenSm90(args.route, token, scratch);
+  for (int64_t token = warp; token < tokens; token += launch.teams) {
+    PlaceRouted(args, token, route::RouteTokenSm90(args.route, token, scratch), few);
+  }
+}
+
+// A thread per slot that the caller chose.
+__device__ inline void PlaceGiven(const RoutePermuteArgs& args, const permute::FewSlots& few) {
+  const int slots = args.place.top_k + args.place.shared;
+  const auto live = static_cast<int>(permute::LiveSlots(args.permute));
+  for (int i = static_cast<int>(threadIdx.x); i < live; i += static_cast<int>(blockDim.x)) {
+    few.segments[i] =
+        permute::ValidSegment(args.permute, permute::PlaceSlot(args.place, i / slots, i % slots));
+  }
+}
+
+// Leaves the segments of all slots in `few`. All threads of the block call and have met.
+template <bool kTeams>
+__device__ inline void RouteAndPlace(const RoutePermuteLaunch& launch, int32_t* shared,
+                                     const permute::FewSlots& few) {
+  if (threadIdx.x < permute::kPermuteThreads) {
+    permute::ClearFewSlots(launch.args.permute, few);
+  }
+  if constexpr (kTeams) {
+    // Teams meet before they place.
+    RouteByTeams(launch, shared, few);
+  } else {
+    __syncthreads();
+    if (launch.args.routes) {
+      RouteByWarps(launch, shared, few);
+    } else {
+      PlaceGiven(launch.args, few);
     }
-    for (int slot = sm90::LaneId(); slot < slots; slot += sm90::kWarpSize) {
-      few.segments[token * slots + slot] =
-          permute::ValidSegment(args.permute, permute::PlaceSlot(args.place, token, slot));
-    }
+    __syncthreads();
   }
 }
 

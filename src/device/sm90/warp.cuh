@@ -14,24 +14,13 @@ __device__ __forceinline__ int LaneId() {
 }
 
 // The halving tree 16, 8, 4, 2, 1 that the routing definition prescribes (route/score.h): lane i
-// adds the value of lane i + width.
-__device__ __forceinline__ float TreeSum(float value) {
-#pragma unroll
-  for (int width = kWarpSize / 2; width > 0; width /= 2) {
+// adds the value of lane i + width. Where lanes from 2 * widest on hold +0, beginning with a
+// smaller `widest` leaves out additions that change nothing.
+__device__ __forceinline__ float TreeSum(float value, int widest = kWarpSize / 2) {
+  for (int width = widest; width > 0; width /= 2) {
     value = __fadd_rn(value, __shfl_down_sync(kAllLanes, value, width));
   }
   return __shfl_sync(kAllLanes, value, 0);
-}
-
-// Largest value; NaN is ignored, -inf where there is nothing else.
-__device__ __forceinline__ float MaxIgnoringNan(float value) {
-  float max = value == value ? value : -INFINITY;
-#pragma unroll
-  for (int width = kWarpSize / 2; width > 0; width /= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, max, width);
-    max = max < other ? other : max;
-  }
-  return max;
 }
 
 __device__ __forceinline__ int Sum(int value) {
@@ -39,6 +28,13 @@ __device__ __forceinline__ int Sum(int value) {
 }
 __device__ __forceinline__ int Max(int value) {
   return __reduce_max_sync(kAllLanes, value);
+}
+// Largest value; NaN is ignored, -inf where there is nothing else. Of zeros +0 is the larger one.
+__device__ __forceinline__ float MaxIgnoringNan(float value) {
+  const int bits = __float_as_int(value == value ? value : -INFINITY);
+  // Orders like the number, and is its own inverse.
+  const int max = Max(bits ^ ((bits >> 31) & 0x7FFFFFFF));
+  return __int_as_float(max ^ ((max >> 31) & 0x7FFFFFFF));
 }
 __device__ __forceinline__ unsigned Min(unsigned value) {
   return __reduce_min_sync(kAllLanes, value);

@@ -321,10 +321,12 @@ __device__ __forceinline__ void StageChunk(const OutputTile<Row>& tile, int chun
   }
 }
 
-// Chunks that hold tokens of the tile.
+// Chunks that hold tokens of the tile; one where there are none (Consume warms up).
 template <class Row>
 __device__ __forceinline__ int Chunks(const OutputTile<Row>& tile) {
-  return Row::kConfig.tokens_are_m ? kSums<Row> / 8 : (tile.num_rows + 15) / 16;
+  return Row::kConfig.tokens_are_m ? kSums<Row> / 8
+         : tile.num_rows > 16      ? (tile.num_rows + 15) / 16
+                                   : 1;
 }
 
 // What nearly every layer wants, a few instructions a value: values(at, j, h) takes sums `at` and

@@ -169,15 +169,18 @@ struct Scheduler {
       const int left = clusters - group * kGroup;
       const int tiles = left < kGroup ? left : kGroup;
       const int tile = (group * kGroup + within % tiles) * kCluster + ClusterRank<Row>();
+      // Read together: one wait.
       const int segment = args.tile_expert[tile];
+      const int row_begin = args.tile_row_begin[tile];
+      const int row_end = args.tile_row_end[tile];
       next += static_cast<int>(gridDim.x) / kCluster;
       if (segment < args.segment_begin || segment >= args.segment_end) {
         continue;
       }
       work.feature_begin = within / tiles * FeaturesPerBlock(Row::kConfig);
       work.expert = segment - args.segment_begin;
-      work.row_begin = args.tile_row_begin[tile];
-      work.num_rows = args.tile_row_end[tile] - args.tile_row_begin[tile];
+      work.row_begin = row_begin;
+      work.num_rows = row_end - row_begin;
       // A tile that fills up a cluster ends before it begins.
       if (work.num_rows <= 0) {
         if constexpr (kCluster == 1) {

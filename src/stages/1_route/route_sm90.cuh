@@ -15,8 +15,23 @@
 
 namespace hopyard::route {
 
-inline constexpr int32_t kSmallestKeySm90 = INT32_MIN;
+// Order keys of what cannot be selected, and of NaN, which comes next. One less than any key is a
+// number too.
+inline constexpr int32_t kExcludedKey = INT32_MIN + 1;
+inline constexpr int32_t kNanKey = INT32_MIN + 2;
 inline constexpr uint32_t kNanBitsSm90 = 0x7FC00000U;
+
+// A warp's number among those that route a token together; each takes its share of the experts.
+struct Team {
+  int warp = 0;
+  int warps = 1;
+
+  // The lane's first expert, and from one to its next.
+  [[nodiscard]] __device__ __forceinline__ int First() const {
+    return sm90::kWarpSize * warp + sm90::LaneId();
+  }
+  [[nodiscard]] __device__ __forceinline__ int Step() const { return sm90::kWarpSize * warps; }
+};
 
 // Shared memory of one warp.
 struct WarpScratch {
@@ -105,27 +120,33 @@ __device__ __forceinline__ float ScoreOfSm90(RoutingScore score, float z, float 
   return z;
 }
 
+// Of a biased score and the logit that it comes from.
+__device__ __forceinline__ int32_t KeyOf(float biased, float z) {
+  return ScalarOps::IsNan(z) ? kNanKey : max(OrderKey<ScalarOps>(biased), kNanKey);
+}
+
+__device__ __forceinline__ float BiasOf(const RouteSm90Args& args, int expert) {
+  const bool has = args.rule.use_bias && args.bias != nullptr && expert < args.num_experts;
+  return has ? LoadFloat(args.bias, args.bias_dtype, expert) : 0.0F;
+}
+
 __device__ inline void ComputeKeysSm90(const RouteSm90Args& args, int64_t token,
                                        const WarpScratch& scratch, const RowStats& stats) {
   const int padded = PaddedTo32(args.num_experts);
-  const bool biased = args.rule.use_bias && args.bias != nullptr;
   for (int e = sm90::LaneId(); e < padded; e += 32) {
     const float z = LogitOf(args, token, e);
+    const float bias = BiasOf(args, e);
     const float term = ScalarOps::FromBits(scratch.keys[e]);
-    float score = ScoreOfSm90(args.rule.score, z, term, stats.sum);
-    if (args.rule.use_bias) {
-      const bool real = biased && e < args.num_experts;
-      score = ScalarOps::Add(score, real ? LoadFloat(args.bias, args.bias_dtype, e) : 0.0F);
-    }
-    scratch.keys[e] = ScalarOps::IsNan(z) ? kSmallestKeySm90 : OrderKey<ScalarOps>(score);
+    const float score = ScoreOfSm90(args.rule.score, z, term, stats.sum);
+    scratch.keys[e] = KeyOf(args.rule.use_bias ? ScalarOps::Add(score, bias) : score, z);
   }
   __syncwarp();
 }
 
 // The two largest keys of a multiset.
 struct BestTwo {
-  int32_t best = kSmallestKeySm90;
-  int32_t second = kSmallestKeySm90;
+  int32_t best = INT32_MIN;
+  int32_t second = INT32_MIN;
 
   __device__ __forceinline__ void Add(int32_t key) {
     second = max(second, min(best, key));
@@ -133,43 +154,58 @@ struct BestTwo {
   }
 };
 
-__device__ __forceinline__ int32_t GroupKeyOf(const BestTwo& two, int size) {
-  return size == 1 ? two.best
-                   : OrderKey<ScalarOps>(
-                         ScalarOps::Add(FromOrderKey(two.best), FromOrderKey(two.second)));
+__device__ __forceinline__ int32_t GroupKeyOf(int32_t best, int32_t second, int size) {
+  const float sum = ScalarOps::Add(FromOrderKey(best), FromOrderKey(second));
+  return size == 1 ? best : max(OrderKey<ScalarOps>(sum), kExcludedKey);
 }
 
-// Large groups are reduced by the warp together, small ones by a lane each.
-__device__ inline void ComputeGroupKeys(const RouteSm90Args& args, const WarpScratch& scratch) {
+// Large groups are reduced by a warp together, small ones by a lane each.
+__device__ inline void ComputeGroupKeys(const RouteSm90Args& args, const Team& team,
+                                        const int32_t* keys, int32_t* group_keys) {
   const int lane = sm90::LaneId();
   const int groups = args.rule.num_groups;
   const int size = args.num_experts / groups;
   if (size < 32) {
-    for (int g = lane; g < groups; g += 32) {
+#pragma unroll 1
+    for (int g = team.First(); g < groups; g += team.Step()) {
       BestTwo two;
+#pragma unroll 2
       for (int i = 0; i < size; ++i) {
-        two.Add(scratch.keys[g * size + i]);
+        two.Add(keys[g * size + i]);
       }
-      scratch.group_keys[g] = GroupKeyOf(two, size);
+      group_keys[g] = GroupKeyOf(two.best, two.second, size);
     }
-  } else {
-    for (int g = 0; g < groups; ++g) {
-      BestTwo two;
-      for (int i = lane; i < size; i += 32) {
-        two.Add(scratch.keys[g * size + i]);
-      }
-      for (int width = 16; width > 0; width /= 2) {
-        const int32_t other_best = __shfl_xor_sync(sm90::kAllLanes, two.best, width);
-        const int32_t other_second = __shfl_xor_sync(sm90::kAllLanes, two.second, width);
-        two.second = max(max(two.second, other_second), min(two.best, other_best));
-        two.best = max(two.best, other_best);
-      }
-      if (lane == 0) {
-        scratch.group_keys[g] = GroupKeyOf(two, size);
-      }
+    return;
+  }
+#pragma unroll 1
+  for (int g = team.warp; g < groups; g += team.warps) {
+    BestTwo two;
+#pragma unroll 2
+    for (int i = lane; i < size; i += 32) {
+      two.Add(keys[g * size + i]);
+    }
+    const int32_t best = sm90::Max(two.best);
+    // Of the lanes that have the best key one gives it away.
+    const unsigned holders = __ballot_sync(sm90::kAllLanes, two.best == best);
+    const bool gives = __ffs(static_cast<int>(holders)) - 1 == lane;
+    const int32_t second = sm90::Max(gives ? two.second : two.best);
+    if (lane == 0) {
+      group_keys[g] = GroupKeyOf(best, second, size);
     }
   }
-  __syncwarp();
+}
+
+// One bit per kept group, of at most 32; of equal groups the first ones are kept.
+__device__ inline uint32_t KeptOfFewGroups(const RouteSm90Args& args, const int32_t* group_keys) {
+  const int lane = sm90::LaneId();
+  const int groups = args.rule.num_groups;
+  const int32_t key = lane < groups ? group_keys[lane] : kExcludedKey;
+  int better = 0;
+#pragma unroll 2
+  for (int g = 0; g < groups; ++g) {
+    better += group_keys[g] > (g < lane ? key - 1 : key) ? 1 : 0;
+  }
+  return __ballot_sync(sm90::kAllLanes, lane < groups && better < args.rule.top_groups);
 }
 
 // The `rank`-th largest group key, found bit by bit.
@@ -188,9 +224,18 @@ __device__ inline int32_t RankedGroupKey(const WarpScratch& scratch, int groups,
 
 // One bit per kept group; of equal groups at the threshold the first ones are kept.
 __device__ inline void KeepGroupsSm90(const RouteSm90Args& args, const WarpScratch& scratch) {
-  ComputeGroupKeys(args, scratch);
+  ComputeGroupKeys(args, Team{}, scratch.keys, scratch.group_keys);
+  __syncwarp();
   const int lane = sm90::LaneId();
   const int groups = args.rule.num_groups;
+  if (groups <= 32) {
+    const uint32_t kept = KeptOfFewGroups(args, scratch.group_keys);
+    if (lane == 0) {
+      scratch.kept[0] = kept;
+    }
+    __syncwarp();
+    return;
+  }
   const int32_t threshold = RankedGroupKey(scratch, groups, args.rule.top_groups);
   int above = 0;
   for (int g = lane; g < groups; g += 32) {
@@ -199,7 +244,7 @@ __device__ inline void KeepGroupsSm90(const RouteSm90Args& args, const WarpScrat
   int ties = args.rule.top_groups - sm90::Sum(above);
   for (int base = 0; base < groups; base += 32) {
     const int g = base + lane;
-    const int32_t key = g < groups ? scratch.group_keys[g] : kSmallestKeySm90;
+    const int32_t key = g < groups ? scratch.group_keys[g] : kExcludedKey;
     const bool equal = g < groups && key == threshold;
     const unsigned equals = __ballot_sync(sm90::kAllLanes, equal);
     const int before = __popc(equals & ((1U << lane) - 1U));
@@ -231,13 +276,13 @@ __device__ inline int32_t SelectTopSm90(const RouteSm90Args& args, const WarpScr
   const int lane = sm90::LaneId();
   uint64_t open = Candidates(args, scratch);
   int32_t result = -1;
-  int32_t best = kSmallestKeySm90;
+  int32_t best = INT32_MIN;
   int best_index = -1;
   bool rescan = true;
   for (int j = 0; j < args.top_k; ++j) {
     if (rescan) {
       best_index = -1;
-      best = kSmallestKeySm90;
+      best = INT32_MIN;
       for (uint64_t left = open; left != 0; left &= left - 1) {
         const int i = __ffsll(static_cast<int64_t>(left)) - 1;
         const int32_t key = scratch.keys[i * 32 + lane];
@@ -280,34 +325,50 @@ __device__ inline int32_t ReadIdSm90(const RouteSm90Args& args, int64_t token) {
   return id >= 0 && id < args.num_experts ? static_cast<int32_t>(id) : -1;
 }
 
-// Weight of slot `lane`, recomputed from its logit; 0 for a skipped slot.
-__device__ inline float WeighSlotSm90(const RouteSm90Args& args, int64_t token, int32_t id,
-                                      const RowStats& stats) {
-  const bool valid = id >= 0;
-  const float z = valid ? LogitOf(args, token, id) : NanWeight();
-  float weight = 0.0F;
+// The sum over the warp's slots; lanes beyond them have +0.
+__device__ __forceinline__ float SumSlots(const RouteSm90Args& args, float value) {
+  const int widest = args.top_k > 1 ? 1 << (31 - __clz(args.top_k - 1)) : 0;
+  return sm90::TreeSum(value, widest);
+}
+
+// Weight of slot `lane`, 0 for a skipped one. `value` is the expert's score where that is what is
+// weighed, else its logit; NaN for a skipped slot.
+__device__ inline float WeighSlotSm90(const RouteSm90Args& args, bool valid, float value,
+                                      bool row_has_nan) {
+  float weight = value;
   if (args.rule.weight == RoutingWeight::kSoftmaxSelected) {
-    const float term = SoftmaxTerm<ScalarOps>(z, sm90::MaxIgnoringNan(z));
-    weight = ScalarOps::Div(term, sm90::TreeSum(ScalarOps::Add(0.0F, term)));
-  } else {
-    const RoutingScore score = args.rule.weight == RoutingWeight::kSigmoidSelected
-                                   ? RoutingScore::kSigmoid
-                                   : args.rule.score;
-    const float term = score == RoutingScore::kSoftmax ? SoftmaxTerm<ScalarOps>(z, stats.max) : z;
-    weight = ScoreOfSm90(score, z, term, stats.sum);
+    const float term = SoftmaxTerm<ScalarOps>(value, sm90::MaxIgnoringNan(value));
+    const float sum = SumSlots(args, ScalarOps::Add(0.0F, term));
+    weight = ScalarOps::Div(valid ? term : 1.0F, sum);
+  } else if (args.rule.weight == RoutingWeight::kSigmoidSelected) {
+    weight = Sigmoid<ScalarOps>(valid ? value : 1.0F);
   }
+  // Zeros and NaN would send lanes without a slot the long way through a division.
+  weight = valid ? weight : 1.0F;
   const bool divide = args.rule.renormalise != Renormalise::kNone;
   float denominator = 1.0F;
   if (divide) {
-    const float sum = sm90::TreeSum(valid ? ScalarOps::Add(0.0F, weight) : 0.0F);
+    const float sum = SumSlots(args, valid ? ScalarOps::Add(0.0F, weight) : 0.0F);
     denominator = args.rule.renormalise == Renormalise::kSumPlusEpsilon
                       ? ScalarOps::Add(sum, kSumEpsilon)
                       : (sum < kSumEpsilon ? kSumEpsilon : sum);
   }
   weight = ScalarOps::Mul(weight, args.rule.scaling_factor);
   weight = divide ? ScalarOps::Div(weight, denominator) : weight;
-  weight = stats.has_nan || ScalarOps::IsNan(weight) ? NanWeight() : weight;
+  weight = row_has_nan || ScalarOps::IsNan(weight) ? NanWeight() : weight;
   return valid ? weight : 0.0F;
+}
+
+// The `value` of WeighSlotSm90, from the logit of the slot's expert.
+__device__ inline float SlotValueSm90(const RouteSm90Args& args, int64_t token, int32_t id,
+                                      const RowStats& stats) {
+  const float z = id >= 0 ? LogitOf(args, token, id) : NanWeight();
+  if (args.rule.weight != RoutingWeight::kScore) {
+    return z;
+  }
+  const bool softmax = args.rule.score == RoutingScore::kSoftmax;
+  const float term = softmax ? SoftmaxTerm<ScalarOps>(z, stats.max) : z;
+  return ScoreOfSm90(args.rule.score, z, term, stats.sum);
 }
 
 __device__ inline void StoreSlotSm90(const RouteSm90Args& args, int64_t token, int32_t id,
@@ -348,27 +409,40 @@ __device__ inline bool RowHasNan(const RouteSm90Args& args, int64_t token) {
   return __any_sync(sm90::kAllLanes, nan) != 0;
 }
 
-__device__ inline void RouteTokenSm90(const RouteSm90Args& args, int64_t token,
-                                      const WarpScratch& scratch) {
+// Whether the softmax over all experts plays a part.
+__device__ __forceinline__ bool NeedsRowStats(const RouteSm90Args& args) {
+  return args.rule.score == RoutingScore::kSoftmax &&
+         (args.source == IdSource::kSelect || args.rule.weight == RoutingWeight::kScore);
+}
+
+// Slot `lane` of a token: expert (-1: skipped) and weight.
+struct RoutedSlot {
+  int32_t id = -1;
+  float weight = 0.0F;
+};
+
+__device__ inline RoutedSlot RouteTokenSm90(const RouteSm90Args& args, int64_t token,
+                                            const WarpScratch& scratch) {
   RowStats stats;
   stats.has_nan = RowHasNan(args, token);
-  const bool select = args.source == IdSource::kSelect;
-  if (args.rule.score == RoutingScore::kSoftmax &&
-      (select || args.rule.weight == RoutingWeight::kScore)) {
+  if (NeedsRowStats(args)) {
     SoftmaxStats(args, token, scratch, stats);
   }
-  int32_t id = -1;
-  if (select) {
+  RoutedSlot slot;
+  if (args.source == IdSource::kSelect) {
     ComputeKeysSm90(args, token, scratch, stats);
     if (args.rule.num_groups > 1) {
       KeepGroupsSm90(args, scratch);
     }
-    id = SelectTopSm90(args, scratch);
+    slot.id = SelectTopSm90(args, scratch);
   } else {
-    id = ReadIdSm90(args, token);
+    slot.id = ReadIdSm90(args, token);
   }
-  StoreSlotSm90(args, token, id, WeighSlotSm90(args, token, id, stats));
+  const float value = SlotValueSm90(args, token, slot.id, stats);
+  slot.weight = WeighSlotSm90(args, slot.id >= 0, value, stats.has_nan);
+  StoreSlotSm90(args, token, slot.id, slot.weight);
   __syncwarp();
+  return slot;
 }
 
 }  // namespace hopyard::route

@@ -21,6 +21,7 @@ namespace {
 using test::DeviceArray;
 using testing::Bits;
 using testing::Case;
+using testing::Fill;
 using testing::Method;
 using testing::Methods;
 using testing::Random;
@@ -96,29 +97,6 @@ void ExpectCpuBits(Case& c, const RouteInputs& inputs, const char* what) {
       << what;
 }
 
-// Logits of many kinds: normal, tied, saturating, special.
-void Fill(Random& random, int kind, std::vector<float>& values) {
-  constexpr float kSpecial[] = {testing::kNan, testing::kInf, -testing::kInf, 0.0F, -0.0F, 1e-40F};
-  for (float& value : values) {
-    switch (kind) {
-      case 0:
-        value = random.Normal();
-        break;
-      case 1:
-        value = static_cast<float>(random.Below(5)) - 2.0F;
-        break;
-      case 2:
-        value = 80.0F * random.Normal();
-        break;
-      case 3:
-        value = -1.0F;
-        break;
-      default:
-        value = random.Below(8) == 0 ? kSpecial[random.Below(6)] : random.Normal();
-    }
-  }
-}
-
 struct Shape {
   int experts;
   int top_k;
@@ -136,15 +114,15 @@ TEST(RouteSm90, EveryMethodAndShapeHasTheBitsOfTheCpu) {
   Random random(1);
   for (const Shape& shape : kShapes) {
     for (const Method& method : Methods(shape.groups, shape.top_groups)) {
-      for (int kind = 0; kind < 5; ++kind) {
+      for (int kind = 0; kind < testing::kLogitKinds; ++kind) {
         for (const int64_t tokens : {1, 7, 300}) {
           Case c(method.rule, shape.experts, shape.top_k, tokens);
           c.logits_dtype = kTypes[random.Below(3)];
           c.bias_dtype = kTypes[random.Below(3)];
-          Fill(random, kind, c.logits);
+          Fill(&random, kind, &c.logits);
           if (method.rule.use_bias && random.Below(4) != 0) {
             c.bias.resize(static_cast<size_t>(shape.experts));
-            Fill(random, random.Below(2), c.bias);
+            Fill(&random, random.Below(2), &c.bias);
           }
           ExpectCpuBits(c, c.Bind(), method.name.c_str());
           if (HasFatalFailure()) {
@@ -166,7 +144,7 @@ TEST(RouteSm90, GivenIdsAndTablesAreWeighedAsOnTheCpu) {
   constexpr int64_t kVocabulary = 11;
   for (const Method& method : Methods()) {
     Case c(method.rule, kExperts, kTopK, kTokens);
-    Fill(random, 0, c.logits);
+    Fill(&random, 0, &c.logits);
     RouteInputs inputs = c.Bind();
     std::vector<int16_t> narrow(kTokens * kTopK);
     std::vector<int32_t> wide(kTokens * kTopK);
@@ -199,9 +177,9 @@ TEST(RouteSm90, ManyTokensTakeStrides) {
   HOPYARD_NEEDS_GPU();
   Random random(3);
   Case c(RoutingRule::DeepSeekV3(8, 4, 2.5F), 256, 8, testing::Scaled(200000));
-  Fill(random, 0, c.logits);
+  Fill(&random, 0, &c.logits);
   c.bias.resize(256);
-  Fill(random, 0, c.bias);
+  Fill(&random, 0, &c.bias);
   ExpectCpuBits(c, c.Bind(), "many");
 }
 
@@ -210,7 +188,7 @@ TEST(RouteSm90, TokensBeyondTheDeviceCountAreUntouched) {
   constexpr int64_t kCapacity = 40;
   Random random(4);
   Case c(RoutingRule::Renormalize(), 64, 4, kCapacity);
-  Fill(random, 0, c.logits);
+  Fill(&random, 0, &c.logits);
   (void)c.Bind();
   const DeviceArray<float> logits(c.logits);
   for (const int32_t live : {-3, 0, 1, 39, 40, 1000}) {

@@ -253,6 +253,30 @@ class Random {
   uint64_t state_;
 };
 
+// Logits of many kinds: normal, tied, saturating, equal, with special values among them.
+inline constexpr int kLogitKinds = 5;
+inline void Fill(Random* random, int kind, std::vector<float>* values) {
+  constexpr float kSpecial[] = {kNan, kInf, -kInf, 0.0F, -0.0F, 1e-40F};
+  for (float& value : *values) {
+    switch (kind) {
+      case 0:
+        value = random->Normal();
+        break;
+      case 1:
+        value = static_cast<float>(random->Below(5)) - 2.0F;
+        break;
+      case 2:
+        value = 80.0F * random->Normal();
+        break;
+      case 3:
+        value = -1.0F;
+        break;
+      default:
+        value = random->Below(8) == 0 ? kSpecial[random->Below(6)] : random->Normal();
+    }
+  }
+}
+
 struct Method {
   std::string name;
   RoutingRule rule;

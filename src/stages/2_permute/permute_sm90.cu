@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kPermuteThreads, 4)
   sm90::TakeTurn();
   const FewSlots few = FewSlotsIn(memory);
   const auto live = static_cast<int>(LiveSlots(args));
+  ClearFewSlots(args, few);
   few.segments[threadIdx.x] = SegmentOf(args, threadIdx.x, live);
-  ClearCounts(args, few);
   __syncthreads();
   PermuteFewSlots(args, live, few);
 }

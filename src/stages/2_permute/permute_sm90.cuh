@@ -87,21 +87,22 @@ __device__ inline void SumWarps(const PermuteSm90Args& args, int64_t chunk,
   __syncthreads();
 }
 
-// Exclusive prefix sum over the block's threads of two values; `total` receives the sums. All may
-// write `warp_sums`, [kPermuteWarps], again afterwards.
+// Both fit 32 bits, as the outputs do.
 struct RowsAndTiles {
-  int64_t rows = 0;
-  int64_t tiles = 0;
+  int32_t rows = 0;
+  int32_t tiles = 0;
 };
 
+// Exclusive prefix sum over the first kPermuteThreads of the block; `total` receives the sums.
+// `warp_sums`, [kPermuteWarps], may be written again once all have met.
 __device__ inline RowsAndTiles BlockScan(const RowsAndTiles& mine, RowsAndTiles* warp_sums,
                                          RowsAndTiles& total) {
   const int lane = sm90::LaneId();
   const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
   RowsAndTiles sum = mine;
   for (int distance = 1; distance < sm90::kWarpSize; distance *= 2) {
-    const int64_t rows = __shfl_up_sync(sm90::kAllLanes, sum.rows, distance);
-    const int64_t tiles = __shfl_up_sync(sm90::kAllLanes, sum.tiles, distance);
+    const int32_t rows = __shfl_up_sync(sm90::kAllLanes, sum.rows, distance);
+    const int32_t tiles = __shfl_up_sync(sm90::kAllLanes, sum.tiles, distance);
     sum.rows += lane >= distance ? rows : 0;
     sum.tiles += lane >= distance ? tiles : 0;
   }
@@ -111,12 +112,12 @@ __device__ inline RowsAndTiles BlockScan(const RowsAndTiles& mine, RowsAndTiles*
   __syncthreads();
   total = {};
   for (int w = 0; w < kPermuteWarps; ++w) {
-    sum.rows += w < warp ? warp_sums[w].rows : 0;
-    sum.tiles += w < warp ? warp_sums[w].tiles : 0;
-    total.rows += warp_sums[w].rows;
-    total.tiles += warp_sums[w].tiles;
+    const RowsAndTiles other = warp_sums[w];
+    sum.rows += w < warp ? other.rows : 0;
+    sum.tiles += w < warp ? other.tiles : 0;
+    total.rows += other.rows;
+    total.tiles += other.tiles;
   }
-  __syncthreads();
   return {sum.rows - mine.rows, sum.tiles - mine.tiles};
 }
 
@@ -133,47 +134,58 @@ __device__ inline int32_t ScanChunks(const PermuteSm90Args& args, int segment, i
 }
 
 __device__ inline void WriteTiles(const PermuteSm90Args& args, int segment, int32_t count,
-                                  const RowsAndTiles& begin, int64_t tiles) {
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = begin.rows + i * args.options.tile;
-    const int64_t last = begin.rows + count;
-    const int64_t end = first + args.options.tile;
+                                  const RowsAndTiles& begin, int32_t tiles) {
+  const auto tile = static_cast<int32_t>(args.options.tile);
+  int32_t first = begin.rows;
+  int32_t left = count;
+#pragma unroll 1
+  for (int32_t i = 0; i < tiles; ++i) {
     args.tile_expert[begin.tiles + i] = segment;
-    args.tile_row_begin[begin.tiles + i] = static_cast<int32_t>(first);
-    args.tile_row_end[begin.tiles + i] = static_cast<int32_t>(end < last ? end : last);
+    args.tile_row_begin[begin.tiles + i] = first;
+    // Past the segment's end where nothing is left.
+    args.tile_row_end[begin.tiles + i] = first + min(left, tile);
+    first += tile;
+    left -= tile;
   }
 }
 
-// Of a segment with `count` slots.
+// Of a segment with `count` slots. No division where one cluster of tiles holds them.
 __device__ inline RowsAndTiles RowsAndTilesOf(const PermuteOptions& options, int32_t count) {
-  return {RoundUp(count, options.row_alignment),
-          CeilDiv(count, options.tile * options.cluster) * options.cluster};
+  const auto slots = static_cast<uint32_t>(count);
+  const auto unit = static_cast<uint32_t>(options.tile * options.cluster);
+  const uint32_t units = slots <= unit ? (slots > 0 ? 1U : 0U) : (slots + unit - 1) / unit;
+  // Rows are dense, or fill their tiles.
+  const uint32_t rows = options.row_alignment == 1 ? slots : units * unit;
+  return {static_cast<int32_t>(rows),
+          static_cast<int32_t>(units * static_cast<uint32_t>(options.cluster))};
 }
 
 // What the segment's place is: `begin` is where its rows and tiles begin, `mine` how many it has.
 // Padding rows are marked.
 __device__ inline void WriteSegment(const PermuteSm90Args& args, int segment, int32_t count,
                                     const RowsAndTiles& begin, const RowsAndTiles& mine) {
-  args.expert_offsets[segment] = static_cast<int32_t>(begin.rows);
+  args.expert_offsets[segment] = begin.rows;
   args.expert_counts[segment] = count;
   WriteTiles(args, segment, count, begin, mine.tiles);
-  for (int64_t row = begin.rows + count; row < begin.rows + mine.rows; ++row) {
+#pragma unroll 1
+  for (int32_t row = begin.rows + count; row < begin.rows + mine.rows; ++row) {
     args.row_to_slot[row] = -1;
     args.row_to_token[row] = -1;
   }
 }
 
 __device__ inline void WriteTotals(const PermuteSm90Args& args, const RowsAndTiles& total) {
-  args.expert_offsets[args.options.num_local_experts] = static_cast<int32_t>(total.rows);
-  *args.num_rows = static_cast<int32_t>(total.rows);
-  *args.num_tiles = static_cast<int32_t>(total.tiles);
+  args.expert_offsets[args.options.num_local_experts] = total.rows;
+  *args.num_rows = total.rows;
+  *args.num_tiles = total.tiles;
 }
 
-__device__ __forceinline__ void WriteSlot(const PermuteSm90Args& args, int64_t slot, int32_t row) {
+// Slots are counted in 32 bits, as in the maps.
+__device__ __forceinline__ void WriteSlot(const PermuteSm90Args& args, int32_t slot, int32_t row) {
   args.slot_to_row[slot] = row;
   if (row >= 0) {
-    args.row_to_slot[row] = static_cast<int32_t>(slot);
-    args.row_to_token[row] = static_cast<int32_t>(slot / args.slots_per_token);
+    args.row_to_slot[row] = slot;
+    args.row_to_token[row] = slot / args.slots_per_token;
   }
 }
 
@@ -198,6 +210,7 @@ __device__ inline void LayOutSegments(const PermuteSm90Args& args, int64_t live,
     }
     base.rows += total.rows;
     base.tiles += total.tiles;
+    __syncthreads();
   }
   if (threadIdx.x == 0) {
     WriteTotals(args, base);
@@ -229,14 +242,14 @@ __device__ inline void RankCounted(const PermuteSm90Args& args, int64_t chunk, i
     const int32_t before = segment >= 0 ? mine[segment] : 0;
     __syncwarp();
     if (segment >= 0) {
-      WriteSlot(args, slot,
+      WriteSlot(args, static_cast<int32_t>(slot),
                 args.expert_offsets[segment] + args.chunk_counts[chunk * segments + segment] +
                     before + rank);
       if (rank == 0) {
         mine[segment] = static_cast<uint16_t>(before + __popc(peers));
       }
     } else if (slot < range.end) {
-      WriteSlot(args, slot, -1);
+      WriteSlot(args, static_cast<int32_t>(slot), -1);
     }
     __syncwarp();
   }
@@ -272,32 +285,54 @@ __host__ __device__ inline int FewSlotsBytes(const PermuteSm90Args& args) {
 }
 // `shared` is 16-byte aligned.
 __device__ inline FewSlots FewSlotsIn(void* shared) {
-  auto* const sums = static_cast<RowsAndTiles*>(shared);
-  auto* const segments = static_cast<int32_t*>(static_cast<void*>(sums + kPermuteWarps));
-  return {segments, segments + kFewSlots, sums};
+  auto* const segments = static_cast<int32_t*>(shared);
+  auto* const sums = static_cast<RowsAndTiles*>(static_cast<void*>(segments + kFewSlots));
+  return {segments, static_cast<int32_t*>(static_cast<void*>(sums + kPermuteWarps)), sums};
 }
-// By the first kPermuteThreads, ahead of PermuteFewSlots.
-__device__ inline void ClearCounts(const PermuteSm90Args& args, const FewSlots& few) {
+// No slots yet. By the first kPermuteThreads, which meet the others before a slot is put there.
+__device__ inline void ClearFewSlots(const PermuteSm90Args& args, const FewSlots& few) {
+  few.segments[threadIdx.x] = -1;
+#pragma unroll 1
   for (int s = static_cast<int>(threadIdx.x); s < args.options.num_local_experts;
        s += kPermuteThreads) {
     few.counts[s] = 0;
   }
 }
 
+// Of the slots with the same segment as slot `slot`: how many there are, and how many come before.
+struct Peers {
+  int same = 0;
+  int before = 0;
+};
+__device__ inline Peers CountPeers(const FewSlots& few, int live, int slot, int32_t segment) {
+  const auto* fours = static_cast<const int4*>(static_cast<const void*>(few.segments));
+  const int own = slot / 4;
+  Peers peers;
+#pragma unroll 1
+  for (int i = 0; i < (live + 3) / 4; ++i) {
+    const int4 four = fours[i];
+    peers.before = i == own ? peers.same : peers.before;
+    peers.same += (four.x == segment ? 1 : 0) + (four.y == segment ? 1 : 0);
+    peers.same += (four.z == segment ? 1 : 0) + (four.w == segment ? 1 : 0);
+  }
+  const int4 four = fours[own];
+  peers.before += slot % 4 > 0 && four.x == segment ? 1 : 0;
+  peers.before += slot % 4 > 1 && four.y == segment ? 1 : 0;
+  peers.before += slot % 4 > 2 && four.z == segment ? 1 : 0;
+  return peers;
+}
+
 // All steps for `live` <= kFewSlots slots by kPermuteThreads. Precondition: few.segments has those
-// of the slots, few.counts zeros, and all threads have met since.
+// of the slots and -1 beyond, few.counts zeros, and all threads have met since.
 __device__ inline void PermuteFewSlots(const PermuteSm90Args& args, int live, const FewSlots& few) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int32_t segment = thread < live ? few.segments[thread] : -1;
-  int rank = 0;
-  int same = 0;
-  for (int slot = 0; slot < live; ++slot) {
-    const int equal = few.segments[slot] == segment ? 1 : 0;
-    same += equal;
-    rank += slot < thread ? equal : 0;
-  }
-  if (segment >= 0 && rank == 0) {
-    few.counts[segment] = same;
+  const int32_t segment = few.segments[thread];
+  Peers peers;
+  if (segment >= 0) {
+    peers = CountPeers(few, live, thread, segment);
+    if (peers.before == 0) {
+      few.counts[segment] = peers.same;
+    }
   }
   __syncthreads();
   const int segments = args.options.num_local_experts;
@@ -305,6 +340,7 @@ __device__ inline void PermuteFewSlots(const PermuteSm90Args& args, int live, co
   const int first = min(thread * share, segments);
   const int last = min(first + share, segments);
   RowsAndTiles mine;
+#pragma unroll 1
   for (int s = first; s < last; ++s) {
     const RowsAndTiles of_segment = RowsAndTilesOf(args.options, few.counts[s]);
     mine.rows += of_segment.rows;
@@ -312,11 +348,12 @@ __device__ inline void PermuteFewSlots(const PermuteSm90Args& args, int live, co
   }
   RowsAndTiles total;
   RowsAndTiles begin = BlockScan(mine, few.warp_sums, total);
+#pragma unroll 1
   for (int s = first; s < last; ++s) {
     const int32_t count = few.counts[s];
     const RowsAndTiles of_segment = RowsAndTilesOf(args.options, count);
     WriteSegment(args, s, count, begin, of_segment);
-    few.counts[s] = static_cast<int32_t>(begin.rows);
+    few.counts[s] = begin.rows;
     begin.rows += of_segment.rows;
     begin.tiles += of_segment.tiles;
   }
@@ -325,7 +362,7 @@ __device__ inline void PermuteFewSlots(const PermuteSm90Args& args, int live, co
   }
   __syncthreads();
   if (thread < live) {
-    WriteSlot(args, thread, segment >= 0 ? few.counts[segment] + rank : -1);
+    WriteSlot(args, thread, segment >= 0 ? few.counts[segment] + peers.before : -1);
   }
 }
 

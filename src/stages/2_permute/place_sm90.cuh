@@ -63,27 +63,29 @@ __device__ __forceinline__ Choice TakeChoice(const PlaceSm90Args& args, int64_t 
   return choice;
 }
 
-// Returns where: the local slot, or -1.
-__device__ __forceinline__ int32_t PlaceSlot(const PlaceSm90Args& args, int64_t token, int slot) {
-  const int slots = args.top_k + args.shared;
-  Choice choice;
-  int32_t local = 0;
+// What the slot holds.
+__device__ __forceinline__ Choice ChoiceOf(const PlaceSm90Args& args, int64_t token, int slot) {
   if (slot < args.top_k) {
     const int64_t at = token * args.top_k + slot;
-    choice = args.source == PlaceSource::kRouted ? Choice{args.ids[at], args.weights[at]}
-                                                 : TakeChoice(args, at);
-    local = LocalSlotOf(args, choice.id);
-  } else {
-    const int shared = slot - args.top_k;
-    const bool all = args.local.kind == ExpertMap::Kind::kAll;
-    choice.id = args.num_experts + shared;
-    choice.weight = args.shared_weights == nullptr
-                        ? args.shared_weight
-                        : LoadWeight(args.shared_weights, args.shared_weights_dtype,
-                                     token * args.shared + shared);
-    local = (all ? args.num_experts : args.local.count) + shared;
+    return args.source == PlaceSource::kRouted ? Choice{args.ids[at], args.weights[at]}
+                                               : TakeChoice(args, at);
   }
-  const int64_t out = token * slots + slot;
+  const int shared = slot - args.top_k;
+  const float weight = args.shared_weights == nullptr
+                           ? args.shared_weight
+                           : LoadWeight(args.shared_weights, args.shared_weights_dtype,
+                                        token * args.shared + shared);
+  return {args.num_experts + shared, weight};
+}
+
+// Writes the slot; returns where it is computed: the local slot, or -1.
+__device__ __forceinline__ int32_t PutSlot(const PlaceSm90Args& args, int64_t token, int slot,
+                                           const Choice& choice) {
+  const bool all = args.local.kind == ExpertMap::Kind::kAll;
+  const int32_t local = slot < args.top_k ? LocalSlotOf(args, choice.id)
+                                          : (all ? args.num_experts : args.local.count) +
+                                                (choice.id - args.num_experts);
+  const int64_t out = token * (args.top_k + args.shared) + slot;
   args.slot_weights[out] = choice.weight;
   args.local_slots[out] = local;
   if (args.routing_ids != nullptr) {
@@ -93,6 +95,10 @@ __device__ __forceinline__ int32_t PlaceSlot(const PlaceSm90Args& args, int64_t 
     args.routing_weights[out] = choice.weight;
   }
   return local;
+}
+
+__device__ __forceinline__ int32_t PlaceSlot(const PlaceSm90Args& args, int64_t token, int slot) {
+  return PutSlot(args, token, slot, ChoiceOf(args, token, slot));
 }
 
 }  // namespace hopyard::permute
