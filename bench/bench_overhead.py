@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call costs before and after the kernels: microseconds of the smallest layer.
 
-    python bench/bench_overhead.py [--json]
+    taskset -c 1 python bench/bench_overhead.py [--json COMMIT] [--device cuda]
 
 One token whose only slot is skipped (id -1), so that routing, permutation and GEMMs have nothing to
-do, and one token that takes the smallest expert; one thread. The least mean of many batches of
-calls: what else runs on the machine only adds. "operator alone" has a layer that computes nothing.
+do, and one token that takes the smallest expert; one thread. The least mean of many short batches
+of calls: what else runs on the machine only adds. "operator alone" has a layer that computes
+nothing. On a GPU the host's time alone, launches included: the device is waited for between
+batches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,21 +34,28 @@ except ImportError:
     torch = None
 
 HIDDEN, WIDTH, EXPERTS = 8, 8, 4
-BATCHES, CALLS = 25, 400
+BATCHES, CALLS = 400, 50
 GOALS_US = {"layer, torch": 8.0, "operator": 15.0, "operator, out": 15.0}
 
 
-def microseconds(call: Callable[[], Any]) -> float:
-    """Least mean time of a call over batches."""
-    for _ in range(CALLS):
-        call()
-    times = []
+def microseconds(
+    calls: dict[str, Callable[[], Any]], device: str
+) -> dict[str, tuple[float, float]]:
+    """Least and median mean time of each call over batches.
+
+    The calls take turns, so that each of them sees the quiet moments of the machine.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(BATCHES):
-        begin = time.perf_counter()
-        for _ in range(CALLS):
+        for name, call in calls.items():
             call()
-        times.append((time.perf_counter() - begin) / CALLS)
-    return 1e6 * min(times)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            times[name].append(1e6 * (time.perf_counter() - begin) / CALLS)
+    return {name: (min(spans[1:]), statistics.median(spans[1:])) for name, spans in times.items()}
 
 
 def numpy_arrays(expert: int) -> dict[str, Any]:
@@ -58,12 +71,13 @@ def numpy_arrays(expert: int) -> dict[str, Any]:
         "hidden": bits(1, HIDDEN),
         "ids": np.full((1, 1), expert, np.int32),
         "weights": np.ones((1, 1), np.float32),
+        "logits": np.zeros((1, EXPERTS), np.float32),
     }
 
 
-def torch_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
+def torch_arrays(arrays: dict[str, Any], device: str) -> dict[str, Any]:
     """The same in torch."""
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     return {n: t.view(torch.bfloat16) if t.dtype == torch.uint16 else t for n, t in tensors.items()}
 
 
@@ -116,24 +130,57 @@ def operator_calls(arrays: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     return {"operator alone": alone, "operator": returned, "operator, out": written}
 
 
+def route_calls(arrays: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Routing alone, and its operators."""
+    logits, rule = arrays["logits"], hopyard.RoutingRule.renormalize()
+    text = torch_ops.rule_text(rule)
+    ids, weights = hopyard.route(logits, rule, 1)
+    made, written = torch.ops.hopyard.route.default, torch.ops.hopyard.route_out.default
+    return {
+        "route, torch": lambda: hopyard.route(logits, rule, 1),
+        "route operator": lambda: made(logits, text, 1),
+        "route operator, out": lambda: written(logits, text, 1, ids, weights),
+    }
+
+
+def machine(commit: str) -> dict[str, Any]:
+    """What a line of results says of where it comes from."""
+    names = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "git": commit,
+        "cpu": names[0].partition(": ")[2] if names else platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": None if torch is None else torch.__version__,
+    }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    as_json = parser.parse_args().json
+    parser.add_argument("--json", metavar="COMMIT", help="one JSON object a line, for this commit")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda, which needs torch")
+    given = parser.parse_args()
     for path, expert in (("nothing to do", -1), ("one expert", 0)):
         arrays = numpy_arrays(expert)
-        calls = layer_calls(arrays, "numpy")
+        calls = layer_calls(arrays, "numpy") if given.device == "cpu" else {}
         if torch is not None:
             torch.set_grad_enabled(False)
-            tensors = torch_arrays(arrays)
+            tensors = torch_arrays(arrays, given.device)
             calls |= layer_calls(tensors, "torch") | operator_calls(tensors)
-        for name, call in calls.items():
-            value, goal = microseconds(call), GOALS_US.get(name)
-            if as_json:
-                print(json.dumps({"path": path, "call": name, "us": round(value, 2), "goal": goal}))
+            calls |= route_calls(tensors) if expert == 0 else {}
+        for name, (least, median) in microseconds(calls, given.device).items():
+            goal = GOALS_US.get(name)
+            if given.json is not None:
+                times = {"us": round(least, 2), "median_us": round(median, 2), "goal_us": goal}
+                line = {**machine(given.json), "device": given.device, "path": path, "call": name}
+                print(json.dumps({**line, **times}))
             else:
-                print(f"{path:14} {name:18} {value:7.2f} us" + (f"  goal {goal}" if goal else ""))
+                end = f"  goal {goal}" if goal else ""
+                print(f"{path:14} {name:20} {least:7.2f} us, median {median:7.2f} us{end}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times what runs before the first GEMM of a layer on a Hopper GPU (route, place, permute, and the
 // rounding of hidden states where the layer's formats want it), one JSON line per model, number of
-// tokens and way of launching: each stage by itself or, for few tokens, the first three in one
-// block; with and without overlap of launches:
+// tokens and way of launching: each stage by itself or, for few tokens, in as few launches as a
+// layer takes; with and without overlap of launches:
 //
 //   bench_route COMMIT [MODEL ...]
 //
@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "bench/gpu.h"
@@ -18,16 +19,12 @@
 #include "core/shape.h"
 #include "fused/route_permute_sm90.h"
 #include "gemm/sm90/operands.h"
-#include "stages/1_route/route_sm90.h"
-#include "stages/2_permute/permute_sm90.h"
-#include "stages/2_permute/place_sm90.h"
-#include "stages/3_gemm1/rows_sm90.h"
 
 namespace hopyard::bench {
 namespace {
 
 constexpr int kCalls = 8;
-constexpr int64_t kTokenCounts[] = {1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384};
+constexpr int64_t kTokenCounts[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384};
 constexpr int64_t kTile = 64;  // rows of a tile: how many tiles there are hardly matters here
 
 std::vector<float> DrawLogits(int64_t count, unsigned seed) {
@@ -39,7 +36,7 @@ std::vector<float> DrawLogits(int64_t count, unsigned seed) {
 }
 
 struct Way {
-  bool one_block = false;
+  bool together = false;
   bool overlap = false;
 };
 constexpr Way kWays[] = {{false, false}, {false, true}, {true, false}, {true, true}};
@@ -70,20 +67,10 @@ class Head {
   // BF16 rows in natural order are read as they come.
   [[nodiscard]] bool rounds() const { return to_ != gemm::sm90::RowFormat{}; }
 
-  [[nodiscard]] bool fits_one_block() const { return fused::FitsOneBlock(Args(nullptr)); }
+  [[nodiscard]] fused::RoutePermuteWay way() const { return fused::WayFor(Args(nullptr)); }
 
-  void Run(const float* logits, bool one_block, const device::Queue& queue) const {
-    const fused::RoutePermuteArgs args = Args(logits);
-    if (one_block) {
-      fused::RoutePermuteSm90(args, queue);
-    } else {
-      route::RouteSm90(args.route, queue);
-      permute::PlaceSm90(args.place, queue);
-      permute::PermuteSm90(args.permute, queue);
-    }
-    if (rounds()) {
-      RoundRows(queue);
-    }
+  void Run(const float* logits, fused::RoutePermuteWay way, const device::Queue& queue) const {
+    fused::RoutePermuteSm90(Args(logits), way, queue);
   }
 
   // Bytes that cannot be avoided: logits, hidden states in and out, three maps per slot.
@@ -118,6 +105,9 @@ class Head {
     place.slot_weights = slot_weights_.get();
     place.local_slots = local_slots_.get();
     args.permute = PermuteArgs();
+    if (rounds()) {
+      args.rounding[args.roundings++] = RoundArgs();
+    }
     return args;
   }
   [[nodiscard]] permute::PermuteSm90Args PermuteArgs() const {
@@ -145,7 +135,7 @@ class Head {
     args.num_rows = take(1);
     return args;
   }
-  void RoundRows(const device::Queue& queue) const {
+  [[nodiscard]] gemm1::RoundRowsArgs RoundArgs() const {
     gemm1::RoundRowsArgs args;
     args.to = to_;
     args.row_global = spec_.activations == ActivationFormat::kNvFp4PerToken;
@@ -158,7 +148,7 @@ class Head {
     args.out_pitch = pitch();
     args.out_block_scales = scales_.get();
     args.out_row_scales = scales_.get();
-    gemm1::RoundRowsSm90(args, queue);
+    return args;
   }
 
   MoeSpec spec_;
@@ -179,6 +169,20 @@ class Head {
   DeviceBuffer<float> one_;
 };
 
+// The launches, one after the other.
+std::string NameOf(fused::RoutePermuteWay way, bool rounds) {
+  const std::string also = rounds ? " + round" : "";
+  switch (way) {
+    case fused::RoutePermuteWay::kOneBlock:
+      return "one block" + also;
+    case fused::RoutePermuteWay::kTokenBlock:
+      return "block per token" + also + ", permute";
+    case fused::RoutePermuteWay::kApart:
+      break;
+  }
+  return rounds ? "route, place, permute, round" : "route, place, permute";
+}
+
 void BenchTokens(const Machine& machine, const ModelShape& shape, int64_t tokens) {
   const MoeSpec& spec = shape.spec;
   std::vector<DeviceBuffer<float>> logits;
@@ -187,17 +191,18 @@ void BenchTokens(const Machine& machine, const ModelShape& shape, int64_t tokens
   }
   const Head head(spec, tokens);
   for (const Way& way : kWays) {
-    if (way.one_block && !head.fits_one_block()) {
+    const fused::RoutePermuteWay launches =
+        way.together ? head.way() : fused::RoutePermuteWay::kApart;
+    if (way.together && launches == fused::RoutePermuteWay::kApart) {
       continue;
     }
     CaseResult result;
     result.model = shape.name;
     result.tokens = tokens;
     result.bytes = head.Bytes();
-    result.tactic = way.one_block ? "one block" : "route, place, permute";
-    result.tactic += head.rounds() ? ", round" : "";
+    result.tactic = NameOf(launches, head.rounds());
     result.times = TimeInGraph(kCalls, [&](int i, cudaStream_t stream) {
-      head.Run(logits[static_cast<size_t>(i)].get(), way.one_block, {stream, way.overlap});
+      head.Run(logits[static_cast<size_t>(i)].get(), launches, {stream, way.overlap});
     });
     PrintCase(machine, result,
               {{"weights", ToString(spec.weights)},

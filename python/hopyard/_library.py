@@ -64,16 +64,17 @@ for _name, _cls in (
 # Functions of src/ffi/exports.cc. The module stays loaded until the process ends: objects that it
 # made hold pointers to its code.
 lib: Any = tvm_ffi.load_module(_library_path())
-for _name in (
-    "forward",
-    "route",
-    "fused_topk_deepseek",
-    "quantize",
-    "dequantize",
-    "make_weights",
-    "copy_weights",
-    "update_weights",
-    "new_tensor",
-    "copy_tensor",
+call_layer: Any = lib.layer_function()
+for _function in (
+    call_layer,
+    lib.route,
+    lib.fused_topk_deepseek,
+    lib.quantize,
+    lib.dequantize,
+    lib.make_weights,
+    lib.copy_weights,
+    lib.update_weights,
+    lib.new_tensor,
+    lib.copy_tensor,
 ):  # what computes, copies, or waits for a GPU
-    getattr(lib, _name).release_gil = True  # whatever the environment's default is
+    _function.release_gil = True  # whatever the environment's default is

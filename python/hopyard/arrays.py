@@ -9,6 +9,8 @@ GPU are torch's, CuPy's, or any that speak DLPack.
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +27,11 @@ Array: TypeAlias = Any
 
 _BYTE_FLOATS = ("float8_e4m3fn", "float8_e8m0fnu")
 _TORCH_BYTES = (*_BYTE_FLOATS, "float4_e2m1fn_x2")
+
+# Types whose values the extension's functions take without `as_tensor`: each of an array's dtypes
+# crosses, or is refused there by the name of the argument. Torch's are added when the first of its
+# tensors is seen. Subclasses are others: what they override is not known.
+crosses_as_it_is: set[type] = {tvm_ffi.Tensor, int, bool}
 
 
 def to_bf16(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
@@ -84,9 +91,10 @@ def dtype_name(array: Any) -> str:
 
 
 def _numpy_tensor(array: npt.NDArray[Any]) -> Any:
-    if array.dtype.name == "bfloat16":
+    name = dtype_name(array)
+    if name == "bfloat16":
         array = array.view(np.uint16)
-    elif array.dtype.name in _BYTE_FLOATS:
+    elif name in _BYTE_FLOATS:
         array = array.view(np.uint8)
     if array.flags.writeable:
         return tvm_ffi.from_dlpack(array)
@@ -97,7 +105,31 @@ def _numpy_tensor(array: npt.NDArray[Any]) -> Any:
         return tvm_ffi.from_dlpack(array.copy())
 
 
+def _exports_every_dtype(torch: Any) -> bool:
+    """Whether torch has DLPack's fast export, which tvm_ffi uses, for all dtypes of numbers."""
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):  # before torch 2.10
+        return False
+    if os.environ.get("TVM_FFI_SKIP_DLPACK_C_EXCHANGE_API", "0") == "1":
+        return False
+    sample = torch.empty(2, dtype=torch.uint8, device="cpu")
+    try:
+        for name in _TORCH_BYTES:
+            if hasattr(torch, name):
+                tvm_ffi.from_dlpack(sample.view(getattr(torch, name)))
+    except (BufferError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+@functools.cache
+def _look_at_torch() -> None:
+    torch = sys.modules["torch"]
+    if _exports_every_dtype(torch):
+        crosses_as_it_is.update((torch.Tensor, torch.nn.Parameter))
+
+
 def _torch_tensor(tensor: Any) -> Any:
+    _look_at_torch()
     if dtype_name(tensor) in _TORCH_BYTES:
         tensor = tensor.view(sys.modules["torch"].uint8)
     if tensor.requires_grad:
@@ -245,7 +277,8 @@ def _cupy_stream(cupy: Any, stream: int | None) -> AbstractContextManager[Any]:
 def _new_of_torch(like: Any, shape: tuple[int, ...], dtype: str, fill: int | None) -> Array:
     torch = sys.modules["torch"]
     place = {"dtype": getattr(torch, dtype), "device": like.device}
-    return torch.empty(shape, **place) if fill is None else torch.full(shape, fill, **place)
+    # Sizes one by one: a tuple takes torch longer to read than the memory to find.
+    return torch.empty(*shape, **place) if fill is None else torch.full(shape, fill, **place)
 
 
 def empty_like_kind(

@@ -7,20 +7,19 @@ import copy
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
-from hopyard._library import lib
+from hopyard._library import call_layer, lib
 from hopyard.arrays import (
     Array,
-    as_output,
     as_tensor,
+    crosses_as_it_is,
     empty_like_kind,
     gradients_enabled,
     is_torch,
     raise_requires_grad,
     refuse_gradients,
-    require_not_float32,
-    token_count,
 )
-from hopyard.devices import Device, device_name, parse_device, stream_of
+from hopyard.calls import CallOptions, Form, converted, fault_of, form_of, option_value
+from hopyard.devices import CPU, Device, device_name, parse_device, stream_of
 from hopyard.spec import MoeSpec, spec_to_map
 from hopyard.weights import Weights
 from hopyard.workspace import Workspaces
@@ -80,115 +79,6 @@ class Explanation:
 
     def __str__(self) -> str:
         return self.text
-
-
-class CallOptions(TypedDict, total=False):
-    """Keyword arguments of a call, all optional; T tokens, K = top_k, E experts, S shared, H, I.
-
-    Routing is one of: `logits`; `ids` and `weights`; `ids` and `logits` (ids forced, weights
-    recomputed); `packed`; `token_ids`, `token_to_experts` and `logits`.
-
-    Attributes:
-        logits: [T, E] float32 or bfloat16 router logits.
-        routing_bias: [E] float32 or bfloat16 selection bias.
-        ids: [T, K] int32 (with `logits` also int16); an id outside [0, E) skips its slot.
-        weights: [T, K] float32 or bfloat16.
-        packed: [T, K] int32, (id << 16) | bfloat16 bits of the weight.
-        token_ids: [T] int32 or int64.
-        token_to_experts: [vocabulary, K] int32.
-        shared_weights: [T, S] float32 or bfloat16.
-        expert_table: [E] int32, logical id -> local slot, for `ExpertMap(kind="table")`.
-        hidden_scales: block scales of quantised hidden states, [T, blocks] or [T].
-        token_scales: [T] float32, activations "nvfp4_per_token".
-        gemm1_delta: [T, K, f * I] bfloat16, rows up|gate, added to GEMM1 (LoRA).
-        num_tokens: live tokens, at most T; rows beyond stay untouched. An int is the same as fewer
-            rows: nothing is read from a device, and a captured graph keeps it. An int32 scalar
-            array on the layer's device is read when the work runs, in a graph at each replay;
-            there it is clamped to 0 .. T.
-        out: [T, W] bfloat16, W <= H, written instead of a new array.
-        accumulate: add to `out`.
-        replay_out: [>= T, K] int16, receives the selected ids.
-        load_out: [E] int32 or int64, increased by the tokens of each expert.
-        routing_weights_out: [T, K + S] float32.
-        routing_ids_out: [T, K + S] int32.
-        rows_out: [T * (K + S), H] bfloat16, GEMM2 rows before they are summed.
-        finalize: False: no sum, `rows_out` is the result.
-        slot_to_row_out: [T, K + S] int32, row of each slot or -1.
-        gemm1_activation_out: [T * (K + S), I] bfloat16.
-        stream: GPU: handle of the CUDA stream as an int, where the work is enqueued. Without it,
-            torch's current stream of the layer's device if `hidden` is a torch tensor, else the
-            legacy default stream, 0. The caller orders it with his other streams. A new array is
-            memory of that stream. CUDA's per-thread default stream, 2, is refused.
-    """
-
-    logits: Array
-    routing_bias: Array
-    ids: Array
-    weights: Array
-    packed: Array
-    token_ids: Array
-    token_to_experts: Array
-    shared_weights: Array
-    expert_table: Array
-    hidden_scales: Array
-    token_scales: Array
-    gemm1_delta: Array
-    num_tokens: int | Array
-    out: Array
-    accumulate: bool
-    replay_out: Array
-    load_out: Array
-    routing_weights_out: Array
-    routing_ids_out: Array
-    rows_out: Array
-    finalize: bool
-    slot_to_row_out: Array
-    gemm1_activation_out: Array
-    stream: int
-
-
-_INPUT_NAMES = {
-    "logits": "logits",
-    "routing_bias": "routing_bias",
-    "ids": "expert_ids",
-    "weights": "expert_weights",
-    "packed": "packed_ids",
-    "token_ids": "token_ids",
-    "token_to_experts": "token_to_experts",
-    "shared_weights": "shared_weights",
-    "expert_table": "expert_table",
-    "hidden_scales": "hidden_scales",
-    "token_scales": "token_scales",
-    "gemm1_delta": "gemm1_delta",
-}
-_OUTPUT_NAMES = {
-    "replay_out": "replay",
-    "load_out": "expert_load",
-    "routing_weights_out": "routing_weights",
-    "routing_ids_out": "routing_ids",
-    "rows_out": "rows",
-    "slot_to_row_out": "slot_to_row",
-    "gemm1_activation_out": "gemm1_activation",
-}
-_ROUTING_MODES = {
-    frozenset({"logits"}): "logits",
-    frozenset({"packed"}): "packed",
-    frozenset({"ids", "weights"}): "unpacked",
-    frozenset({"ids", "logits"}): "replay",
-    frozenset({"token_ids", "token_to_experts", "logits"}): "hash",
-}
-_ROUTING_NAMES = frozenset().union(*_ROUTING_MODES)
-
-
-def _routing_mode(given: dict[str, Any]) -> str:
-    names = _ROUTING_NAMES.intersection(given)
-    mode = _ROUTING_MODES.get(names)
-    if mode is None:
-        raise ValueError(
-            f"routing arguments are {sorted(names)}, wanted exactly one of: logits; ids and "
-            "weights; ids and logits; packed; token_ids, token_to_experts and logits"
-        )
-    return mode
 
 
 def explain(spec: MoeSpec, device: Device = "cpu", **options: Unpack[PlanOptions]) -> Explanation:
@@ -321,44 +211,29 @@ class MoeLayer:
                 "them there (Weights.to), or leave device out"
             )
 
-    def _inputs(self, hidden: Array, call: dict[str, Any], stream: int) -> dict[str, Any]:
-        require_not_float32(hidden, "hidden")
-        inputs = {
-            "routing": _routing_mode(call),
-            "hidden_states": as_tensor(hidden, "hidden", stream),
-        }
-        for name, array in call.items():
-            if name in _INPUT_NAMES:
-                inputs[_INPUT_NAMES[name]] = as_tensor(array, name, stream)
-        if "num_tokens" in call:
-            inputs["num_tokens"] = token_count(call["num_tokens"], stream)
-        return inputs
-
-    def _result(self, hidden: Array, call: dict[str, Any], stream: int) -> Array:
-        result = call.get("out")
+    def _result(
+        self, hidden: Array, call: dict[str, Any], form: Form, stream: int | None
+    ) -> tuple[Array, Any]:
+        """What a call returns, and where it is new, as the extension takes it."""
+        if form.makes_output:
+            return self._new_output(hidden, None, stream)
         if not call.get("finalize", True):
             if "rows_out" not in call:
                 raise ValueError("finalize is False without rows_out, wanted an array for the rows")
-            if result is not None or call.get("accumulate"):
+            if "out" in call or call.get("accumulate"):
                 raise ValueError("finalize is False, wanted neither out nor accumulate: no sums")
-            return call["rows_out"]
-        if result is not None:
-            require_not_float32(result, "out")
-            return result
+            return call["rows_out"], None
+        if "out" in call:
+            return call["out"], None
         if call.get("accumulate"):
             raise ValueError("accumulate is set without out, wanted an array to add to")
-        shape = (int(hidden.shape[0]), self._spec.hidden_size)
-        fill = 0 if "num_tokens" in call else None
-        return empty_like_kind(hidden, shape, "bfloat16", fill=fill, stream=stream)
+        return self._new_output(hidden, 0 if "num_tokens" in call else None, stream)
 
-    def _outputs(self, result: Array, call: dict[str, Any], stream: int) -> dict[str, Any]:
-        outputs: dict[str, Any] = {"accumulate": bool(call.get("accumulate", False))}
-        if call.get("finalize", True):
-            outputs["output"] = as_output(result, "out", stream)
-        for name, array in call.items():
-            if name in _OUTPUT_NAMES:
-                outputs[_OUTPUT_NAMES[name]] = as_output(array, name, stream)
-        return outputs
+    def _new_output(self, hidden: Array, fill: int | None, stream: int | None) -> tuple[Array, Any]:
+        tokens = hidden.shape[0] if len(hidden.shape) > 0 else 0  # a scalar is refused later
+        shape = (int(tokens), self._spec.hidden_size)
+        made = empty_like_kind(hidden, shape, "bfloat16", fill=fill, stream=stream)
+        return made, made if type(made) in crosses_as_it_is else as_tensor(made, "output")
 
     def _refuse_gradients(self, hidden: Array, call: dict[str, Any]) -> None:
         refuse_gradients({"hidden": hidden, **call})
@@ -384,20 +259,44 @@ class MoeLayer:
             MemoryError: there is no memory for the workspace (torch's OutOfMemoryError where the
                 memory is torch's).
         """
-        given: dict[str, Any] = {k: v for k, v in call.items() if v is not None}
-        if not given.keys() <= CallOptions.__optional_keys__:
-            unknown = sorted(given.keys() - CallOptions.__optional_keys__)
-            raise TypeError(f"a layer got unexpected arguments {unknown}")
-        if gradients_enabled():
-            self._refuse_gradients(hidden, given)
         uses_torch = is_torch(hidden)
-        stream = stream_of(self._device, given.get("stream"), uses_torch=uses_torch)
-        inputs = self._inputs(hidden, given, stream)
-        result = self._result(hidden, given, stream)
-        outputs = self._outputs(result, given, stream)
-        workspace = self._workspaces.take(stream, uses_torch=uses_torch)
+        if gradients_enabled():
+            self._refuse_gradients(hidden, call)
+        if self._device == CPU and "stream" not in call:
+            stream = 0
+        else:
+            stream = stream_of(self._device, call.get("stream"), uses_torch=uses_torch)
+        given: dict[str, Any] = call
+        for value in call.values():
+            if type(value) not in crosses_as_it_is:
+                call = {k: v for k, v in call.items() if v is not None}
+                given = converted(call, stream)
+                break
+        form = form_of(tuple(given))
+        if form.options:
+            given |= {name: option_value(name, given[name], stream) for name in form.options}
+        # Torch allocates in the order of its current stream, which is the one unless one is named.
+        current = uses_torch and "stream" not in call
+        as_it_is = uses_torch and type(hidden) in crosses_as_it_is
+        states = hidden if as_it_is else as_tensor(hidden, "hidden", stream)
+        result, output = self._result(hidden, call, form, None if current else stream)
+        workspace = self._workspaces.take(stream, uses_torch=uses_torch, current=current)
         try:
-            lib.forward(self._plan, self._weights._handle, inputs, outputs, workspace, stream)
+            call_layer(
+                self._plan,
+                self._weights._handle,
+                form.handle,
+                workspace,
+                stream,
+                states,
+                output,
+                *given.values(),
+            )
+        except Exception:
+            fault = fault_of(hidden, call, stream)
+            if fault is None:
+                raise
+            raise fault from None
         finally:
             self._workspaces.give(workspace, stream, uses_torch=uses_torch)
         return result

@@ -20,6 +20,9 @@ from hopyard.arrays import (
 from hopyard.devices import device_of, stream_of
 from hopyard.spec import RoutingRule, rule_to_map
 
+_ROUTE_INPUTS = {"forced_ids", "token_ids", "token_to_experts"}
+_ROUTE_RESULTS = {"ids_out", "weights_out"}
+
 
 def route(
     logits: Array,
@@ -27,12 +30,12 @@ def route(
     top_k: int,
     *,
     bias: Array | None = None,
-    weights_dtype: Literal["float32", "bfloat16"] = "float32",
+    weights_dtype: Literal["float32", "bfloat16"] | None = None,
     replay_out: Array | None = None,
     load_out: Array | None = None,
     num_tokens: int | Array | None = None,
     stream: int | None = None,
-    **forced: Array,
+    **others: Array,
 ) -> tuple[Array, Array]:
     """Choose and weight the experts of every token; bit-identical to the routing of a layer.
 
@@ -43,42 +46,50 @@ def route(
         rule: the routing method.
         top_k: K.
         bias: [E] selection bias, the same dtypes; None = zeros.
-        weights_dtype: dtype of the weights returned.
+        weights_dtype: dtype of the weights returned; None is that of `weights_out`, else float32.
         replay_out: [>= T, K] int16, receives the ids.
         load_out: [E] int32 or int64, is increased by the tokens of each expert.
-        num_tokens: live rows, at most T; later rows are left alone (id -1, weight 0 in the arrays
-            returned). An int is the same as fewer rows; an int32 scalar array lies with the logits.
+        num_tokens: live rows, at most T; later rows are left alone (id -1, weight 0 in new
+            arrays). An int is the same as fewer rows; an int32 scalar array lies with the logits.
         stream: GPU: handle of the CUDA stream, as for a layer's call.
-        **forced: `forced_ids` [T, K] int16 or int32: ids given, weights recomputed from logits
-            (an id outside [0, E) skips its slot); or `token_ids` [T] int32 or int64 and
+        **others: `ids_out` [T, K] int32 and `weights_out` [T, K] float32 or bfloat16, written
+            instead of new arrays. `forced_ids` [T, K] int16 or int32: ids given, weights recomputed
+            from logits (an id outside [0, E) skips its slot); or `token_ids` [T] int32 or int64 and
             `token_to_experts` [vocabulary, K] int32: ids by token id.
 
     Returns:
-        ids [T, K] int32 in descending score order (-1 = skipped), weights [T, K]. Arrays of the
-        kind of `logits`.
+        ids [T, K] int32 in descending score order (-1 = skipped), weights [T, K]: `ids_out` and
+        `weights_out` where they are given, else new arrays of the kind of `logits`.
 
     Raises:
         ValueError: naming the argument, what it is and what was wanted.
     """
-    unknown = sorted(set(forced) - {"forced_ids", "token_ids", "token_to_experts"})
+    unknown = sorted(others.keys() - _ROUTE_INPUTS - _ROUTE_RESULTS)
     if unknown:
         raise TypeError(f"route got unexpected arguments {unknown}")
+    given = {name: array for name, array in others.items() if array is not None}
     if gradients_enabled():
-        refuse_gradients({"logits": logits, "bias": bias})
+        refuse_gradients({"logits": logits, "bias": bias, **given})
     handle = stream_of(device_of(logits), stream, uses_torch=is_torch(logits))
     inputs = {"logits": as_tensor(logits, "logits", handle)}
-    for name, array in {"bias": bias, **forced}.items():
-        if array is not None:
+    for name, array in {"bias": bias, **given}.items():
+        if array is not None and name not in _ROUTE_RESULTS:
             inputs[name] = as_tensor(array, name, handle)
     if num_tokens is not None:
         inputs["num_tokens"] = token_count(num_tokens, handle)
+    ids, weights = given.get("ids_out"), given.get("weights_out")
+    if weights is not None:
+        _check_dtype(weights, weights_dtype)
     shape = (int(logits.shape[0]), top_k)
     no_id, no_weight = (-1, 0) if num_tokens is not None else (None, None)
-    ids = empty_like_kind(logits, shape, "int32", fill=no_id, stream=handle)
-    weights = empty_like_kind(logits, shape, weights_dtype, fill=no_weight, stream=handle)
+    if ids is None:
+        ids = empty_like_kind(logits, shape, "int32", fill=no_id, stream=handle)
+    if weights is None:
+        dtype = weights_dtype or "float32"
+        weights = empty_like_kind(logits, shape, dtype, fill=no_weight, stream=handle)
     outputs = {
-        "expert_ids": as_output(ids, "ids", handle),
-        "weights": as_output(weights, "weights", handle),
+        "expert_ids": as_output(ids, "ids_out", handle),
+        "weights": as_output(weights, "weights_out", handle),
     }
     if replay_out is not None:
         outputs["replay"] = as_output(replay_out, "replay_out", handle)
@@ -86,6 +97,17 @@ def route(
         outputs["expert_load"] = as_output(load_out, "load_out", handle)
     lib.route(rule_to_map(rule), top_k, inputs, outputs, handle)
     return ids, weights
+
+
+def _check_dtype(weights_out: Array, wanted: str | None) -> None:
+    """Refuse weights of another dtype than the caller asked for; NumPy's bfloat16 are uint16."""
+    name = dtype_name(weights_out)
+    if wanted is None or name == wanted or (wanted == "bfloat16" and name == "uint16"):
+        return
+    raise ValueError(
+        f"weights_out has dtype {name}, wanted {wanted}, the weights_dtype; leave weights_dtype "
+        "out, and the dtype is that of weights_out"
+    )
 
 
 def fused_topk_deepseek(

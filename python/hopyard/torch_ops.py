@@ -12,6 +12,7 @@ Importing this module registers them (torch >= 2.9); `import hopyard` alone neve
     hopyard::moe(hidden, layer, *, inputs) -> output
     hopyard::moe_out(hidden, layer, out!, *, accumulate, finalize, inputs, replay_out!, ...) -> ()
     hopyard::route(logits, rule, top_k, *, inputs, replay_out!, load_out!) -> (ids, weights)
+    hopyard::route_out(logits, rule, top_k, ids!, weights!, *, inputs, replay_out!, ...) -> ()
 
 Keyword arguments are those of a layer's call (`hopyard.CallOptions`) and of `hopyard.route`, as
 tensors; "!" marks what is written. `hopyard::moe` writes none of its arguments, which lets a
@@ -36,6 +37,7 @@ inside of a compiled region that calls their layer, for the write may be moved b
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import threading
@@ -128,8 +130,6 @@ def _layer_of(number: int) -> MoeLayer:
 
 
 def _refuse_gradients(name: str, **arguments: Any) -> None:
-    if not torch.is_grad_enabled():
-        return
     for argument, tensor in arguments.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             raise NotImplementedError(
@@ -139,7 +139,8 @@ def _refuse_gradients(name: str, **arguments: Any) -> None:
 
 
 def _moe(hidden: torch.Tensor, layer: int, **call: Any) -> torch.Tensor:
-    _refuse_gradients("moe", hidden=hidden, **call)
+    if torch.is_grad_enabled():
+        _refuse_gradients("moe", hidden=hidden, **call)
     found = _layer_of(layer)
     if found.spec.hidden_size != hidden.shape[-1]:
         raise ValueError(
@@ -151,7 +152,8 @@ def _moe(hidden: torch.Tensor, layer: int, **call: Any) -> torch.Tensor:
 
 
 def _moe_fake(hidden: torch.Tensor, layer: int, **call: Any) -> torch.Tensor:
-    _refuse_gradients("moe", hidden=hidden, **call)
+    if torch.is_grad_enabled():
+        _refuse_gradients("moe", hidden=hidden, **call)
     return hidden.new_empty(hidden.shape, dtype=torch.bfloat16)
 
 
@@ -163,20 +165,23 @@ def _require_result(out: torch.Tensor | None, call: dict[str, Any]) -> None:
 
 
 def _moe_out(hidden: torch.Tensor, layer: int, out: torch.Tensor | None, **call: Any) -> None:
-    _refuse_gradients("moe_out", hidden=hidden, out=out, **call)
+    if torch.is_grad_enabled():
+        _refuse_gradients("moe_out", hidden=hidden, out=out, **call)
     _require_result(out, call)
     _layer_of(layer)(hidden, out=out, **call)
 
 
 def _moe_out_fake(hidden: torch.Tensor, layer: int, out: torch.Tensor | None, **call: Any) -> None:
-    _refuse_gradients("moe_out", hidden=hidden, out=out, **call)
+    if torch.is_grad_enabled():
+        _refuse_gradients("moe_out", hidden=hidden, out=out, **call)
     _require_result(out, call)
 
 
 def _route(
     logits: torch.Tensor, rule: str, top_k: int, *, bf16_weights: bool = False, **call: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _refuse_gradients("route", logits=logits, **call)
+    if torch.is_grad_enabled():
+        _refuse_gradients("route", logits=logits, **call)
     dtype = "bfloat16" if bf16_weights else "float32"
     return _routing.route(logits, _parse_rule(rule), top_k, weights_dtype=dtype, **call)
 
@@ -184,12 +189,40 @@ def _route(
 def _route_fake(
     logits: torch.Tensor, rule: str, top_k: int, *, bf16_weights: bool = False, **call: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _refuse_gradients("route", logits=logits, **call)
+    if torch.is_grad_enabled():
+        _refuse_gradients("route", logits=logits, **call)
     dtype = torch.bfloat16 if bf16_weights else torch.float32
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=dtype)
 
 
+def _route_out(
+    logits: torch.Tensor,
+    rule: str,
+    top_k: int,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    **call: Any,
+) -> None:
+    if torch.is_grad_enabled():
+        _refuse_gradients("route_out", logits=logits, ids=ids, weights=weights, **call)
+    outputs = {"ids_out": ids, "weights_out": weights}
+    _routing.route(logits, _parse_rule(rule), top_k, **outputs, **call)
+
+
+def _route_out_fake(
+    logits: torch.Tensor,
+    rule: str,
+    top_k: int,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    **call: Any,
+) -> None:
+    if torch.is_grad_enabled():
+        _refuse_gradients("route_out", logits=logits, ids=ids, weights=weights, **call)
+
+
+@functools.lru_cache(maxsize=64)  # of texts, each of which means one rule; errors are not kept
 def _parse_rule(text: str) -> RoutingRule:
     try:
         fields = json.loads(text)
@@ -225,6 +258,8 @@ _SCHEMAS = {
         _route,
         _route_fake,
     ),
+    "route_out(Tensor logits, str rule, int top_k, Tensor(a!) ids, Tensor(z!) weights, *, "
+    f"{_arguments(_ROUTE_READ + _ROUTE_WRITTEN)}) -> ()": (_route_out, _route_out_fake),
 }
 
 # Python kernels for the backends and none for autograd: one there would double a call's overhead,

@@ -8,6 +8,7 @@ other there. So a workspace is used again on the stream that it was made for, an
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,12 @@ def _on_host(size: int) -> Any:
     return as_tensor(memory[offset : offset + size], "workspace")
 
 
-def _of_torch(size: int, device: int, stream: int) -> Any:
+def _of_torch(size: int, device: int, stream: int | None) -> Any:
     """Memory of torch's allocator, which itself keeps it to the stream, or the captured graph."""
     torch = sys.modules["torch"]
     # At least a byte, so that there is a pointer; the allocator aligns to 512 bytes.
     shape, place = max(size, 1), torch.device("cuda", device)
-    with torch_stream(device, stream):
+    with nullcontext() if stream is None else torch_stream(device, stream):
         return torch.empty(shape, dtype=torch.uint8, device=place)
 
 
@@ -52,10 +53,17 @@ class Workspaces:
         if device == CPU:
             self._free[0] = [_on_host(size)]
 
-    def take(self, stream: int, *, uses_torch: bool) -> Any:
-        """A workspace that nothing else uses until it is given back."""
+    def take(self, stream: int, *, uses_torch: bool, current: bool = False) -> Any:
+        """A workspace that nothing else uses until it is given back.
+
+        Args:
+            stream: that uses it.
+            uses_torch: whether torch's allocator is to make it.
+            current: the stream is known to be torch's current one.
+        """
         if self._device != CPU and uses_torch:
-            return as_tensor(_of_torch(self._size, self._device, stream), "workspace")
+            place = None if current else stream
+            return as_tensor(_of_torch(self._size, self._device, place), "workspace")
         try:
             return self._free.setdefault(stream, []).pop()
         except IndexError:  # all of this stream are in use by other threads

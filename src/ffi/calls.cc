@@ -1,12 +1,64 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "calls.h"
 
-#include <initializer_list>
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <string_view>
 
 namespace hopyard::binding {
 namespace {
+
+namespace ffi = tvm::ffi;
+
+constexpr TensorField<MoeInputs> kInputs[] = {
+    {"hidden_states", &MoeInputs::hidden_states, Rows::kTokens},
+    {"hidden_scales", &MoeInputs::hidden_scales, Rows::kTokens},
+    {"token_scales", &MoeInputs::token_scales, Rows::kTokens},
+    {"logits", &MoeInputs::logits, Rows::kTokens},
+    {"routing_bias", &MoeInputs::routing_bias},
+    {"packed_ids", &MoeInputs::packed_ids, Rows::kTokens},
+    {"expert_ids", &MoeInputs::expert_ids, Rows::kTokens},
+    {"expert_weights", &MoeInputs::expert_weights, Rows::kTokens},
+    {"token_ids", &MoeInputs::token_ids, Rows::kTokens},
+    {"token_to_experts", &MoeInputs::token_to_experts},
+    {"shared_weights", &MoeInputs::shared_weights, Rows::kTokens},
+    {"expert_table", &MoeInputs::expert_table},
+    {"num_tokens", &MoeInputs::num_tokens},
+    {"gemm1_delta", &MoeInputs::gemm1_delta, Rows::kTokens},
+};
+constexpr TensorField<MoeOutputs> kOutputs[] = {
+    {"output", &MoeOutputs::output, Rows::kTokens},
+    {"replay", &MoeOutputs::replay},
+    {"expert_load", &MoeOutputs::expert_load},
+    {"routing_weights", &MoeOutputs::routing_weights, Rows::kTokens},
+    {"routing_ids", &MoeOutputs::routing_ids, Rows::kTokens},
+    {"slot_to_row", &MoeOutputs::slot_to_row, Rows::kTokens},
+    {"rows", &MoeOutputs::rows, Rows::kSlots},
+    {"gemm1_activation", &MoeOutputs::gemm1_activation, Rows::kSlots},
+};
+constexpr TensorField<RouteInputs> kRouteInputs[] = {
+    {"logits", &RouteInputs::logits, Rows::kTokens},
+    {"bias", &RouteInputs::bias},
+    {"forced_ids", &RouteInputs::forced_ids, Rows::kTokens},
+    {"token_ids", &RouteInputs::token_ids, Rows::kTokens},
+    {"token_to_experts", &RouteInputs::token_to_experts},
+    {"num_tokens", &RouteInputs::num_tokens},
+};
+constexpr TensorField<RouteOutputs> kRouteOutputs[] = {
+    {"expert_ids", &RouteOutputs::expert_ids, Rows::kTokens},
+    {"weights", &RouteOutputs::weights, Rows::kTokens},
+    {"replay", &RouteOutputs::replay},
+    {"expert_load", &RouteOutputs::expert_load},
+};
+
+template <class Struct, size_t kCount>
+const TensorField<Struct>* FindField(const TensorField<Struct> (&table)[kCount],
+                                     std::string_view name) {
+  const auto* found = std::find_if(std::begin(table), std::end(table),
+                                   [&](const auto& field) { return field.name == name; });
+  return found == std::end(table) ? nullptr : found;
+}
 
 RoutingInput RoutingInputOf(const std::string& name) {
   if (name == "logits") {
@@ -27,130 +79,139 @@ RoutingInput RoutingInputOf(const std::string& name) {
   ThrowInvalid("routing is '" + name + "', wanted logits, packed, unpacked, replay or hash");
 }
 
-MoeInputs InputsOf(const Fields& fields, ActivationFormat activations) {
-  MoeInputs inputs;
-  inputs.routing = RoutingInputOf(fields.Text("routing", "logits"));
-  inputs.hidden_states = fields.View("hidden_states");
-  inputs.hidden_scales = fields.View("hidden_scales");
-  if (activations == ActivationFormat::kMxFp8) {
-    inputs.hidden_scales = BytesAs(inputs.hidden_scales, DType::kE8m0);
+// A view of an argument that is a tensor; absent for None.
+TensorView ViewOfValue(const ffi::AnyView& value, const char* name) {
+  if (value == nullptr) {
+    return {};
   }
-  if (activations == ActivationFormat::kNvFp4 || activations == ActivationFormat::kNvFp4PerToken) {
-    inputs.hidden_scales = BytesAs(inputs.hidden_scales, DType::kE4m3);
-  } else {
-    inputs.hidden_states = BytesAs(inputs.hidden_states, DType::kE4m3);
+  const std::optional<ffi::TensorView> tensor = value.try_cast<ffi::TensorView>();
+  if (!tensor) {
+    ThrowInvalid(std::string(name) + " is a " + value.GetTypeKey() + ", wanted a tensor");
   }
-  inputs.token_scales = fields.View("token_scales");
-  inputs.logits = fields.View("logits");
-  inputs.routing_bias = fields.View("routing_bias");
-  inputs.packed_ids = fields.View("packed_ids");
-  inputs.expert_ids = fields.View("expert_ids");
-  inputs.expert_weights = fields.View("expert_weights");
-  inputs.token_ids = fields.View("token_ids");
-  inputs.token_to_experts = fields.View("token_to_experts");
-  inputs.shared_weights = fields.View("shared_weights");
-  inputs.expert_table = fields.View("expert_table");
-  inputs.gemm1_delta = fields.View("gemm1_delta");
-  return inputs;
+  return ViewOf(*tensor, name);
 }
 
-MoeOutputs OutputsOf(const Fields& fields) {
-  MoeOutputs outputs;
-  outputs.output = fields.View("output");
-  outputs.accumulate = fields.Get<bool>("accumulate", false);
-  outputs.replay = fields.View("replay");
-  outputs.expert_load = fields.View("expert_load");
-  outputs.routing_weights = fields.View("routing_weights");
-  outputs.routing_ids = fields.View("routing_ids");
-  outputs.rows = fields.View("rows");
-  outputs.slot_to_row = fields.View("slot_to_row");
-  outputs.gemm1_activation = fields.View("gemm1_activation");
-  return outputs;
+// One-byte numbers of any name as `dtype`: what a format stores is known, and frameworks have
+// several names for it.
+TensorView CodesAs(TensorView view, DType dtype) {
+  if (view.dtype == DType::kE4m3 || view.dtype == DType::kE8m0) {
+    view.dtype = DType::kUint8;
+  }
+  return BytesAs(view, dtype);
 }
 
-// A tensor with `per_token` rows for each token.
-struct TokenRows {
-  const char* name;
-  TensorView* view;
-  int64_t per_token = 1;
+void NameBytes(MoeInputs& inputs, ActivationFormat activations) {
+  const bool fp4 =
+      activations == ActivationFormat::kNvFp4 || activations == ActivationFormat::kNvFp4PerToken;
+  inputs.hidden_states = CodesAs(inputs.hidden_states, fp4 ? DType::kUint8 : DType::kE4m3);
+  if (fp4 || activations == ActivationFormat::kMxFp8) {
+    inputs.hidden_scales = CodesAs(inputs.hidden_scales, fp4 ? DType::kE4m3 : DType::kE8m0);
+  }
+}
+
+// Leaves the first `kept` of `tokens` tokens of the tensors that have rows for each. `of` names the
+// tensor that says how many tokens there are.
+class TokenLimit {
+ public:
+  TokenLimit(int64_t kept, int64_t tokens, const char* of) : kept_(kept), tokens_(tokens), of_(of) {
+    if (kept < 0 || kept > tokens) {
+      ThrowInvalid("num_tokens=" + std::to_string(kept) + "; wanted 0 .. " +
+                   std::to_string(tokens) + ", the rows of " + of);
+    }
+  }
+
+  template <class Struct, size_t kCount>
+  void Apply(Struct& tensors, const TensorField<Struct> (&table)[kCount], int64_t slots = 1) const {
+    for (const TensorField<Struct>& field : table) {
+      TensorView& view = tensors.*field.view;
+      if (field.rows == Rows::kOther || view.ndim == 0) {
+        continue;
+      }
+      const int64_t per_token = field.rows == Rows::kSlots ? slots : 1;
+      if (view.shape[0] != tokens_ * per_token) {
+        ThrowInvalid(std::string(field.name) + " has " + std::to_string(view.shape[0]) +
+                     " rows; wanted " + std::to_string(tokens_ * per_token) + ", as many as " +
+                     of_ + " has tokens" + (per_token > 1 ? " x slots" : ""));
+      }
+      view.shape[0] = kept_ * per_token;
+    }
+  }
+
+ private:
+  int64_t kept_;
+  int64_t tokens_;
+  const char* of_;
 };
-
-// Leaves the first `kept` of `tokens` tokens. `of` names the tensor that has the tokens.
-void KeepTokens(std::initializer_list<TokenRows> rows, int64_t kept, int64_t tokens,
-                const char* of) {
-  if (kept < 0 || kept > tokens) {
-    ThrowInvalid("num_tokens=" + std::to_string(kept) + "; wanted 0 .. " + std::to_string(tokens) +
-                 ", the rows of " + of);
-  }
-  for (const TokenRows& row : rows) {
-    if (row.view->ndim == 0) {
-      continue;
-    }
-    if (row.view->shape[0] != tokens * row.per_token) {
-      ThrowInvalid(std::string(row.name) + " has " + std::to_string(row.view->shape[0]) +
-                   " rows; wanted " + std::to_string(tokens * row.per_token) + ", as many as " +
-                   of + " has tokens" + (row.per_token > 1 ? " x slots" : ""));
-    }
-    row.view->shape[0] = kept * row.per_token;
-  }
-}
 
 }  // namespace
 
-LayerCall LayerCallOf(const MoeSpec& spec, const Fields& inputs, const Fields& outputs) {
-  LayerCall call{InputsOf(inputs, spec.activations), OutputsOf(outputs)};
+LayerFormObj::LayerFormObj(const ffi::Array<ffi::String>& names, const std::string& routing)
+    : routing_(RoutingInputOf(routing)) {
+  for (const ffi::String& text : names) {
+    const std::string name = text;
+    Slot slot;
+    slot.input = FindField(kInputs, name);
+    slot.output = FindField(kOutputs, name);
+    slot.accumulate = name == "accumulate";
+    if (slot.input == nullptr && slot.output == nullptr && !slot.accumulate && !name.empty()) {
+      ThrowInvalid("a layer's call has no field '" + name + "'");
+    }
+    slots_.push_back(slot);
+  }
+}
+
+LayerCall LayerFormObj::Read(const MoeSpec& spec, ffi::PackedArgs values) const {
+  const auto count = static_cast<int>(slots_.size());
+  if (values.size() != count + 2) {
+    ThrowInvalid("a call has " + std::to_string(values.size()) + " arguments, its form " +
+                 std::to_string(count + 2));
+  }
+  LayerCall call;
   MoeInputs& in = call.inputs;
   MoeOutputs& out = call.outputs;
-  const std::optional<int64_t> kept = inputs.Number("num_tokens");
-  if (!kept) {
-    in.num_tokens = inputs.View("num_tokens");
-    return call;
+  in.routing = routing_;
+  in.hidden_states = ViewOfValue(values[0], "hidden_states");
+  out.output = ViewOfValue(values[1], "output");
+  std::optional<int64_t> kept;
+  for (int i = 0; i < count; ++i) {
+    const Slot& slot = slots_[static_cast<size_t>(i)];
+    const ffi::AnyView value = values[i + 2];
+    if (slot.output != nullptr) {
+      out.*slot.output->view = ViewOfValue(value, slot.output->name);
+    } else if (slot.accumulate) {
+      out.accumulate = value.cast<bool>();
+    } else if (slot.input != nullptr && slot.input->view == &MoeInputs::num_tokens &&
+               value.type_index() == ffi::TypeIndex::kTVMFFIInt) {
+      kept = value.cast<int64_t>();
+    } else if (slot.input != nullptr) {
+      in.*slot.input->view = ViewOfValue(value, slot.input->name);
+    }
   }
-  const int64_t slots = spec.slots_per_token();
-  KeepTokens({{"hidden_states", &in.hidden_states},
-              {"hidden_scales", &in.hidden_scales},
-              {"token_scales", &in.token_scales},
-              {"logits", &in.logits},
-              {"packed_ids", &in.packed_ids},
-              {"expert_ids", &in.expert_ids},
-              {"expert_weights", &in.expert_weights},
-              {"token_ids", &in.token_ids},
-              {"shared_weights", &in.shared_weights},
-              {"gemm1_delta", &in.gemm1_delta},
-              {"output", &out.output},
-              {"routing_weights", &out.routing_weights},
-              {"routing_ids", &out.routing_ids},
-              {"slot_to_row", &out.slot_to_row},
-              {"rows", &out.rows, slots},
-              {"gemm1_activation", &out.gemm1_activation, slots}},
-             *kept, in.hidden_states.shape[0], "hidden_states");
+  NameBytes(in, spec.activations);
+  if (kept) {
+    const TokenLimit limit(*kept, in.hidden_states.shape[0], "hidden_states");
+    limit.Apply(in, kInputs);
+    limit.Apply(out, kOutputs, spec.slots_per_token());
+  }
   return call;
 }
 
 RouteCall RouteCallOf(const Fields& inputs, const Fields& outputs) {
   RouteCall call;
-  RouteInputs& in = call.inputs;
-  RouteOutputs& out = call.outputs;
-  in.logits = inputs.View("logits");
-  in.bias = inputs.View("bias");
-  in.forced_ids = inputs.View("forced_ids");
-  in.token_ids = inputs.View("token_ids");
-  in.token_to_experts = inputs.View("token_to_experts");
-  out.expert_ids = outputs.View("expert_ids");
-  out.weights = outputs.View("weights");
-  out.replay = outputs.View("replay");
-  out.expert_load = outputs.View("expert_load");
   const std::optional<int64_t> kept = inputs.Number("num_tokens");
-  if (!kept) {
-    in.num_tokens = inputs.View("num_tokens");
-    return call;
+  for (const TensorField<RouteInputs>& field : kRouteInputs) {
+    if (!kept || field.view != &RouteInputs::num_tokens) {
+      call.inputs.*field.view = inputs.View(field.name);
+    }
   }
-  KeepTokens({{"logits", &in.logits},
-              {"forced_ids", &in.forced_ids},
-              {"token_ids", &in.token_ids},
-              {"expert_ids", &out.expert_ids},
-              {"weights", &out.weights}},
-             *kept, in.logits.shape[0], "logits");
+  for (const TensorField<RouteOutputs>& field : kRouteOutputs) {
+    call.outputs.*field.view = outputs.View(field.name);
+  }
+  if (kept) {
+    const TokenLimit limit(*kept, call.inputs.logits.shape[0], "logits");
+    limit.Apply(call.inputs, kRouteInputs);
+    limit.Apply(call.outputs, kRouteOutputs);
+  }
   return call;
 }
 

@@ -73,12 +73,23 @@ void UpdateWeightsFn(const WeightsRef& weights, const Dict& slice, int64_t strea
   });
 }
 
-void ForwardFn(const PlanRef& plan, const WeightsRef& weights, const Dict& inputs,
-               const Dict& outputs, const ffi::Tensor& workspace, int64_t stream) {
-  Guarded([&] {
-    const Workspace memory{workspace.data_ptr(), static_cast<size_t>(workspace.numel())};
-    LayerCall call = LayerCallOf(plan->plan.spec(), Fields(inputs), Fields(outputs));
-    Forward(plan->plan, weights->weights, call.inputs, call.outputs, memory, StreamOf(stream));
+LayerFormRef LayerFormFn(const ffi::Array<ffi::String>& names, const ffi::String& routing) {
+  return Guarded([&] { return LayerFormRef(names, routing); });
+}
+
+// A layer's call: a function of (plan, weights, form, workspace, stream, hidden, output, arguments
+// in the order of the form ...). Its number of arguments varies, so it is handed out as an object.
+ffi::Function LayerFunctionFn() {
+  return ffi::Function::FromPacked([](ffi::PackedArgs args, ffi::Any* /*result*/) {
+    Guarded([&] {
+      const Plan& plan = args[0].cast<const PlanObj*>()->plan;
+      const Weights& weights = args[1].cast<const WeightsObj*>()->weights;
+      const auto* form = args[2].cast<const LayerFormObj*>();
+      const auto workspace = args[3].cast<ffi::TensorView>();
+      const Workspace memory{workspace.data_ptr(), static_cast<size_t>(workspace.numel())};
+      const LayerCall call = form->Read(plan.spec(), args.Slice(5));
+      Forward(plan, weights, call.inputs, call.outputs, memory, StreamOf(args[4].cast<int64_t>()));
+    });
   });
 }
 
@@ -177,7 +188,8 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, ExplainFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_weights, MakeWeightsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy_weights, CopyWeightsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(update_weights, UpdateWeightsFn);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, ForwardFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_form, LayerFormFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_function, LayerFunctionFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(route, RouteFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_topk_deepseek, FusedTopkDeepseekFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(count_gpus, CountGpusFn);

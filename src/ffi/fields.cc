@@ -32,17 +32,25 @@ std::optional<DType> DTypeOf(DLDataType dtype) {
     int code;
     int bits;
     DType dtype;
+    int lanes = 1;
   };
   static constexpr Row kRows[] = {
-      {kDLFloat, 32, DType::kFloat32},     {kDLFloat, 16, DType::kFp16},
-      {kDLFloat, 64, DType::kFloat64},     {kDLBfloat, 16, DType::kBf16},
-      {kDLUInt, 16, DType::kBf16},         {kDLUInt, 8, DType::kUint8},
-      {kDLFloat8_e4m3fn, 8, DType::kE4m3}, {kDLFloat8_e8m0fnu, 8, DType::kE8m0},
-      {kDLInt, 8, DType::kInt8},           {kDLInt, 16, DType::kInt16},
-      {kDLInt, 32, DType::kInt32},         {kDLInt, 64, DType::kInt64},
+      {kDLFloat, 32, DType::kFloat32},
+      {kDLFloat, 16, DType::kFp16},
+      {kDLFloat, 64, DType::kFloat64},
+      {kDLBfloat, 16, DType::kBf16},
+      {kDLUInt, 16, DType::kBf16},
+      {kDLUInt, 8, DType::kUint8},
+      {kDLFloat8_e4m3fn, 8, DType::kE4m3},
+      {kDLFloat8_e8m0fnu, 8, DType::kE8m0},
+      {kDLInt, 8, DType::kInt8},
+      {kDLInt, 16, DType::kInt16},
+      {kDLInt, 32, DType::kInt32},
+      {kDLInt, 64, DType::kInt64},
+      {kDLFloat4_e2m1fn, 4, DType::kUint8, 2},
   };
   for (const Row& row : kRows) {
-    if (dtype.code == row.code && dtype.bits == row.bits && dtype.lanes == 1) {
+    if (dtype.code == row.code && dtype.bits == row.bits && dtype.lanes == row.lanes) {
       return row.dtype;
     }
   }
@@ -51,22 +59,22 @@ std::optional<DType> DTypeOf(DLDataType dtype) {
 
 }  // namespace
 
-TensorView ViewOf(const ffi::Tensor& tensor, const std::string& name) {
+TensorView ViewOf(const ffi::TensorView& tensor, std::string_view name) {
   const std::optional<DType> dtype = DTypeOf(tensor.dtype());
   if (!dtype) {
-    ThrowInvalid(name + " has dtype " + DTypeName(tensor.dtype()) +
+    ThrowInvalid(std::string(name) + " has dtype " + DTypeName(tensor.dtype()) +
                  ", wanted one of float32, float16, bfloat16 (or uint16 bits), float8_e4m3fn, "
                  "float8_e8m0fnu, uint8, int8, int16, int32, int64, float64");
   }
   if (tensor.ndim() > TensorView::kMaxDims) {
-    ThrowInvalid(name + " has " + std::to_string(tensor.ndim()) + " dimensions, wanted at most " +
-                 std::to_string(TensorView::kMaxDims));
+    ThrowInvalid(std::string(name) + " has " + std::to_string(tensor.ndim()) +
+                 " dimensions, wanted at most " + std::to_string(TensorView::kMaxDims));
   }
   const DLDevice device = tensor.device();
   if (device.device_type != kDLCPU && device.device_type != kDLCUDA &&
       device.device_type != kDLCUDAHost) {
-    ThrowInvalid(name + " is on DLPack device type " + std::to_string(device.device_type) +
-                 ", wanted the CPU or a CUDA GPU");
+    ThrowInvalid(std::string(name) + " is on DLPack device type " +
+                 std::to_string(device.device_type) + ", wanted the CPU or a CUDA GPU");
   }
   TensorView view;
   view.data = static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();

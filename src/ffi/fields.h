@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <tvm/ffi/container/array.h>
@@ -21,7 +22,7 @@ using Dict = tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any>;
 
 // A view of a DLPack tensor. 16-bit unsigned integers stand for bf16 bits, as NumPy has no bf16.
 // Error{kInvalidArgument} names the tensor for other dtypes and more than TensorView::kMaxDims.
-TensorView ViewOf(const tvm::ffi::Tensor& tensor, const std::string& name);
+TensorView ViewOf(const tvm::ffi::TensorView& tensor, std::string_view name);
 
 // Bytes sent as uint8 where the format says what they are (NumPy has neither e4m3 nor e8m0).
 [[nodiscard]] TensorView BytesAs(TensorView view, DType dtype);

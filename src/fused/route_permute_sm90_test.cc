@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launch by one block against the separate launches, which their own tests tie to the CPU:
-// every output bit for bit, and what lies beyond the live tokens untouched.
+// One launch, or a block per token, against the separate launches, which their own tests tie to the
+// CPU: every output bit for bit, and what lies beyond the live tokens untouched.
 #include "fused/route_permute_sm90.h"
 
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <vector>
 
 #include <gtest/gtest.h>
 
+#include "core/shape.h"
 #include "stages/1_route/route_testing.h"
 #include "tests/gpu/device_array.h"
 
@@ -25,6 +27,20 @@ constexpr Source kSources[] = {Source::kLogits, Source::kReplay, Source::kHash, 
                                Source::kUnpacked};
 constexpr int kVocabulary = 13;
 
+// What hidden states are rounded to.
+struct Target {
+  Format format;
+  DType dtype;
+  bool row_global;
+};
+constexpr Target kTargets[] = {
+    {Format::kBf16, DType::kBf16, false},          {Format::kMxFp8, DType::kBf16, false},
+    {Format::kNvFp4, DType::kBf16, false},         {Format::kNvFp4, DType::kBf16, true},
+    {Format::kFp8PerTensor, DType::kBf16, false},  {Format::kFp8PerTensor, DType::kE4m3, false},
+    {Format::kFp8Block1x128, DType::kBf16, false}, {Format::kFp8Block1x128, DType::kE4m3, false},
+    {Format::kFp8PerRow, DType::kBf16, false},     {Format::kFp8PerRow, DType::kE4m3, false}};
+constexpr int kNumTargets = static_cast<int>(std::size(kTargets));
+
 struct Problem {
   RoutingRule rule;
   Source source = Source::kLogits;
@@ -38,6 +54,9 @@ struct Problem {
   bool optional = true;
   int logit_kind = 0;  // of route::testing::Fill
   int bias_kind = 0;
+  std::vector<int> targets;  // of roundings, indices into kTargets
+  bool natural = true;       // their order
+  int64_t hidden = 264;
   PermuteOptions options;
 
   [[nodiscard]] int slots() const { return top_k + shared; }
@@ -93,6 +112,8 @@ struct Inputs {
   DeviceArray<float> shared_weights;
   DeviceArray<int32_t> expert_table;
   DeviceArray<int32_t> count;
+  DeviceArray<uint16_t> hidden;
+  DeviceArray<float> static_scale;
 
   Inputs(const Problem& p, Random* random)
       : logits_on_host(Values(random, p.tokens * p.experts, p.logit_kind)),
@@ -110,7 +131,9 @@ struct Inputs {
         table(Ints(random, int64_t{kVocabulary} * p.top_k, -1, p.experts + 2)),
         shared_weights(Values(random, p.tokens * p.shared)),
         expert_table(Ints(random, p.experts, -1, p.local.count + 2)),
-        count(std::vector<int32_t>{static_cast<int32_t>(p.live)}) {}
+        count(std::vector<int32_t>{static_cast<int32_t>(p.live)}),
+        hidden(UpperHalves(Values(random, p.tokens * p.hidden, p.logit_kind))),
+        static_scale(std::vector<float>{0.37F}) {}
 
  private:
   static std::vector<int32_t> Pack(const std::vector<int32_t>& ids,
@@ -199,8 +222,34 @@ void BindRecords(const Problem& p, Outputs* out, Args* args) {
   }
 }
 
+gemm1::RoundRowsArgs BindRounding(const Problem& p, const Target& target, const Inputs& in,
+                                  Outputs* out) {
+  gemm1::RoundRowsArgs args;
+  const bool bytes = target.dtype == DType::kE4m3;
+  args.to.format = target.format;
+  args.to.dtype = target.dtype;
+  if (!p.natural) {
+    args.to.order = bytes ? gemm::sm90::KOrder::kFp8Decoded : gemm::sm90::KOrder::kBf16Decoded;
+  }
+  args.row_global = target.row_global;
+  args.in = in.hidden.get();
+  args.in_pitch = p.hidden;
+  args.static_scale = in.static_scale.get();
+  args.max_rows = p.tokens;
+  args.num_rows = p.live < 0 ? nullptr : in.count.get();
+  args.cols = p.hidden;
+  args.out_pitch = RoundUp(p.hidden, p.natural ? 16 : gemm::sm90::kKGroup);
+  args.out = out->Take<uint8_t>(p.tokens * args.out_pitch * SizeOf(target.dtype));
+  args.out_block_scales = out->Take<float>(p.tokens * CeilDiv(p.hidden, 128));
+  args.out_row_scales = out->Take<float>(p.tokens);
+  return args;
+}
+
 RoutePermuteArgs Bind(const Problem& p, const Inputs& in, Outputs* out) {
   RoutePermuteArgs args;
+  for (const int target : p.targets) {
+    args.rounding[args.roundings++] = BindRounding(p, kTargets[target], in, out);
+  }
   args.routes = p.routes();
   BindPlace(p, in, &args.place);
   args.place.ids = out->Take<int32_t>(p.tokens * p.top_k);
@@ -240,45 +289,33 @@ RoutePermuteArgs Bind(const Problem& p, const Inputs& in, Outputs* out) {
   return args;
 }
 
-void Run(const RoutePermuteArgs& args, bool one_block, const device::Queue& queue) {
-  if (one_block) {
-    RoutePermuteSm90(args, queue);
-    return;
-  }
-  if (args.routes) {
-    route::RouteSm90(args.route, queue);
-  }
-  permute::PlaceSm90(args.place, queue);
-  permute::PermuteSm90(args.permute, queue);
-}
-
-// Runs both ways, with overlapping launches and without, if one block takes the problem; returns
-// whether it does.
-bool ExpectTheSameBits(const Problem& p, Random* random) {
+// Runs both ways, with overlapping launches and without; returns the way that is not kApart, if
+// there is one.
+RoutePermuteWay ExpectTheSameBits(const Problem& p, Random* random) {
   const Inputs in(p, random);
   const DeviceArray<int32_t> scratch(permute::PermuteScratchInts(p.max_slots(), p.options));
   std::vector<std::vector<uint8_t>> want;
+  RoutePermuteWay taken = RoutePermuteWay::kApart;
   for (const bool overlap : {false, true}) {
-    for (const bool one_block : {false, true}) {
+    for (const bool apart : {true, false}) {
       Outputs outputs;
       RoutePermuteArgs args = Bind(p, in, &outputs);
       args.permute.chunk_counts = scratch.get();
-      if (!FitsOneBlock(args)) {
-        return false;
-      }
-      Run(args, one_block, {nullptr, overlap});
+      taken = WayFor(args);
+      const RoutePermuteWay way = apart ? RoutePermuteWay::kApart : taken;
+      RoutePermuteSm90(args, way, {nullptr, overlap});
       const std::vector<std::vector<uint8_t>> got = outputs.Download();
       want = want.empty() ? got : want;
       for (size_t i = 0; i < want.size(); ++i) {
         EXPECT_EQ(got[i], want[i])
-            << "output " << i << ", one block " << one_block << ", overlap " << overlap;
+            << "output " << i << ", way " << static_cast<int>(way) << ", overlap " << overlap;
       }
       // The poison of num_rows is gone: outputs are not equal for want of a kernel.
       EXPECT_NE(got.back(), std::vector<uint8_t>(4, 0xFF));
     }
   }
   EXPECT_TRUE(scratch.GuardsIntact());
-  return true;
+  return taken;
 }
 
 ExpertMap MapOf(int kind, int experts) {
@@ -304,7 +341,7 @@ constexpr Shape kShapes[] = {{1, 1, 1, 1},     {8, 2, 1, 1},    {31, 5, 31, 9}, 
                              {128, 8, 1, 1},   {160, 6, 20, 7}, {256, 8, 8, 4},   {256, 32, 2, 1},
                              {384, 8, 1, 1},   {512, 10, 8, 2}, {2048, 3, 32, 5}, {512, 29, 64, 20},
                              {2048, 10, 1, 1}, {64, 4, 64, 30}};
-constexpr int64_t kTokens[] = {0, 1, 2, 7, 15, 16, 17};
+constexpr int64_t kTokens[] = {0, 1, 2, 7, 15, 16, 17, 40};
 
 Problem Draw(const Shape& shape, const RoutingRule& rule, int64_t tokens, Random* random) {
   Problem p;
@@ -319,6 +356,12 @@ Problem Draw(const Shape& shape, const RoutingRule& rule, int64_t tokens, Random
   p.optional = random->Below(4) != 0;
   p.logit_kind = random->Below(route::testing::kLogitKinds);
   p.bias_kind = random->Below(2);
+  p.targets.resize(static_cast<size_t>(random->Below(kMaxRoundings + 1)));
+  for (int& target : p.targets) {
+    target = random->Below(kNumTargets);
+  }
+  p.natural = random->Below(2) == 0;
+  p.hidden = 8 * (1 + random->Below(70));
   const bool all = p.local.kind == ExpertMap::Kind::kAll;
   p.options = {(all ? shape.experts : p.local.count) + p.shared, int64_t{16} << random->Below(4),
                1 + random->Below(2), 1};
@@ -338,11 +381,12 @@ void ExpectTheSameBitsOfEveryBatch(const Shape& shape, const Method& method, Sou
                  << " K=" << shape.top_k << '+' << p.shared << " T=" << tokens << " live " << p.live
                  << " map " << static_cast<int>(p.local.kind) << " narrow " << p.narrow
                  << " optional " << p.optional << " logits " << p.logit_kind << " bias "
-                 << p.bias_kind);
-    const bool fits = ExpectTheSameBits(p, random);
-    // Keys of this many experts leave room for a warp a token.
-    EXPECT_TRUE(fits || tokens > 16 || p.max_slots() > 256 || shape.experts > 384);
-    EXPECT_FALSE(fits && tokens > 16);
+                 << p.bias_kind << " hidden " << p.hidden << " roundings " << p.targets.size());
+    const RoutePermuteWay way = ExpectTheSameBits(p, random);
+    const bool few_slots = p.tokens <= 16 && p.max_slots() <= 256;
+    // Keys of this many experts leave room for all of a block's tokens.
+    EXPECT_TRUE(way == RoutePermuteWay::kOneBlock || !few_slots || shape.experts > 256);
+    EXPECT_TRUE(way != RoutePermuteWay::kOneBlock || few_slots);
   }
 }
 
@@ -359,18 +403,55 @@ TEST(RoutePermuteSm90, HasTheBitsOfSeparateLaunches) {
   }
 }
 
-// The largest block and the longest strides that any number of tokens leads to.
-TEST(RoutePermuteSm90, EveryNumberOfTokensThatFits) {
+// The largest blocks and the longest strides that a block, and a block per token, lead to.
+TEST(RoutePermuteSm90, EveryNumberOfTokensUpToTheLast) {
   HOPYARD_NEEDS_GPU();
   Random random(2);
   for (const Shape& shape : {Shape{256, 8, 8, 4}, Shape{512, 29, 64, 20}, Shape{2048, 10, 1, 1}}) {
     const RoutingRule rule = RoutingRule::DeepSeekV3(shape.groups, shape.top_groups, 2.5F);
-    int64_t tokens = 0;
-    while (ExpectTheSameBits(Draw(shape, rule, tokens, &random), &random)) {
+    for (int64_t tokens = 0; tokens <= 20; ++tokens) {
+      ExpectTheSameBits(Draw(shape, rule, tokens, &random), &random);
       ASSERT_FALSE(HasFailure()) << shape.experts << " experts, " << tokens << " tokens";
-      ++tokens;
     }
-    EXPECT_GT(tokens, 1) << shape.experts << " experts";
+  }
+}
+
+TEST(RoutePermuteSm90, WaysByTheNumberOfTokens) {
+  HOPYARD_NEEDS_GPU();
+  struct Step {
+    int64_t tokens;
+    RoutePermuteWay way;
+  };
+  constexpr Step kSteps[] = {
+      {1, RoutePermuteWay::kOneBlock},     {16, RoutePermuteWay::kOneBlock},
+      {17, RoutePermuteWay::kTokenBlock},  {100, RoutePermuteWay::kTokenBlock},
+      {256, RoutePermuteWay::kTokenBlock}, {257, RoutePermuteWay::kApart}};
+  Random random(3);
+  for (const Shape& shape : {Shape{128, 8, 1, 1}, Shape{256, 8, 8, 4}, Shape{32, 4, 1, 1}}) {
+    for (const Step& step : kSteps) {
+      const RoutingRule rule = RoutingRule::DeepSeekV3(shape.groups, shape.top_groups, 2.5F);
+      EXPECT_EQ(ExpectTheSameBits(Draw(shape, rule, step.tokens, &random), &random), step.way)
+          << shape.experts << " experts, " << step.tokens << " tokens";
+      ASSERT_FALSE(HasFailure());
+    }
+  }
+}
+
+// Every format of hidden states, in both orders, with one block and with one a token.
+TEST(RoutePermuteSm90, EveryRounding) {
+  HOPYARD_NEEDS_GPU();
+  Random random(4);
+  for (int target = 0; target < kNumTargets; ++target) {
+    for (const bool natural : {false, true}) {
+      for (const int64_t tokens : {1, 5, 16, 30}) {
+        Problem p = Draw({64, 4, 1, 1}, RoutingRule::Renormalize(), tokens, &random);
+        p.targets = {target, (target + 3) % kNumTargets};
+        p.natural = natural;
+        p.hidden = natural && target % 2 == 0 ? 2056 : 2880;
+        ExpectTheSameBits(p, &random);
+        ASSERT_FALSE(HasFailure()) << "target " << target << ", " << tokens << " tokens";
+      }
+    }
   }
 }
 

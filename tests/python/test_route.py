@@ -176,6 +176,89 @@ def test_bf16_weights_are_the_rounded_ones():
     np.testing.assert_array_equal(bits, hopyard.to_bf16(weights))
 
 
+KINDS = ["numpy", "torch"]
+
+
+def maker(kind):
+    """Makes an array of the kind of a NumPy array."""
+    return np.array if kind == "numpy" else pytest.importorskip("torch").from_numpy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", [("ids_out",), ("weights_out",), ("ids_out", "weights_out")])
+def test_given_results_are_written_and_returned(given, kind):
+    make = maker(kind)
+    logits = np.random.default_rng(6).standard_normal((9, 16)).astype(np.float32)
+    want_ids, want_weights = hopyard.route(logits, RULE.renormalize(), 4)
+    buffers = {
+        "ids_out": make(np.full((9, 4), 77, np.int32)),
+        "weights_out": make(np.full((9, 4), 77, np.float32)),
+    }
+    call = {name: buffers[name] for name in given}
+    for count in (5, None):  # rows beyond the count are left alone
+        ids, weights = hopyard.route(
+            make(logits), RULE.renormalize(), 4, num_tokens=count, **{**call, "forced_ids": None}
+        )
+        assert (ids is buffers["ids_out"]) == ("ids_out" in given)
+        assert (weights is buffers["weights_out"]) == ("weights_out" in given)
+        live = 9 if count is None else count
+        np.testing.assert_array_equal(ids[:live], want_ids[:live])
+        np.testing.assert_array_equal(weights[:live], want_weights[:live])
+        if count is not None:
+            assert (np.asarray(ids[live:]) == (77 if "ids_out" in given else -1)).all()
+            assert (np.asarray(weights[live:]) == (77 if "weights_out" in given else 0)).all()
+
+
+def test_given_weights_say_their_dtype():
+    logits = np.random.default_rng(7).standard_normal((3, 8)).astype(np.float32)
+    _, wanted = hopyard.route(logits, RULE.renormalize(), 2, weights_dtype="bfloat16")
+    for dtype in (None, "bfloat16"):
+        bits = np.zeros((3, 2), np.uint16)
+        hopyard.route(logits, RULE.renormalize(), 2, weights_dtype=dtype, weights_out=bits)
+        np.testing.assert_array_equal(bits, wanted)
+    message = "weights_out has dtype uint16, wanted float32, the weights_dtype; leave weights_dtype"
+    with pytest.raises(ValueError, match=message):
+        hopyard.route(logits, RULE.renormalize(), 2, weights_dtype="float32", weights_out=bits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("ids_out", np.full((2, 2), 7, np.int64), "expert_ids is i64; wanted i32"),
+        (
+            "ids_out",
+            np.full((2, 3), 7, np.int32),
+            r"expert_ids has shape \[2, 3\]; wanted \[2, 2\]",
+        ),
+        (
+            "ids_out",
+            np.full((3, 2), 7, np.int32),
+            r"expert_ids has shape \[3, 2\]; wanted \[2, 2\]",
+        ),
+        ("weights_out", np.full((2, 2), 7, np.float64), "weights is f64; wanted f32 or bf16"),
+        ("weights_out", np.full((1, 2), 7, np.float32), r"weights has shape \[1, 2\]; wanted"),
+        ("weights_out", "float32", "weights_out is a str, wanted a NumPy array, a torch tensor"),
+    ],
+)
+def test_bad_results_are_refused_and_not_written(name, array, message, kind):
+    make = maker(kind)
+    logits = make(np.zeros((2, 8), np.float32))
+    given = make(array) if isinstance(array, np.ndarray) else array
+    other = {"ids_out": make(np.full((2, 2), 7, np.int32))} if name == "weights_out" else {}
+    with pytest.raises(ValueError, match=message):
+        hopyard.route(logits, RULE.renormalize(), 2, **other, **{name: given})
+    for written in (given, *other.values()):
+        assert isinstance(written, str) or (np.asarray(written) == 7).all()
+
+
+def test_read_only_results_are_refused():
+    logits, frozen = np.zeros((2, 8), np.float32), np.zeros((2, 2), np.int32)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="ids_out is read-only, wanted an array that can be writ"):
+        hopyard.route(logits, RULE.renormalize(), 2, ids_out=frozen)
+
+
 @pytest.mark.parametrize(("groups", "kept"), [(1, 1), (8, 4), (2, 1)])
 def test_fused_topk_deepseek(groups, kept):
     rng = np.random.default_rng(5)

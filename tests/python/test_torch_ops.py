@@ -166,6 +166,32 @@ def test_route(bf16, case):
     assert torch.equal(replay.int(), ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_route_out(dtype, backend, case):
+    """Results that the caller gives, in eager mode and compiled."""
+    text = torch_ops.rule_text(case.layer.spec.routing)
+    device = case.hidden.device
+    ids = torch.full((layers.TOKENS, 2), 77, dtype=torch.int32, device=device)
+    weights, replay = torch.full(ids.shape, 77, dtype=dtype, device=device), case.replay()
+    count = torch.tensor([20], dtype=torch.int32, device=device)
+
+    def run(logits, ids, weights, replay, count):
+        OPS.route_out(logits, text, 2, ids, weights, replay_out=replay, num_tokens=count)
+        return ids + 1
+
+    compiled = run if backend is None else torch.compile(run, fullgraph=True, backend=backend)
+    after = compiled(case.logits, ids, weights, replay, count)
+    bf16 = dtype == torch.bfloat16
+    wanted_ids, wanted = OPS.route(case.logits, text, 2, bf16_weights=bf16)
+    assert torch.equal(ids[:20], wanted_ids[:20])
+    assert torch.equal(weights[:20], wanted[:20])
+    assert torch.equal(replay[:20].int(), wanted_ids[:20])
+    assert torch.equal(after, ids + 1)
+    assert (ids[20:] == 77).all()
+    assert (weights[20:] == 77).all()
+
+
 def operator_calls(case):
     """Arguments of every operator, as opcheck takes them."""
     text = torch_ops.rule_text(case.layer.spec.routing)
@@ -185,10 +211,14 @@ def operator_calls(case):
             },
         ),
         "route": ((case.logits, text, layers.TOP_K), outputs),
+        "route_out": (
+            (case.logits, text, layers.TOP_K, case.replay().int(), case.replay().float()),
+            outputs,
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["moe", "moe_out", "moe_out_rows", "route"])
+@pytest.mark.parametrize("name", ["moe", "moe_out", "moe_out_rows", "route", "route_out"])
 def test_opcheck(name, case):
     args, options = operator_calls(case)[name]
     results = torch.library.opcheck(getattr(OPS, name.removesuffix("_rows")).default, args, options)
@@ -287,6 +317,7 @@ def test_meta_and_fake_tensors_reach_no_kernel(monkeypatch):
         assert OPS.moe_out(hidden, case.handle, output, logits=logits) is None
         text = torch_ops.rule_text(case.layer.spec.routing)
         ids, weights = OPS.route(logits, text, 2, replay_out=replay)
+        assert OPS.route_out(logits, text, 2, ids, weights, replay_out=replay) is None
         assert output.shape == case.hidden.shape
         assert output.dtype == torch.bfloat16
         assert ids.shape == weights.shape == replay.shape
@@ -327,6 +358,9 @@ def test_gradients_are_refused():
         OPS.moe_out(case.hidden, case.handle, torch.zeros_like(case.hidden), logits=logits)
     with pytest.raises(NotImplementedError, match="route " + message.format("logits")):
         OPS.route(logits, text, 2)
+    ids, weights = OPS.route(case.logits, text, 2)
+    with pytest.raises(NotImplementedError, match="route_out " + message.format("weights")):
+        OPS.route_out(case.logits, text, 2, ids, weights.requires_grad_())
 
     def run(x):
         return OPS.moe(x * 2, case.handle, logits=case.logits)
@@ -405,8 +439,19 @@ def test_bad_arguments_are_named():
         torch_ops.moe(codes, case.handle, logits=case.logits[:4], replay_out=case.replay())
     with pytest.raises(ValueError, match="logits has shape"):
         OPS.moe(case.hidden, case.handle, logits=case.logits[:, :4].contiguous())
-    with pytest.raises(ValueError, match=r"rule is 'top2', wanted the text of .*rule_text"):
-        OPS.route(case.logits, "top2", 2)
+    rule = torch_ops.rule_text(case.layer.spec.routing)
+    ids, weights = OPS.route(case.logits, rule, 2)
+    for _ in range(2):  # texts of rules are remembered, those of none are not
+        with pytest.raises(ValueError, match=r"rule is 'top2', wanted the text of .*rule_text"):
+            OPS.route(case.logits, "top2", 2)
+        with pytest.raises(ValueError, match=r"rule is '\[1\]', wanted the text of .*rule_text"):
+            OPS.route_out(case.logits, "[1]", 2, ids, weights)
+        with pytest.raises(ValueError, match="score is 'magic', wanted one of logit, softmax"):
+            OPS.route(case.logits, '{"score": "magic"}', 2)
+    with pytest.raises(ValueError, match="expert_ids is i64; wanted i32"):
+        OPS.route_out(case.logits, rule, 2, ids.long(), weights)
+    with pytest.raises(ValueError, match=r"weights has shape \[24, 1\]; wanted \[24, 2\]"):
+        OPS.route_out(case.logits, rule, 2, ids, weights[:, :1].contiguous())
 
 
 def test_only_torch_ops_imports_torch():

@@ -62,7 +62,7 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
   // Small tiles: while the first weights are on their way, the code behind a tile comes from memory
   // too, by a tile of no rows, which writes nothing; blocks with one tile would wait for it at
   // their end.
-  constexpr bool kWarmsUp = kConfig.tokens == 16;
+  constexpr bool kWarmsUp = kConfig.tokens == 16 && FeatureParts(kConfig) == 1;
   // Shuffled so that the compiler takes it for the same in all lanes.
   const int number =
       __shfl_sync(hopyard::sm90::kAllLanes, static_cast<int>(threadIdx.x) / 128 - 1, 0);

@@ -7,10 +7,7 @@
 #include "device/range.h"
 #include "fused/route_permute_sm90.h"
 #include "plan/sm90/pass.h"
-#include "stages/1_route/route_sm90.h"
 #include "stages/2_permute/chunk_sm90.h"
-#include "stages/2_permute/permute_sm90.h"
-#include "stages/2_permute/place_sm90.h"
 #include "stages/5_finalize/finalize_sm90.h"
 
 namespace hopyard::sm90 {
@@ -127,8 +124,8 @@ permute::PermuteSm90Args PermuteArgsOf(const Pass& pass) {
 
 }  // namespace
 
-void RouteAndPermute(const Pass& pass) {
-  const device::Range range("route and permute");
+void PrepareRows(const Pass& pass) {
+  const device::Range range("route, permute, round hidden states");
   fused::RoutePermuteArgs args;
   // Ids and weights that the caller computed are taken where slots are placed.
   args.routes = !IsPrecomputed(pass.call->inputs->routing);
@@ -137,15 +134,8 @@ void RouteAndPermute(const Pass& pass) {
   }
   args.place = PlaceArgsOf(pass);
   args.permute = PermuteArgsOf(pass);
-  if (fused::FitsOneBlock(args)) {
-    fused::RoutePermuteSm90(args, pass.queue());
-    return;
-  }
-  if (args.routes) {
-    route::RouteSm90(args.route, pass.queue());
-  }
-  permute::PlaceSm90(args.place, pass.queue());
-  permute::PermuteSm90(args.permute, pass.queue());
+  AddHiddenRoundings(pass, &args);
+  fused::RoutePermuteSm90(args, fused::WayFor(args), pass.queue());
 }
 
 void Finish(const Pass& pass, const uint16_t* y) {
@@ -195,7 +185,7 @@ void RunLayer(const Call& call) {
     pass.tokens = std::min(chunk, tokens - begin);
     pass.num_tokens = ChunkTokens(pass, tokens <= chunk);
     pass.choice = &ChoiceFor(pass.plan->tiles, pass.tokens);
-    RouteAndPermute(pass);
+    PrepareRows(pass);
     const uint16_t* const y = RunGemms(pass);
     Finish(pass, y);
   }

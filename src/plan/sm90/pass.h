@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "device/queue.h"
+#include "fused/route_permute_sm90.h"
 #include "plan/backend_sm90.h"
 #include "plan/sm90/device_weights.h"
 #include "plan/sm90/layer_plan.h"
@@ -45,9 +46,12 @@ struct Pass {
 // All passes of a call.
 void RunLayer(const Call& call);
 
-// Ids and weights, replay and loads; each slot's weight and segment; rows and tiles.
-void RouteAndPermute(const Pass& pass);
-// Hidden states -> the operands of GEMM1; GEMM1; its output -> the operand of GEMM2; GEMM2.
+// Ids and weights, replay and loads; each slot's weight and segment; rows and tiles; hidden states
+// -> the operands of GEMM1.
+void PrepareRows(const Pass& pass);
+// The last of these.
+void AddHiddenRoundings(const Pass& pass, fused::RoutePermuteArgs* args);
+// GEMM1; its output -> the operand of GEMM2; GEMM2.
 // Returns the bf16 rows.
 [[nodiscard]] const uint16_t* RunGemms(const Pass& pass);
 // slot_to_row of the batch, and the weighted sums.

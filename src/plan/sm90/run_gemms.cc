@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two GEMMs of a pass and the rounding before each: routed experts, then shared ones, whose
+// The two GEMMs of a pass and what is rounded before each: routed experts, then shared ones, whose
 // weights may have another format and want other operands.
 #include "core/shape.h"
 #include "device/range.h"
@@ -49,9 +49,9 @@ bool ReadsInPlace(const Pass& pass, const RowFormat& x) {
          reinterpret_cast<uintptr_t>(rows) % 16 == 0 && hidden.strides[0] % 8 == 0;
 }
 
-// Rounds the hidden states into `out`, rows of `row_bytes`.
-void RoundHidden(const Pass& pass, const RowFormat& to, void* out, int64_t row_bytes) {
-  const device::Range range("round hidden states");
+// The hidden states into `out`, rows of `row_bytes`.
+gemm1::RoundRowsArgs HiddenRounding(const Pass& pass, const RowFormat& to, void* out,
+                                    int64_t row_bytes) {
   const MoeSpec& spec = pass.spec();
   const Layout& layout = pass.layout();
   const MoeInputs& in = *pass.call->inputs;
@@ -73,7 +73,7 @@ void RoundHidden(const Pass& pass, const RowFormat& to, void* out, int64_t row_b
   args.out_pitch = row_bytes / SizeOf(to.dtype);
   args.out_block_scales = BlockScales(pass, to, layout.x_block_scales);
   args.out_row_scales = RowScales(pass, to, layout.x_row_scales);
-  RoundRowsSm90(args, pass.queue());
+  return args;
 }
 
 // Gives the group its operand of GEMM1.
@@ -218,6 +218,20 @@ void RunGemm2(const GroupPass& group, uint16_t* y) {
 
 }  // namespace
 
+void AddHiddenRoundings(const Pass& pass, fused::RoutePermuteArgs* args) {
+  const Layout& layout = pass.layout();
+  const RowFormat& x = pass.plan->routed.operands.x;
+  const RowFormat& shared_x = pass.plan->shared.operands.x;
+  if (!ReadsInPlace(pass, x)) {
+    args->rounding[args->roundings++] =
+        HiddenRounding(pass, x, pass.At<void>(layout.x), layout.x_bytes);
+  }
+  if (pass.spec().shared.count > 0 && shared_x != x && !ReadsInPlace(pass, shared_x)) {
+    args->rounding[args->roundings++] =
+        HiddenRounding(pass, shared_x, pass.At<void>(layout.shared_x), layout.shared_x_bytes);
+  }
+}
+
 const uint16_t* RunGemms(const Pass& pass) {
   const MoeSpec& spec = pass.spec();
   const Layout& layout = pass.layout();
@@ -227,16 +241,8 @@ const uint16_t* RunGemms(const Pass& pass) {
                                      : pass.At<uint16_t>(layout.y);
   GroupPass routed = {pass, pass.weights->routed, pass.plan->routed, pass.choice->routed};
   GroupPass shared = {pass, pass.weights->shared, pass.plan->shared, pass.choice->shared};
-  const RowFormat& x = routed.formats.operands.x;
-  const RowFormat& shared_x = shared.formats.operands.x;
   LoadHidden(&routed, layout.x, layout.x_bytes);
   LoadHidden(&shared, layout.shared_x, layout.shared_x_bytes);
-  if (!ReadsInPlace(pass, x)) {
-    RoundHidden(pass, x, pass.At<void>(layout.x), layout.x_bytes);
-  }
-  if (has_shared && shared_x != x && !ReadsInPlace(pass, shared_x)) {
-    RoundHidden(pass, shared_x, pass.At<void>(layout.shared_x), layout.shared_x_bytes);
-  }
   RunGemm1(routed);
   if (has_shared) {
     RunGemm1(shared);

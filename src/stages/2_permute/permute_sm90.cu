@@ -40,11 +40,11 @@ __global__ void __launch_bounds__(kPermuteThreads, 4)
 }
 
 __global__ void __launch_bounds__(kPermuteThreads, 4)
-    PermuteSmallKernel(const __grid_constant__ PermuteSm90Args args) {
-  extern __shared__ uint16_t counts[];
+    PermuteChunkKernel(const __grid_constant__ PermuteSm90Args args) {
+  extern __shared__ int32_t words[];
   __shared__ RowsAndTiles shared[kPermuteWarps];
   sm90::TakeTurn();
-  PermuteOneChunk(args, counts, shared);
+  PermuteOneChunk(args, words, shared);
 }
 
 __global__ void __launch_bounds__(kPermuteThreads, 4)
@@ -74,7 +74,8 @@ void PermuteSm90(const PermuteSm90Args& args, const device::Queue& queue) {
     return;
   }
   if (max_slots <= kPermuteChunk) {
-    device::Launch(queue, {1, kPermuteThreads, shared_bytes}, PermuteSmallKernel, args);
+    device::Launch(queue, {1, kPermuteThreads, static_cast<size_t>(ChunkSharedBytes(args))},
+                   PermuteChunkKernel, args);
     return;
   }
   // Blocks beyond this many take further chunks in strides.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Three steps: count the slots of every chunk per expert, lay out segments and tiles, rank the
-// slots of every chunk. Each step is a function of a whole block of kPermuteThreads; small batches
-// run them in one block, and a thread per slot does it all where they are few.
+// slots of every chunk. Each step is a function of a whole block of kPermuteThreads. One block does
+// all of it for a single chunk, and with a thread per slot where they are few.
 #pragma once
 
 #include <cstdint>
@@ -255,18 +255,111 @@ __device__ inline void RankCounted(const PermuteSm90Args& args, int64_t chunk, i
   }
 }
 
-// All steps by one block, for at most one chunk. `counts` is the shared memory of
-// PermuteSharedBytes, `shared` the [kPermuteWarps] of BlockScan.
-__device__ inline void PermuteOneChunk(const PermuteSm90Args& args, uint16_t* counts,
-                                       RowsAndTiles* shared) {
-  const int64_t live = LiveSlots(args);
-  if (live > 0) {
-    CountByWarp(args, 0, live, counts);
-    SumWarps(args, 0, counts);
+// ---- one chunk by one block: nothing is read back from global memory
+
+inline constexpr int kChunkRounds = static_cast<int>(kPermuteChunk / kPermuteThreads);
+
+// Shared memory: counts as in CountByWarp, then where each segment's rows begin. 40.6 KiB at 2048
+// routed and 32 shared experts.
+__host__ __device__ inline int ChunkSharedBytes(const PermuteSm90Args& args) {
+  return PermuteSharedBytes(args) +
+         static_cast<int>(sizeof(int32_t)) * args.options.num_local_experts;
+}
+
+// Where a slot of round r of this warp goes: segment (-1: nowhere), and how many of the warp's
+// slots are ahead of it there.
+struct ChunkSlots {
+  int32_t segments[kChunkRounds];
+  int32_t ahead[kChunkRounds];
+};
+
+// Fills `slots`, and leaves in `counts` the warps' slots by segment.
+__device__ inline void CountChunk(const PermuteSm90Args& args, const WarpRange& range,
+                                  uint16_t* counts, ChunkSlots& slots) {
+  const int segments = args.options.num_local_experts;
+  const int lane = sm90::LaneId();
+#pragma unroll
+  for (int r = 0; r < kChunkRounds; ++r) {
+    slots.segments[r] = SegmentOf(args, range.begin + 32 * r + lane, range.end);
   }
-  LayOutSegments(args, live, shared);
-  if (live > 0) {
-    RankCounted(args, 0, live, counts);
+  for (int i = static_cast<int>(threadIdx.x); i < kPermuteWarps * segments; i += kPermuteThreads) {
+    counts[i] = 0;
+  }
+  __syncthreads();
+  uint16_t* mine = counts + threadIdx.x / 32 * segments;
+#pragma unroll
+  for (int r = 0; r < kChunkRounds; ++r) {
+    if (range.begin + 32 * r < range.end) {
+      const int32_t segment = slots.segments[r];
+      const unsigned peers = __match_any_sync(sm90::kAllLanes, segment);
+      const int rank = __popc(peers & ((1U << lane) - 1U));
+      const int32_t before = segment >= 0 ? mine[segment] : 0;
+      __syncwarp();
+      if (segment >= 0 && rank == 0) {
+        mine[segment] = static_cast<uint16_t>(before + __popc(peers));
+      }
+      __syncwarp();
+      slots.ahead[r] = before + rank;
+    }
+  }
+  __syncthreads();
+}
+
+// Segments, tiles and totals. Leaves in `counts` how many of a segment's slots earlier warps have,
+// in `begins` its first row.
+__device__ inline void LayOutChunk(const PermuteSm90Args& args, uint16_t* counts, int32_t* begins,
+                                   RowsAndTiles* shared) {
+  const int segments = args.options.num_local_experts;
+  RowsAndTiles base;
+#pragma unroll 1
+  for (int first = 0; first < segments; first += kPermuteThreads) {
+    const int segment = first + static_cast<int>(threadIdx.x);
+    const bool real = segment < segments;
+    int32_t count = 0;
+    if (real) {
+#pragma unroll
+      for (int w = 0; w < kPermuteWarps; ++w) {
+        const uint16_t here = counts[w * segments + segment];
+        counts[w * segments + segment] = static_cast<uint16_t>(count);
+        count += here;
+      }
+    }
+    const RowsAndTiles mine = RowsAndTilesOf(args.options, count);
+    RowsAndTiles total;
+    RowsAndTiles begin = BlockScan(mine, shared, total);
+    begin.rows += base.rows;
+    begin.tiles += base.tiles;
+    if (real) {
+      WriteSegment(args, segment, count, begin, mine);
+      begins[segment] = begin.rows;
+    }
+    base.rows += total.rows;
+    base.tiles += total.tiles;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    WriteTotals(args, base);
+  }
+}
+
+// All steps by one block, for at most one chunk. `memory` is the shared memory of ChunkSharedBytes,
+// `shared` the [kPermuteWarps] of BlockScan.
+__device__ inline void PermuteOneChunk(const PermuteSm90Args& args, int32_t* memory,
+                                       RowsAndTiles* shared) {
+  const int segments = args.options.num_local_experts;
+  auto* const counts = static_cast<uint16_t*>(static_cast<void*>(memory + segments));
+  const WarpRange range(0, LiveSlots(args));
+  ChunkSlots slots;
+  CountChunk(args, range, counts, slots);
+  LayOutChunk(args, counts, memory, shared);
+  const uint16_t* before = counts + threadIdx.x / 32 * segments;
+#pragma unroll
+  for (int r = 0; r < kChunkRounds; ++r) {
+    const auto slot = static_cast<int32_t>(range.begin + 32 * r + sm90::LaneId());
+    if (slot < range.end) {
+      const int32_t segment = slots.segments[r];
+      WriteSlot(args, slot, segment >= 0 ? memory[segment] + before[segment] + slots.ahead[r] : -1);
+    }
   }
 }
 

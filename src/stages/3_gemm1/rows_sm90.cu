@@ -3,6 +3,7 @@
 
 #include "core/shape.h"
 #include "device/launch.cuh"
+#include "device/sm90/dependent.cuh"
 #include "stages/3_gemm1/rows_sm90.cuh"
 
 namespace hopyard::gemm1 {
@@ -24,63 +25,59 @@ int64_t BytesIn(const RoundRowsArgs& args) {
   return args.to.format == Format::kNvFp4 ? 4 : 8;
 }
 
-template <Format kFormat, DType kOut>
-void LaunchTiles(const RoundRowsLaunch& launch, const device::Queue& queue) {
-  constexpr int kWarps = kTileThreads / sm90::kWarpSize;
-  const int64_t tiles = launch.args.max_rows * CeilDiv(launch.args.out_pitch, kTileCols);
-  const auto blocks = static_cast<unsigned>(std::min(kMaxBlocks, CeilDiv(tiles, kWarps)));
-  device::Launch(queue, {blocks, kTileThreads}, RoundTilesKernel<kFormat, kOut>, launch);
+template <size_t kCase>
+__global__ void __launch_bounds__(kRowCases[kCase].whole_rows ? kMaxRowThreads : kTileThreads,
+                                  kRowCases[kCase].whole_rows ? 1 : 0)
+    RoundRowsKernel(const __grid_constant__ RoundRowsLaunch launch) {
+  sm90::TakeTurn();
+  RoundCaseByBlock<kCase>(launch, blockIdx.x, gridDim.x);
 }
 
-template <Format kFormat, DType kOut>
-void LaunchWholeRows(const RoundRowsLaunch& launch, const device::Queue& queue) {
-  // Few rows want a thread for every 8 columns, many rows several blocks on an SM.
-  const int64_t wanted = sm90::kWarpSize * CeilDiv(launch.args.out_pitch, kTileCols);
-  const int64_t most = launch.args.max_rows <= 2 * 132 ? kMaxRowThreads : 256;
-  const auto threads = static_cast<unsigned>(std::min(wanted, most));
-  const auto blocks = static_cast<unsigned>(std::min(kMaxBlocks, launch.args.max_rows));
-  device::Launch(queue, {blocks, threads}, RoundWholeRowsKernel<kFormat, kOut>, launch);
-}
-
-template <DType kOut>
-void LaunchFp8(const RoundRowsLaunch& launch, const device::Queue& queue) {
-  switch (launch.args.to.format) {
-    case Format::kFp8PerTensor:
-      return LaunchTiles<Format::kFp8PerTensor, kOut>(launch, queue);
-    case Format::kFp8Block1x128:
-      return LaunchTiles<Format::kFp8Block1x128, kOut>(launch, queue);
-    case Format::kFp8PerRow:
-      return LaunchWholeRows<Format::kFp8PerRow, kOut>(launch, queue);
-    default:
-      HOPYARD_INTERNAL(false) << ToString(launch.args.to.format) << " is no FP8 row format";
+template <size_t kCase>
+void LaunchCase(const RoundRowsLaunch& launch, const device::Queue& queue) {
+  const RoundRowsArgs& args = launch.args;
+  const int64_t tiles = CeilDiv(args.out_pitch, kTileCols);
+  int64_t blocks = CeilDiv(args.max_rows * tiles, kTileThreads / sm90::kWarpSize);
+  int64_t threads = kTileThreads;
+  if (kRowCases[kCase].whole_rows) {
+    // Few rows want a thread for every 8 columns, many rows several blocks on an SM.
+    threads =
+        std::min<int64_t>(sm90::kWarpSize * tiles, args.max_rows <= 2 * 132 ? kMaxRowThreads : 256);
+    blocks = args.max_rows;
   }
+  device::Launch(
+      queue, {static_cast<unsigned>(std::min(kMaxBlocks, blocks)), static_cast<unsigned>(threads)},
+      RoundRowsKernel<kCase>, launch);
 }
 
-void LaunchBf16(const RoundRowsLaunch& launch, const device::Queue& queue) {
-  switch (launch.args.to.format) {
-    case Format::kBf16:
-      return LaunchTiles<Format::kBf16, DType::kBf16>(launch, queue);
-    case Format::kMxFp8:
-      return LaunchTiles<Format::kMxFp8, DType::kBf16>(launch, queue);
-    case Format::kNvFp4:
-      if (launch.args.row_global) {
-        return LaunchWholeRows<Format::kNvFp4, DType::kBf16>(launch, queue);
-      }
-      return LaunchTiles<Format::kNvFp4, DType::kBf16>(launch, queue);
-    default:
-      return LaunchFp8<DType::kBf16>(launch, queue);
+template <size_t... kCases>
+void LaunchAny(const RoundRowsLaunch& launch, const device::Queue& queue,
+               std::index_sequence<kCases...> /*all*/) {
+  ((launch.row_case == static_cast<int>(kCases) ? LaunchCase<kCases>(launch, queue) : void()), ...);
+}
+
+int RowCaseOf(const RoundRowsArgs& args) {
+  const DType out = args.to.dtype == DType::kE4m3 ? DType::kE4m3 : DType::kBf16;
+  const bool whole_rows =
+      args.to.format == Format::kFp8PerRow || (args.to.format == Format::kNvFp4 && args.row_global);
+  for (size_t i = 0; i < kNumRowCases; ++i) {
+    const RowCase& c = kRowCases[i];
+    if (c.format == args.to.format && c.out == out && c.whole_rows == whole_rows) {
+      return static_cast<int>(i);
+    }
   }
+  HOPYARD_INTERNAL(false) << ToString(args.to.format) << " as " << ToString(out)
+                          << " is no row format";
+  return 0;
 }
 
 }  // namespace
 
-void RoundRowsSm90(const RoundRowsArgs& args, const device::Queue& queue) {
-  if (args.max_rows == 0 || args.out_pitch == 0) {
-    return;
-  }
+RoundRowsLaunch PrepareRoundRows(const RoundRowsArgs& args) {
   const int64_t out_bytes = SizeOf(args.to.dtype);
   const bool natural = args.to.order == KOrder::kNatural;
   RoundRowsLaunch launch{args};
+  launch.row_case = RowCaseOf(args);
   launch.wide_in = IsAligned(args.in, args.in_pitch * SizeOf(args.in_dtype), BytesIn(args));
   launch.wide_out = IsAligned(args.out, args.out_pitch * out_bytes, kLaneCols * out_bytes);
   HOPYARD_INTERNAL(args.cols <= args.out_pitch)
@@ -97,10 +94,12 @@ void RoundRowsSm90(const RoundRowsArgs& args, const device::Queue& queue) {
                        ? args.static_scale_stride == 0
                        : args.num_rows == nullptr && args.segment_begin < args.segment_end)
       << "scales per segment want segments, which say themselves how many rows there are";
-  if (args.to.dtype == DType::kE4m3) {
-    LaunchFp8<DType::kE4m3>(launch, queue);
-  } else {
-    LaunchBf16(launch, queue);
+  return launch;
+}
+
+void RoundRowsSm90(const RoundRowsArgs& args, const device::Queue& queue) {
+  if (args.max_rows > 0 && args.out_pitch > 0) {
+    LaunchAny(PrepareRoundRows(args), queue, std::make_index_sequence<kNumRowCases>());
   }
 }
 

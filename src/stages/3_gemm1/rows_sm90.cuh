@@ -3,9 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
+#include <utility>
 
-#include "device/sm90/dependent.cuh"
 #include "device/sm90/numbers.cuh"
 #include "device/sm90/warp.cuh"
 #include "formats/codes.h"
@@ -27,9 +28,27 @@ inline constexpr int kMaxRowThreads = 1024;
 
 struct RoundRowsLaunch {
   RoundRowsArgs args;
+  int row_case = 0;       // of kRowCases
   bool wide_in = false;   // 8 columns of `in` are one aligned access
   bool wide_out = false;  // 8 columns of `out` in natural order too
 };
+
+// What a kernel is compiled for.
+struct RowCase {
+  Format format;
+  DType out;
+  bool whole_rows;  // a block per row: the scale needs the maximum of a row
+};
+inline constexpr RowCase kRowCases[] = {
+    {Format::kBf16, DType::kBf16, false},          {Format::kMxFp8, DType::kBf16, false},
+    {Format::kNvFp4, DType::kBf16, false},         {Format::kNvFp4, DType::kBf16, true},
+    {Format::kFp8PerTensor, DType::kBf16, false},  {Format::kFp8PerTensor, DType::kE4m3, false},
+    {Format::kFp8Block1x128, DType::kBf16, false}, {Format::kFp8Block1x128, DType::kE4m3, false},
+    {Format::kFp8PerRow, DType::kBf16, true},      {Format::kFp8PerRow, DType::kE4m3, true}};
+inline constexpr size_t kNumRowCases = std::size(kRowCases);
+
+// Checks a call and looks at its alignment; for host code that enqueues.
+[[nodiscard]] RoundRowsLaunch PrepareRoundRows(const RoundRowsArgs& args);
 
 // This lane's place.
 struct Place {
@@ -160,7 +179,7 @@ __device__ __forceinline__ void Store(const RoundRowsLaunch& launch, const Place
   }
 }
 
-// ---- kernels
+// ---- rounding
 
 // The 8 columns of this lane; all lanes of a warp call, with the same row.
 template <Format kFormat, DType kOut>
@@ -234,27 +253,28 @@ __device__ __forceinline__ RowScale StaticScale(const RoundRowsArgs& args, int32
              : RowScale{};
 }
 
+// The warps that share a call's tiles, and which of them this one is.
+struct WarpShare {
+  uint32_t first;
+  uint32_t step;
+};
+
 // A warp per tile of 256 columns, for scales that need no more than a tile.
 template <Format kFormat, DType kOut>
-__global__ void __launch_bounds__(kTileThreads)
-    RoundTilesKernel(const __grid_constant__ RoundRowsLaunch launch) {
-  sm90::TakeTurn();
+__device__ __forceinline__ void RoundTiles(const RoundRowsLaunch& launch, const WarpShare& share) {
   const RoundRowsArgs& args = launch.args;
   const RowRange rows = LiveRows(args);
   const auto tiles = static_cast<uint32_t>((args.out_pitch + kTileCols - 1) / kTileCols);
-  constexpr uint32_t kWarps = kTileThreads / sm90::kWarpSize;
-  const uint32_t first = blockIdx.x * kWarps + threadIdx.x / sm90::kWarpSize;
-  const uint32_t step = gridDim.x * kWarps;
   constexpr bool kHasStatic = kFormat == Format::kFp8PerTensor || kFormat == Format::kNvFp4;
   const bool per_segment = kHasStatic && args.static_scale_stride != 0;
   // A warp's rows ascend, so that it looks for a segment only where it leaves one.
   Segment segment{0, per_segment ? 0 : INT32_MAX};
   RowScale scale = StaticScale<kFormat>(args, 0);
   // Row and tile advance without a division in the loop.
-  int64_t row = rows.begin + first / tiles;
-  uint32_t tile = first % tiles;
-  const uint32_t row_step = step / tiles;
-  const uint32_t tile_step = step % tiles;
+  int64_t row = rows.begin + share.first / tiles;
+  uint32_t tile = share.first % tiles;
+  const uint32_t row_step = share.step / tiles;
+  const uint32_t tile_step = share.step % tiles;
   while (row < rows.end) {
     if (row >= segment.row_end) {
       segment = FindSegment(args, row);
@@ -315,20 +335,47 @@ __device__ __forceinline__ RowScale TakeRowScale(const RoundRowsLaunch& launch, 
 }
 
 // A block per row, for scales that need the maximum of a row: it is read twice, the second time
-// from a cache.
+// from a cache. This one has every `step`-th row from the `first` on.
 template <Format kFormat, DType kOut>
-__global__ void __launch_bounds__(kMaxRowThreads, 1)
-    RoundWholeRowsKernel(const __grid_constant__ RoundRowsLaunch launch) {
-  sm90::TakeTurn();
+__device__ __forceinline__ void RoundWholeRows(const RoundRowsLaunch& launch, int64_t first,
+                                               int64_t step) {
   const RoundRowsArgs& args = launch.args;
   const RowRange rows = LiveRows(args);
-  for (int64_t row = rows.begin + blockIdx.x; row < rows.end; row += gridDim.x) {
+  for (int64_t row = rows.begin + first; row < rows.end; row += step) {
     const RowScale scale = TakeRowScale<kFormat>(launch, row);
     const int64_t warp_begin = threadIdx.x / sm90::kWarpSize * kTileCols;
     for (int64_t k = warp_begin; k < args.out_pitch; k += int64_t{blockDim.x} * kLaneCols) {
       RoundPlace<kFormat, kOut>(launch, {row, k + sm90::LaneId() * kLaneCols}, scale);
     }
   }
+}
+
+// The share of block `block` of `blocks`, of any number of whole warps.
+template <size_t kCase>
+__device__ __forceinline__ void RoundCaseByBlock(const RoundRowsLaunch& launch, unsigned block,
+                                                 unsigned blocks) {
+  constexpr RowCase kOf = kRowCases[kCase];
+  if constexpr (kOf.whole_rows) {
+    RoundWholeRows<kOf.format, kOf.out>(launch, block, blocks);
+  } else {
+    const uint32_t warps = blockDim.x / sm90::kWarpSize;
+    RoundTiles<kOf.format, kOf.out>(
+        launch, {block * warps + threadIdx.x / sm90::kWarpSize, blocks * warps});
+  }
+}
+
+// The same for a case that is known at run time.
+template <size_t... kCases>
+__device__ __forceinline__ void RoundAnyByBlock(const RoundRowsLaunch& launch, unsigned block,
+                                                unsigned blocks,
+                                                std::index_sequence<kCases...> /*all*/) {
+  ((launch.row_case == static_cast<int>(kCases) ? RoundCaseByBlock<kCases>(launch, block, blocks)
+                                                : void()),
+   ...);
+}
+__device__ __forceinline__ void RoundByBlock(const RoundRowsLaunch& launch, unsigned block,
+                                             unsigned blocks) {
+  RoundAnyByBlock(launch, block, blocks, std::make_index_sequence<kNumRowCases>());
 }
 
 }  // namespace hopyard::gemm1

@@ -86,7 +86,10 @@ void ExpectCpuBits(const Shape& shape, bool accumulate, bool weighted) {
 TEST(FinalizeSm90, HasTheBitsOfTheCpu) {
   HOPYARD_NEEDS_GPU();
   for (const Shape& shape : {Shape{1, 8, 8, 1}, Shape{3, 64, 40, 2}, Shape{17, 37, 31, 3},
-                             Shape{200, 2048, 2048, 8}, Shape{5, 7168, 7160, 9}}) {
+                             Shape{200, 2048, 2048, 8}, Shape{5, 7168, 7160, 9},
+                             Shape{2, 256, 256, 10}, Shape{7, 264, 256, 11}, Shape{3, 72, 65, 35},
+                             // More columns than the grid takes in one stride.
+                             Shape{2500, 1032, 1024, 2}, Shape{1000, 333, 331, 3}}) {
     for (const bool accumulate : {false, true}) {
       for (const bool weighted : {false, true}) {
         ExpectCpuBits(shape, accumulate, weighted);
