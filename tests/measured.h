@@ -39,7 +39,12 @@ inline std::vector<Measured> ReadMeasured(const std::string& path) {
     if (one.line["routing"] != "uniform") {
       continue;
     }
-    one.spec = bench::FindShape(one.line["model"].get<std::string>())->spec;
+    const bench::ModelShape* shape = bench::FindShape(one.line["model"].get<std::string>());
+    if (shape == nullptr) {
+      ADD_FAILURE() << path << ": no such model: " << text;
+      continue;
+    }
+    one.spec = shape->spec;
     one.spec.shared.count = 0;
     one.spec.weights = ParseWeightFormat(one.line["weights"].get<std::string>());
     one.spec.activations = ParseActivationFormat(one.line["activations"].get<std::string>());

@@ -27,11 +27,11 @@ constexpr double kExposed = 0.15;
 constexpr double kReread = 0.04;
 constexpr double kRereadLarge = 0.39;  // two consumers and tiles of 64 rows on
 constexpr double kMostRereads = 3.0;   // by then tiles of an expert keep each other company
-// Adding up the sums of a part of K: through shared memory and a barrier.
+// Adding up the sums of a part of K: through shared memory and a barrier. A guess.
 constexpr double kPartCycles = 1500.0;
-// Rows with clusters or parts of K have not been timed (that figure is a guess, too): they are
-// taken where they promise more than this.
-constexpr double kUntimed = 1.03;
+// Rows with clusters or parts of K have no recorded times: they are taken where they promise more
+// than this.
+constexpr double kUnrecorded = 1.03;
 // A launch, and what bench_layer gives for rounding (docs/perf-notes.md).
 constexpr double kRoundingUs = 1.5;
 constexpr double kRoundingBytesPerUs = 2.6e6;
@@ -204,8 +204,8 @@ double EstimateMicroseconds(const GemmConfig& config, const GemmShape& shape,
                        rows.Tiles(int64_t{config.tokens} * config.cluster);
   const double compute = ComputeMicroseconds(config, shape, tiles);
   const double read = ReadMicroseconds(config, shape, rows, tiles);
-  const double timed = config.cluster > 1 || config.k_parts > 1 ? kUntimed : 1.0;
-  return timed * (kKernelUs + std::max(compute, read) + kExposed * std::min(compute, read));
+  const double margin = config.cluster > 1 || config.k_parts > 1 ? kUnrecorded : 1.0;
+  return margin * (kKernelUs + std::max(compute, read) + kExposed * std::min(compute, read));
 }
 
 double EstimateMicroseconds(int index, const GemmShape& shape, const RowSpread& rows) {

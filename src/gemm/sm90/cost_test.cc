@@ -122,7 +122,7 @@ TEST(Cost, IsNearTheTimesOfGemms) {
     ++compared;
   }
   ASSERT_GT(compared, 40);
-  EXPECT_LT(log_errors / compared, 0.15);
+  EXPECT_LT(log_errors / compared, 0.2);
 }
 
 // Where several rows were timed for one GEMM, the one that is estimated to be the fastest is not

@@ -381,9 +381,8 @@ class Judge {
       return {true, "asked for by name; runs every number of tokens, " + times};
     }
     if (tiles_.size() == 1) {
-      return {true, "every batch" +
-                        std::string(options_.batch_invariant ? ", as batch_invariant asks" : "") +
-                        ": " + tile + times};
+      text = options_.batch_invariant ? "every batch, as batch_invariant asks"
+                                      : "every number of tokens";
     }
     return {true, text + ": " + tile + times};
   }
