@@ -7,7 +7,7 @@ and put into the layouts that FlashInfer's recipes prescribe.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ class Case:
         arguments: of the operation, without routing.
         layer: what they stand for.
         x: decoded hidden states.
-        on_input: weights multiply GEMM1's input.
+        places: of every expert in `layer`, where several have the same weights.
     """
 
     mode: str
@@ -74,8 +74,7 @@ class Case:
     layer: ref.Layer
     x: torch.Tensor
     activation: str
-    on_input: bool = False
-    extra: dict = field(default_factory=dict)
+    places: torch.Tensor | None = None
 
 
 def normal(shape, seed, scale=1.0):
@@ -314,17 +313,22 @@ def rounding(mode, multiplier):
     return lambda values, _: ref.bf16(values)
 
 
-def make(mode, sizes=None, activation="swiglu", seed=0, device="cpu", **options):
+def stored(mode, hidden, inter, experts, gated, seed):
+    """Weights of a mode: its arrays, both matrices decoded, and their multipliers."""
+    rows = (2 if gated else 1) * inter
+    w1 = normal((experts, rows, hidden), seed, hidden**-0.5)
+    w2 = normal((experts, hidden, inter), seed + 1, inter**-0.5)
+    return WEIGHTS[mode](w1, w2, gated)
+
+
+def make(mode, sizes=None, activation="swiglu", seed=0, device="cpu", weights=stored, **options):
     """A case; options: bias=True, alpha, beta, limit (lists, natural units), zero=True."""
     s = sizes or Sizes()
     if mode == "mxint4":  # blocks of 256 columns
         s = replace(s, inter=max(s.inter, 256))
     gated = activation not in ("relu2", "identity")
-    rows = (2 if gated else 1) * s.inter
-    w1 = normal((s.experts, rows, s.hidden), seed, s.hidden**-0.5)
-    w2 = normal((s.experts, s.hidden, s.inter), seed + 1, s.inter**-0.5)
+    arrays, d1, d2, multipliers = weights(mode, s.hidden, s.inter, s.experts, gated, seed)
     x = normal((s.tokens, s.hidden), seed + 2, 0.0 if options.get("zero") else 2.0)
-    arrays, d1, d2, multipliers = WEIGHTS[mode](w1, w2, gated)
     hidden, decoded, g_x = hidden_states(mode, x)
     gate, up = split(d1, gated)
     layer = ref.Layer(gate, up, d2, activation)
@@ -344,6 +348,26 @@ def make(mode, sizes=None, activation="swiglu", seed=0, device="cpu", **options)
         arguments["activation_type"] = ACTIVATIONS[activation]
     arguments = {name: move(value, device) for name, value in arguments.items()}
     return Case(mode, s, arguments, layer, decoded, activation)
+
+
+def arrays_of_experts(case):
+    """The arguments of a case that have a row for every expert."""
+    return {
+        name: array
+        for name, array in case.arguments.items()
+        if isinstance(array, torch.Tensor) and "hidden" not in name and "token" not in name
+    }
+
+
+def spread(case, places):
+    """The case with one expert for each of `places`, which has the weights that are there."""
+    places = torch.as_tensor(places)
+    arguments = dict(case.arguments)
+    for name, array in arrays_of_experts(case).items():
+        bytes_ = array.view(torch.uint8) if array.element_size() == 1 else array
+        arguments[name] = bytes_[places.to(array.device)].view(array.dtype)
+    sizes = replace(case.sizes, experts=len(places))
+    return replace(case, sizes=sizes, arguments=arguments, places=places)
 
 
 def move(value, device):
@@ -415,6 +439,33 @@ def routing_of(sizes, **changes):
     }
 
 
+def routing_by(rule, case, seed=9):
+    """Arguments of `call` that route a case by a rule."""
+    logits = logits_of(case, seed, getattr(torch, rule.logits))
+    bias = None
+    if rule.bias:
+        generator = torch.Generator().manual_seed(seed - 4)
+        bias = torch.randn(logits.shape[1], generator=generator).to(getattr(torch, rule.bias))
+    deepseek = rule.method == "DeepSeekV3"
+    arguments = {
+        "logits": logits,
+        "bias": bias,
+        "routing_method_type": fi.RoutingMethodType[rule.method],
+        "n_group": rule.groups if deepseek else 0,
+        "topk_group": rule.kept if deepseek else 0,
+        "routed_scaling_factor": rule.scale,
+    }
+    if not rule.renormalise:
+        arguments["norm_topk_prob"] = False
+    return arguments
+
+
+def method_of(call):
+    """What of `routing_by` the routed operations take, too."""
+    names = ("routing_method_type", "n_group", "topk_group", "routed_scaling_factor")
+    return {name: call[name] for name in names}
+
+
 NO_BIAS = ("trtllm_bf16_routed_moe", "trtllm_mxint4_block_scale_routed_moe")
 
 
@@ -433,6 +484,23 @@ def call(case, routed=None, logits=None, bias=None, **changes):
             arguments["routing_bias"] = None
     result = getattr(fi, name)(**arguments)
     return result[0] if isinstance(result, list) and len(result) == 1 else result
+
+
+def judge(case, output, ids, weights, **call):
+    """compat_reference.judge with what the mode is held to."""
+    if case.places is not None:
+        places = case.places.to(ids.device)
+        ids = torch.where(ids < 0, ids, places[ids.clamp(min=0)])
+    return ref.judge(
+        case.layer,
+        case.x,
+        ids,
+        weights,
+        output,
+        percent=percent_of(case.mode),
+        tolerance=TOLERANCE.get(case.mode, 0.05),
+        **call,
+    )
 
 
 def logits_of(case, seed=9, dtype=torch.float32):

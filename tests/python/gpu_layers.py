@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ PAIRS = [
 # Of the worst row; tests/numerics.cc has the same numbers.
 _TOLERANCE = {"bf16": 0.012, "nvfp4": 0.40, "nvfp4_per_token": 0.40}
 _FLOOR = 5e-4
+_INPUT_SCALES = ("gemm1_input_scale", "gemm2_input_scale")
 
 
 def to_gpu(array, device="cuda"):
@@ -77,9 +79,20 @@ class Twins:
 
     spec: hopyard.MoeSpec
     data: layers.Arrays
-    cpu: hopyard.Weights
-    gpu: hopyard.Weights
+    experts: hopyard.ExpertWeights
     made: dict = field(default_factory=dict)
+
+    @cached_property
+    def cpu(self):
+        """The weights on the host."""
+        return hopyard.Weights(self.spec, self.experts)
+
+    @cached_property
+    def gpu(self):
+        """The weights on the GPU."""
+        parts = {name: _on_gpu(getattr(self.experts, name)) for name in ("gemm1", "gemm2")}
+        parts |= {name: to_gpu(getattr(self.experts, name)) for name in _INPUT_SCALES}
+        return hopyard.Weights(self.spec, replace(self.experts, **parts))
 
     def layer(self, device="cuda", tokens=TOKENS, **options):
         """The layer on a device; made once for the same options."""
@@ -134,16 +147,4 @@ def twins(weights="bf16", activations="bf16", seed=3, **changes):
         most = 448.0 * (6.0 if activations == "nvfp4" else 1.0)
         scales["gemm1_input_scale"] = np.array([np.abs(data.hidden).max() / most], np.float32)
         scales["gemm2_input_scale"] = np.array([4.0 / most], np.float32)
-    return Twins(
-        spec,
-        data,
-        hopyard.Weights(spec, hopyard.ExpertWeights(gemm1=gemm1, gemm2=gemm2, **scales)),
-        hopyard.Weights(
-            spec,
-            hopyard.ExpertWeights(
-                gemm1=_on_gpu(gemm1),
-                gemm2=_on_gpu(gemm2),
-                **{name: to_gpu(scale) for name, scale in scales.items()},
-            ),
-        ),
-    )
+    return Twins(spec, data, hopyard.ExpertWeights(gemm1=gemm1, gemm2=gemm2, **scales))

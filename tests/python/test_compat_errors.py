@@ -411,6 +411,8 @@ def test_rows_60_and_61_types():
 def test_wrong_arguments_are_type_errors():
     with pytest.raises(TypeError, match="missing required arguments: routing_bias, hidden_states"):
         fi.trtllm_bf16_moe(None)
+    with pytest.raises(TypeError, match="missing required arguments: num_experts, top_k, local"):
+        fi.trtllm_moe_allocate_routing_metadata(torch.zeros(4, 2).int())
     with pytest.raises(TypeError, match="unexpected keyword argument 'logits'"):
         fi.trtllm_bf16_moe(logits=None)
     with pytest.raises(TypeError, match="multiple values for argument 'routing_logits'"):

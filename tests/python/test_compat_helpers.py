@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signatures, enumerations, layouts and routing of the compat package, by the
+"""Signatures, enumerations, layouts and `autotune` of the compat package, by the
 definitions of FlashInfer's documents."""
 
 from __future__ import annotations
 
 import enum
 import inspect
+import itertools
 import logging
 import subprocess
 import sys
@@ -18,10 +19,8 @@ pytest.importorskip("torch")
 import torch
 
 import compat_layers as cl
-import compat_reference as ref
 import hopyard.compat.flashinfer as fi
 from compat_layers import one_torch_thread  # noqa: F401
-from hopyard.compat.flashinfer import ops
 
 METHOD, D = fi.RoutingMethodType, fi.DtypeTrtllmGen
 
@@ -105,6 +104,12 @@ SIGNATURES = {
     "enable_pdl=None",
     "autotune": "tune_mode=True, cache=None, tuning_buckets=None, round_up=None, skip_ops=None",
     "is_trtllm_moe_supported": "dtype_weights, dtype_act, quant_method=None",
+    "prepare_cutlass_bf16_weights": "w1_bf16, w2_bf16, *, num_local_experts, hidden_size, "
+    "intermediate_size, activation=None, device=None",
+    "prepare_cutlass_w4a16_weights": "w1_bf16, w2_bf16, *, num_local_experts, hidden_size, "
+    "intermediate_size, activation=None, device=None",
+    "prepare_trtllm_fp4_weights": "w1_bf16, w2_bf16, *, variant=None, num_local_experts, "
+    "hidden_size, intermediate_size, activation=None, device=None, permute_cache=None",
     "shuffle_matrix_a": "input_tensor, epilogue_tile_m",
     "shuffle_matrix_sf_a": "input_tensor, epilogue_tile_m, num_elts_per_sf=16",
     "block_scale_interleave": "unswizzled_sf",
@@ -292,217 +297,6 @@ def test_blocks_and_cached_indices():
     assert len(cache) == 3
 
 
-# --- routing
-
-
-def tie_free(tokens, experts, hot=None):
-    generator = torch.Generator().manual_seed(tokens + experts)
-    rows = [torch.randperm(experts, generator=generator) for _ in range(tokens)]
-    logits = (torch.stack(rows) + 1).float() / 32
-    if hot is not None:
-        logits[:, hot] += 8
-    return logits
-
-
-GEN = [
-    ("Default", 16, 4, {}),
-    ("Renormalize", 256, 8, {}),
-    ("RenormalizeNaive", 16, 1, {}),
-    ("TopK", 16, 4, {}),
-    ("SigmoidRenorm", 16, 4, {}),
-    ("Sigmoid", 256, 8, {}),
-    ("MiniMax2", 256, 6, {"scale": 2.0}),
-    ("Llama4", 16, 1, {}),
-    ("DeepSeekV3", 256, 8, {"groups": 8, "kept": 4, "scale": 2.5}),
-    ("DeepSeekV3", 160, 8, {"groups": 1, "kept": 1}),
-    ("DeepSeekV3", 512, 22, {"groups": 1, "kept": 1}),
-]
-
-
-@pytest.mark.parametrize("shard", [None, (0, 2), (1, 4)])
-@pytest.mark.parametrize("tile", [8, 32])
-@pytest.mark.parametrize("tokens", [1, 150])
-@pytest.mark.parametrize(("method", "experts", "top_k", "options"), GEN)
-def test_trtllm_gen_routing(method, experts, top_k, options, tokens, tile, shard):
-    logits = tie_free(tokens, experts, hot=3 if tile == 32 else None)
-    local = experts if shard is None else experts // shard[1]
-    offset = 0 if shard is None else shard[0] * local
-    r = fi.trtllm_gen_routing(
-        logits,
-        None,
-        METHOD[method],
-        top_k,
-        n_group=options.get("groups", 0),
-        topk_group=options.get("kept", 0),
-        routed_scaling_factor=options.get("scale", 1.0),
-        tile_tokens_dim=tile,
-        local_expert_offset=offset,
-        local_num_experts=local,
-    )
-    ids, weights = ref.route(method, logits, top_k, **options)
-    here = (ids >= offset) & (ids < offset + local)
-    counts = torch.bincount((ids[here] - offset), minlength=local)
-    padded = (counts + tile - 1) // tile * tile
-    e2p = r.expanded_idx_to_permuted_idx.long()
-    assert int(r.total_num_padded_tokens) == padded.sum()
-    assert ((e2p == -1) == ~here).all()
-    assert (torch.where(here, ids, -1) == r.topk_ids).all()
-    torch.testing.assert_close(r.topk_weights.double(), weights, rtol=0.01, atol=1e-3)
-    rows = e2p[here]
-    assert rows.unique().numel() == rows.numel()
-    starts = padded.cumsum(0) - padded
-    own = ids[here] - offset
-    assert ((rows >= starts[own]) & (rows < starts[own] + counts[own])).all()
-    tokens_of = torch.nonzero(here)[:, 0]
-    assert (r.permuted_idx_to_token_idx.long()[rows] == tokens_of).all()
-    tiles = int(r.num_non_exiting_ctas)
-    assert tiles == padded.sum() // tile
-    batch, limit = r.cta_idx_xy_to_batch_idx[:tiles], r.cta_idx_xy_to_mn_limit[:tiles]
-    assert (batch == torch.repeat_interleave(torch.arange(local), padded // tile)).all()
-    ends = (torch.arange(tiles) + 1) * tile
-    assert (limit == torch.minimum(ends, (starts + counts)[batch.long()])).all()
-
-
-def test_gen_routing_with_shared_experts_and_metadata():
-    logits = tie_free(9, 16)
-    grouped = {"n_group": 4, "topk_group": 2, "num_fused_shared_experts": 2}
-    r = fi.trtllm_gen_routing(logits, None, METHOD.DeepSeekV3, 2, **grouped)
-    assert (r.topk_ids[:, 2:] == torch.tensor([16, 17])).all()
-    assert (r.topk_weights[:, 2:] == 1).all()
-    ids, weights = ref.route("Renormalize", logits, 2)
-    packed = fi.pack_topk_ids(ids.int(), -weights.float())
-    assert ((packed >> 16) == ids).all()
-    usual = {"num_experts": 16, "top_k": 2, "local_expert_offset": 4, "num_local_experts": 8}
-    mode = fi.RoutingInputMode.PackedPrecomputed
-    both = fi.trtllm_moe_allocate_routing_metadata_multi_tile(
-        packed, tile_ns=[16, 8], routing_input_mode=mode, **usual
-    )
-    assert both.tile_ns == (8, 16)
-    direct = fi.trtllm_gen_routing(
-        logits, None, 1, 2, local_expert_offset=4, local_num_experts=8, tile_tokens_dim=16
-    )
-    slot = both.slots[1]
-    assert (slot.expanded_idx_to_permuted_idx.view(9, 2) == direct[3]).all()
-    assert int(slot.num_non_exiting_ctas) == int(direct.num_non_exiting_ctas)
-    assert (slot.expert_weights == -weights.bfloat16()).all()
-    before = slot.expanded_idx_to_permuted_idx
-    fi.populate_trtllm_moe_routing_metadata_(both, packed.flip(0))
-    assert both.slots[1].expanded_idx_to_permuted_idx is before
-    single = fi.trtllm_moe_allocate_routing_metadata(
-        packed.flip(0), tile_n=16, routing_input_mode=mode, **usual
-    )
-    assert (single.expanded_idx_to_permuted_idx == before).all()
-    with pytest.raises(ValueError, match="tile_ns must contain unique values"):
-        fi.trtllm_moe_allocate_routing_metadata_multi_tile(
-            packed, tile_ns=[8, 8], routing_input_mode=mode, **usual
-        )
-
-
-UNPACKED = {
-    "num_experts": 16,
-    "top_k": 2,
-    "local_expert_offset": 0,
-    "num_local_experts": 16,
-    "tile_ns": [8],
-    "routing_input_mode": fi.RoutingInputMode.UnpackedPrecomputed,
-}
-
-
-@pytest.mark.parametrize(
-    ("weights", "part"),
-    [
-        (torch.ones(2), r"topk_weights has shape \[2\], wanted that of topk_ids, \[3, 2\]"),
-        (torch.ones(3, 1), r"topk_weights has shape \[3, 1\]"),
-        (torch.ones(3, 2, dtype=torch.int32), "topk_weights must be bfloat16 or float32"),
-        (torch.ones(3, 2, device="meta"), "topk_weights must be where topk_ids are, cpu; got meta"),
-        (None, "topk_weights is None"),
-        ([1.0], r"topk_weights is \[1.0\], wanted weights"),
-    ],
-)
-def test_weights_of_routing_metadata(weights, part):
-    ids = torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.int32)
-    right = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
-    metadata = fi.trtllm_moe_allocate_routing_metadata_multi_tile(
-        ids, topk_weights=right, **UNPACKED
-    )
-    assert (metadata.slots[0].expert_weights == right).all()
-    with pytest.raises(ValueError, match=part):
-        fi.populate_trtllm_moe_routing_metadata_(metadata, ids, weights)
-    assert (metadata.slots[0].expert_weights == right).all()
-    if weights is not None:
-        with pytest.raises(ValueError, match=part):
-            fi.trtllm_moe_allocate_routing_metadata_multi_tile(
-                ids, topk_weights=weights, **UNPACKED
-            )
-
-
-def test_ids_that_cannot_be_packed():
-    for number in (32767, -32768, -1):
-        packed = fi.pack_topk_ids(torch.tensor([[number, 1]]), torch.ones(1, 2))
-        assert (packed >> 16).tolist() == [[number, 1]]
-    for number in (32768, 40000, -32769):
-        for ids in (torch.tensor([[1, number]]), np.array([[1, number]])):
-            weights = torch.ones(1, 2) if isinstance(ids, torch.Tensor) else np.ones((1, 2))
-            with pytest.raises(ValueError, match=f"within -32768 .. 32767.*got .{number}."):
-                fi.pack_topk_ids(ids, weights)
-    with pytest.raises(ValueError, match=r"weights have shape \[2\], wanted that of ids"):
-        fi.pack_topk_ids(torch.zeros(3, 2).int(), torch.ones(2))
-    with pytest.raises(ValueError, match="ids must be integers; got float32"):
-        fi.pack_topk_ids(torch.zeros(3, 2), torch.ones(3, 2))
-
-
-def test_what_computes_on_the_host_cannot_be_captured(monkeypatch):
-    ids, weights = torch.zeros(3, 2).int(), torch.ones(3, 2)
-    metadata = fi.trtllm_moe_allocate_routing_metadata_multi_tile(
-        ids, topk_weights=weights, **UNPACKED
-    )
-    monkeypatch.setattr(ops, "is_capturing", lambda array: True)
-    for call in (
-        lambda: fi.pack_topk_ids(ids, weights),
-        lambda: fi.populate_trtllm_moe_routing_metadata_(metadata, ids, weights),
-        lambda: fi.trtllm_gen_routing(torch.zeros(3, 4), None, METHOD.Renormalize, 2),
-        lambda: fi.fp4_quantize(torch.zeros(2, 32)),
-    ):
-        with pytest.raises(RuntimeError, match="is being captured, and this function computes on"):
-            call()
-
-
-@pytest.mark.parametrize("scores_type", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bias_type", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("experts", "groups", "kept", "top_k"), [(256, 8, 4, 8), (384, 1, 1, 1)])
-def test_fused_topk_deepseek(experts, groups, kept, top_k, bias_type, scores_type):
-    scores = tie_free(16, experts).to(scores_type)
-    bias = (torch.arange(experts) / experts * 0.01).to(bias_type)
-    values = torch.zeros(16, top_k, dtype=scores_type)
-    ids = torch.zeros(16, top_k, dtype=torch.int32)
-    replay = torch.full((20, top_k), -1, dtype=torch.int16)
-    arguments = (scores, bias, groups, kept, top_k, 2.5, values, ids)
-    assert fi.fused_topk_deepseek(*arguments, routing_replay_out=replay) is None
-    wanted, weights = ref.route(
-        "DeepSeekV3", scores.float(), top_k, bias=bias, groups=groups, kept=kept, scale=2.5
-    )
-    assert (ids == wanted).all()
-    assert (replay[:16] == ids).all()
-    assert (replay[16:] == -1).all()
-    torch.testing.assert_close(values.double(), weights, rtol=0.01, atol=1e-3)
-
-
-@pytest.mark.parametrize("shared", [0, 1])
-def test_hash_topk(shared):
-    logits = cl.normal((6, 16), 3).float()
-    table = torch.randint(0, 16, (10, 4), dtype=torch.int32)
-    tokens = torch.tensor([0, 9, 3, 3, 5, 1])
-    weights, ids = fi.hash_topk(logits, tokens, table, shared, 2.5)
-    assert (ids[:, :4] == table[tokens]).all()
-    score = torch.sqrt(torch.nn.functional.softplus(logits.double()))
-    chosen = score.gather(1, ids[:, :4].long())
-    wanted = chosen / chosen.sum(-1, keepdim=True)
-    torch.testing.assert_close(weights[:, :4].double(), wanted, rtol=1e-5, atol=1e-7)
-    if shared:
-        assert (ids[:, 4] == 16).all()
-        assert (weights[:, 4] == 1 / 2.5).all()
-
-
 # --- autotune
 
 
@@ -510,12 +304,13 @@ def test_autotune_runs_the_usual_kernels_and_says_so(caplog):
     from hopyard.compat.flashinfer import tuning
 
     tuning._say_once.cache_clear()
-    for tokens in (1, 16):
-        case = cl.make("nvfp4", cl.Sizes(256, 128, 16, 4, tokens))
+    for mode, tokens in itertools.product(("nvfp4", "mxfp4_mxfp8", "deepseek", "mxfp8"), (1, 16)):
+        case = cl.make(mode, cl.Sizes(256, 128, 16, 4, tokens))
         packed = fi.pack_topk_ids(torch.arange(4).expand(tokens, 4).int(), torch.ones(tokens, 4))
-        outside = cl.call(case, routed=packed)
-        with caplog.at_level(logging.WARNING), fi.autotune(True, tuning_buckets=(1, 16)):
-            cl.same(cl.call(case, routed=packed), outside)
+        for routing in ({"routed": packed}, {"logits": cl.logits_of(case)}):
+            outside = cl.call(case, **routing)
+            with caplog.at_level(logging.WARNING), fi.autotune(True, tuning_buckets=(1, 16)):
+                cl.same(cl.call(case, **routing), outside)
     assert len([r for r in caplog.records if "no autotuner yet" in r.message]) == 1
 
 

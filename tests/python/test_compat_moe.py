@@ -4,6 +4,8 @@ on a GPU in full."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,6 @@ import torch
 
 import compat_layers as cl
 import compat_reference as ref
-import hopyard
 import hopyard.compat.flashinfer as fi
 from compat_layers import one_torch_thread  # noqa: F401
 
@@ -26,19 +27,6 @@ METHOD = fi.RoutingMethodType
 def sizes(device, **changes):
     usual = cl.Sizes(1024, 512, 128, 8, 8) if device == "cuda" else cl.Sizes()
     return cl.Sizes(**{**vars(usual), **changes})
-
-
-def check(case, output, ids, weights, **call):
-    ref.judge(
-        case.layer,
-        case.x,
-        ids,
-        weights,
-        output,
-        percent=cl.percent_of(case.mode),
-        tolerance=cl.TOLERANCE.get(case.mode, 0.05),
-        **call,
-    )
 
 
 def activations_of(mode):
@@ -59,7 +47,7 @@ def test_modes_and_activations(mode, activation, device):
     logits = cl.logits_of(case)
     output = cl.call(case, logits=logits)
     assert output.dtype == torch.bfloat16
-    check(case, output, *ref.route("Renormalize", logits, case.sizes.top_k))
+    cl.judge(case, output, *ref.route("Renormalize", logits, case.sizes.top_k))
 
 
 @DEVICES
@@ -70,7 +58,7 @@ def test_numbers_of_tokens(mode, tokens, device):
     case = cl.make(mode, sizes(device, tokens=tokens), seed=3, device=device)
     logits = cl.logits_of(case, dtype=torch.bfloat16)
     output = cl.call(case, logits=logits)
-    check(case, output, *ref.route("Renormalize", logits, case.sizes.top_k))
+    cl.judge(case, output, *ref.route("Renormalize", logits, case.sizes.top_k))
 
 
 @pytest.mark.parametrize("mode", ["bf16", "deepseek", "mxfp8", "nvfp4", "mxint4"])
@@ -91,52 +79,34 @@ def test_zero_hidden_states_and_no_tokens(mode):
 # --- routing
 
 METHODS = [
-    ("Default", {}),
-    ("Renormalize", {}),
-    ("RenormalizeNaive", {}),
-    ("TopK", {}),
-    ("Sigmoid", {}),
-    ("SigmoidRenorm", {}),
-    ("SigmoidRenorm", {"renormalise": False}),
-    ("TopKSigmoid", {}),
-    ("MiniMax2", {"scale": 2.0, "biased": True}),
-    ("DeepSeekV3", {"scale": 2.5, "biased": True}),
-    ("DeepSeekV3", {"groups": 4, "kept": 2, "scale": 2.5, "biased": True}),
-    ("DeepSeekV3", {"groups": 4, "kept": 2}),
+    ref.Rule("Default"),
+    ref.Rule("Renormalize"),
+    ref.Rule("RenormalizeNaive"),
+    ref.Rule("TopK"),
+    ref.Rule("Sigmoid"),
+    ref.Rule("SigmoidRenorm"),
+    ref.Rule("SigmoidRenorm", renormalise=False),
+    ref.Rule("TopKSigmoid"),
+    ref.Rule("MiniMax2", scale=2.0, bias="float32"),
+    ref.Rule("DeepSeekV3", scale=2.5, bias="float32"),
+    ref.Rule("DeepSeekV3", 4, 2, scale=2.5, bias="float32"),
+    ref.Rule("DeepSeekV3", 4, 2),
 ]
 
 
-def routed(method, case, options, dtype=torch.float32):
-    """Arguments of an operation, and the reference's ids and weights."""
-    options = dict(options)
-    logits = cl.logits_of(case, dtype=dtype)
-    bias = None
-    if options.pop("biased", False):
-        bias = torch.randn(case.sizes.experts, generator=torch.Generator().manual_seed(5))
-    arguments = {
-        "logits": logits,
-        "bias": bias,
-        "routing_method_type": METHOD[method],
-        "n_group": options.get("groups", 1 if method == "DeepSeekV3" else 0),
-        "topk_group": options.get("kept", 1 if method == "DeepSeekV3" else 0),
-        "routed_scaling_factor": options.get("scale"),
-    }
-    if "renormalise" in options:
-        arguments["norm_topk_prob"] = options["renormalise"]
-    return arguments, ref.route(method, logits, case.sizes.top_k, bias=bias, **options)
-
-
 @DEVICES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("method", "options"), METHODS)
+@pytest.mark.parametrize("logits", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rule", METHODS, ids=lambda r: f"{r.method}-{r.groups}")
 @pytest.mark.parametrize("mode", ["bf16", "deepseek"])
-def test_routing_methods(mode, method, options, dtype, device):
+def test_routing_methods(mode, rule, logits, device):
     case = cl.make(mode, cl.Sizes(256, 128, 16, 4, 8), device=device)
-    arguments, (ids, weights) = routed(method, case, options, dtype)
+    rule = replace(rule, logits=logits)
+    arguments = cl.routing_by(rule, case)
+    ids, weights = rule.route(arguments["logits"], case.sizes.top_k, arguments["bias"])
     replay = torch.full((case.sizes.tokens, case.sizes.top_k), -1, dtype=torch.int16).to(device)
     output = cl.call(case, **arguments, routing_replay_out=replay)
     assert (replay.cpu().long() == ids).all()
-    check(case, output, ids, weights)
+    cl.judge(case, output, ids, weights)
 
 
 def test_llama4_weights_on_the_input():
@@ -145,9 +115,9 @@ def test_llama4_weights_on_the_input():
     ids, weights = ref.route("Llama4", logits, 1)
     changes = {"routing_method_type": METHOD.Llama4, "use_routing_scales_on_input": True}
     output = cl.call(case, logits=logits, **changes)
-    check(case, output, ids, weights, on_input=True)
+    cl.judge(case, output, ids, weights, on_input=True)
     pair = (ids.int(), weights.float())
-    check(case, cl.call(case, routed=pair, **changes), ids, weights, on_input=True)
+    cl.judge(case, cl.call(case, routed=pair, **changes), ids, weights, on_input=True)
 
 
 def test_weights_come_from_the_unbiased_sigmoid():
@@ -189,25 +159,11 @@ def test_routed_operations(mode, kind, device):
     if kind == "packed":
         given = fi.pack_topk_ids(*given)
     plain = cl.call(case, routed=given)
-    check(case, plain, ids, weights)
+    cl.judge(case, plain, ids, weights)
     output = cl.call(case, routed=given, routing_replay_out=replay)
     cl.same(plain, output)
     assert (replay[:-3].cpu().long() == ids).all()
     assert (replay[-3:] == -7).all()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_replay_changes_nothing_and_keeps_the_tail(mode):
-    case = cl.make(mode, cl.Sizes(tokens=7))
-    logits = cl.logits_of(case)
-    replay = torch.full((12, case.sizes.top_k), -1, dtype=torch.int16)
-    output = cl.call(case, logits=logits, routing_replay_out=replay)
-    cl.same(output, cl.call(case, logits=logits))
-    ids, weights = hopyard.route(logits, hopyard.RoutingRule.renormalize(), case.sizes.top_k)
-    assert (replay[:7] == ids).all()
-    assert (replay[7:] == -1).all()
-    # replay out -> replay in: the recorded ids with the same weights give the same bits
-    cl.same(output, cl.call(case, routed=(replay[:7].int(), weights)))
 
 
 @DEVICES
@@ -220,9 +176,8 @@ def test_expert_parallel_ranks_sum_to_the_whole(mode, device):
     total = 0
     for offset in (0, 4):
         part = cl.make(mode, cl.Sizes(256, 128, 8, 4, 8), device=device)
-        for name, array in case.arguments.items():
-            if isinstance(array, torch.Tensor) and "hidden" not in name and "token" not in name:
-                part.arguments[name] = array[offset : offset + 4].contiguous()
+        for name, array in cl.arrays_of_experts(case).items():
+            part.arguments[name] = array[offset : offset + 4].contiguous()
         changes["local_expert_offset"] = offset
         output = cl.call(part, logits=logits, **changes)
         packed = fi.pack_topk_ids(ids.int(), weights.float()).to(device)
@@ -230,7 +185,21 @@ def test_expert_parallel_ranks_sum_to_the_whole(mode, device):
         assert ref.worst_row(by_ids.cpu(), output.cpu()) < 0.02
         assert (output != 0).any()
         total = total + output.float()
-    check(case, total.bfloat16(), ids, weights)
+    cl.judge(case, total.bfloat16(), ids, weights)
+
+
+@DEVICES
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_with_an_offset_is_one_with_other_ids(mode, device):
+    case = cl.make(mode, cl.Sizes(256, 128, 4, 2, 8), device=device)
+    ids = torch.stack([torch.arange(8) % 4, (torch.arange(8) + 1) % 4], 1).int().to(device)
+    weights = torch.full((8, 2), 0.5, device=device)
+    usual = {"num_experts": 8, "local_num_experts": 4}
+    first = cl.call(case, routed=(ids, weights), local_expert_offset=0, **usual)
+    second = cl.call(case, routed=(ids + 4, weights), local_expert_offset=4, **usual)
+    cl.same(first, second)
+    assert (first != 0).any(1).all()
+    assert (cl.call(case, routed=(ids, weights), local_expert_offset=4, **usual) == 0).all()
 
 
 @DEVICES
@@ -256,7 +225,7 @@ def test_shared_experts(mode, shared, device):
     more = torch.arange(16, 16 + shared).expand(8, shared)
     ids = torch.cat([ids, more], 1)
     weights = torch.cat([weights, torch.ones(8, shared)], 1)
-    check(case, output, ids, weights)
+    cl.judge(case, output, ids, weights)
     rows, given, place = cl.call(case, logits=logits, do_finalize=False, **changes)
     assert given.shape == ids.shape
     assert (given[:, 2:] == 1).all()
@@ -274,7 +243,7 @@ def test_biases(mode, activation, device):
     case = cl.make(mode, activation=activation, bias=True, device=device)
     logits = cl.logits_of(case)
     output = cl.call(case, logits=logits)
-    check(case, output, *ref.route("Renormalize", logits, 2))
+    cl.judge(case, output, *ref.route("Renormalize", logits, 2))
     without = cl.call(case, logits=logits, gemm1_bias=None)
     assert (without.float() - output.float()).abs().max() > 1e-3
 
@@ -294,7 +263,7 @@ def test_parameters_of_swiglu(mode, options, device):
     case = cl.make(mode, device=device, **options)
     logits = cl.logits_of(case)
     output = cl.call(case, logits=logits)
-    check(case, output, *ref.route("Renormalize", logits, 2))
+    cl.judge(case, output, *ref.route("Renormalize", logits, 2))
     plain = {"gemm1_alpha": None, "gemm1_beta": None, "gemm1_clamp_limit": None}
     default = cl.call(case, logits=logits, **plain)
     assert (default.float() - output.float()).abs().max() > 1e-3
@@ -311,7 +280,7 @@ def test_parameters_of_swiglu(mode, options, device):
 def test_parameters_of_situ(mode):
     case = cl.make(mode, activation="situ", alpha=[4.0] * 8, beta=[25.0] * 8, limit=[0.9] * 8)
     logits = cl.logits_of(case)
-    check(case, cl.call(case, logits=logits), *ref.route("Renormalize", logits, 2))
+    cl.judge(case, cl.call(case, logits=logits), *ref.route("Renormalize", logits, 2))
 
 
 @DEVICES
@@ -324,7 +293,7 @@ def test_lora_delta(mode, device):
     packed = (ids.int().to(device), weights.float().to(device))
     arguments = {"routed": packed, "gemm1_lora_delta": delta.to(device)}
     output, place, inner = cl.call(case, **arguments)
-    check(case, output, ids, weights, delta=delta)
+    cl.judge(case, output, ids, weights, delta=delta)
     assert place.shape == (16,)
     assert place.dtype == torch.int32
     assert inner.shape == (16, case.sizes.inter)
@@ -351,11 +320,7 @@ def test_unfinalised_rows(mode, device):
     summed = (picked * weights.float()[..., None]).sum(1)
     assert ref.worst_row(summed, output.float()) < 0.02
     half = {"local_num_experts": 4}
-    part = {
-        name: array[:4].contiguous()
-        for name, array in case.arguments.items()
-        if isinstance(array, torch.Tensor) and "hidden" not in name and "token" not in name
-    }
+    part = {name: array[:4].contiguous() for name, array in cl.arrays_of_experts(case).items()}
     _, _, place = cl.call(case, logits=logits, do_finalize=False, **half, **part)
     ids, _ = ref.route("Renormalize", logits, 2)
     assert ((place.view(8, 2).cpu() == -1) == (ids >= 4)).all()

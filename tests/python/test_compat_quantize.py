@@ -13,6 +13,7 @@ import torch
 
 import compat_layers as cl
 import compat_reference as ref
+import hopyard
 import hopyard.compat.flashinfer as fi
 from compat_layers import one_torch_thread  # noqa: F401
 
@@ -181,6 +182,7 @@ def prepared(mode, activation, gated):
 
 
 PREPARED = [("nvfp4", "swiglu"), ("nvfp4", "relu2"), ("mxfp4_mxfp8", "swiglu"), ("mxfp8", "relu2")]
+PREPARED += [("per_tensor", "relu2")]
 PREPARED += [(m, "swiglu") for m in ("deepseek", "mxfp8", "per_tensor", "mxint4", "bf16")]
 
 
@@ -197,14 +199,15 @@ def test_prepared_weights_are_what_the_recipes_give(mode, activation, monkeypatc
         assert views[name].shape == wanted[name].shape
         assert views[name].dtype == wanted[name].dtype
         given, right = views[name].view(torch.uint8), wanted[name].view(torch.uint8)
-        share = (
-            (given == right).float().mean()
-        )  # per tensor: 448 / amax and its inverse round apart
+        share = (given == right).float().mean()
+        # per tensor: 448 / amax and its inverse round apart
         assert share > (0.99 if mode == "per_tensor" else 0.999999)
     if mode == "per_tensor":
         a = views["output1_scales_gate_scalar"]
         torch.testing.assert_close(a, w1.float().abs().amax((1, 2)) / 448 / 32)
-        torch.testing.assert_close(views["output1_scales_scalar"], a * 64)
+        torch.testing.assert_close(
+            views["output1_scales_scalar"], a * 64 if gated else torch.full((4,), 64.0)
+        )
 
 
 def test_prepared_activations_run():
@@ -229,3 +232,111 @@ def test_prepared_activations_run():
         fi.prepare_trtllm_fp8_per_tensor_activations(x, hidden_states_scale_global=-1.0)
     with pytest.raises(ValueError, match="wanted one of QuantVariant"):
         fi.prepare_trtllm_fp4_activations(x, variant=fi.QuantVariant.BF16)
+    block, per_tensor = (
+        lambda x: fi.prepare_trtllm_fp8_block_activations(x, variant=fi.QuantVariant.MxFp8),
+        lambda x: fi.prepare_trtllm_fp8_per_tensor_activations(x, hidden_states_scale_global=1.0),
+    )
+    for prepare in (block, per_tensor):
+        with pytest.raises(ValueError, match="hidden_states_bf16 is float32, wanted bfloat16"):
+            prepare(x.float())
+        with pytest.raises(ValueError, match=r"has shape \[256\], wanted \[tokens, hidden\]"):
+            prepare(x[0])
+    with pytest.raises(TypeError, match="hidden_states_bf16 is float32, wanted bfloat16"):
+        fi.prepare_trtllm_fp4_activations(x.float(), variant=fi.QuantVariant.MXFP4)
+
+
+def test_per_tensor_scales_of_zeros_and_of_no_numbers():
+    w1, w2 = cl.normal((2, 256, 128), 0), cl.normal((2, 128, 128), 1)
+    sizes = {"num_local_experts": 2, "hidden_size": 128, "intermediate_size": 128}
+    given = {"hidden_states_scale_global": 32.0, "intermediate_scale_global": 64.0, **sizes}
+    w1[1] = 0
+    views = fi.prepare_trtllm_fp8_per_tensor_weights(w1, w2, **given)
+    assert views["output1_scales_gate_scalar"][1] == 1 / 32
+    assert (views["gemm1_weights"][1].float() == 0).all()
+    for value in (torch.nan, torch.inf):
+        w2[0, 3, 5] = value
+        with pytest.raises(ValueError, match="w2_bf16 holds values that are not finite"):
+            fi.prepare_trtllm_fp8_per_tensor_weights(w1, w2, **given)
+
+
+CUTLASS = {"num_local_experts": 4, "hidden_size": 256, "intermediate_size": 128}
+
+
+def layer_of(views, weights):
+    """A layer of Hopyard over what a `prepare_cutlass_*` function returned."""
+    spec = hopyard.MoeSpec(256, 128, 4, 2, weights=weights)
+    matrices = {
+        f"gemm{i}": hopyard.Matrix(
+            views[f"fc{i}_expert_weights"], scales=views.get(f"fc{i}_expert_scales")
+        )
+        for i in (1, 2)
+    }
+    experts = hopyard.ExpertWeights(**matrices, row_order="up_gate")
+    return hopyard.MoeLayer(spec, hopyard.Weights(spec, experts), 8)
+
+
+def test_cutlass_weights_are_the_same_layer():
+    w1, w2 = cl.normal((4, 256, 256), 0, 0.1), cl.normal((4, 256, 128), 1, 0.1)
+    x, logits = cl.normal((8, 256), 5), cl.normal((8, 4), 6).float()
+    usual = {"intermediate_size": 128, **cl.routing_of(cl.Sizes(256, 128, 4, 2, 8))}
+    gaps = torch.cat([w1, w1], -1)[..., :256]
+    views = fi.prepare_cutlass_bf16_weights(gaps, w2, **CUTLASS)
+    assert sorted(views) == ["fc1_expert_weights", "fc2_expert_weights"]
+    assert all(v.is_contiguous() for v in views.values())
+    cl.same(views["fc1_expert_weights"], w1)
+    cl.same(views["fc2_expert_weights"], w2)
+    prepared = fi.prepare_trtllm_bf16_weights(w1, w2, **CUTLASS)
+    wanted = fi.trtllm_bf16_moe(logits, None, x, **prepared, **usual)
+    cl.same(layer_of(views, "bf16")(x, logits=logits), wanted)
+    major = {"use_shuffled_weight": False, "weight_layout": fi.WeightLayout.MajorK}
+    cl.same(fi.trtllm_bf16_moe(logits, None, x, *views.values(), **usual, **major), wanted)
+
+    views = fi.prepare_cutlass_w4a16_weights(w1, w2, **CUTLASS)
+    assert views["fc1_expert_weights"].shape == (4, 256, 128)
+    assert views["fc2_expert_scales"].shape == (4, 256, 4)
+    kind = fi.QuantVariant.W4A16
+    prepared = fi.prepare_trtllm_fp4_weights(w1, w2, variant=kind, **CUTLASS)
+    rest = dict.fromkeys(n for n in [*cl.OPTIONAL_FP4, "hidden_states_scale"] if n not in prepared)
+    wanted = fi.trtllm_fp4_block_scale_moe(logits, None, x, **prepared, **rest, **usual)[0]
+    cl.same(layer_of(views, "mxfp4")(x, logits=logits), wanted)
+    bits = [w.view(torch.uint16).numpy() for w in (w1, w2)]
+    for name, array in fi.prepare_cutlass_w4a16_weights(*bits, **CUTLASS).items():
+        np.testing.assert_array_equal(array, views[name].numpy())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "part"),
+    [
+        ({"w1_bf16": torch.zeros(4, 256, 256)}, TypeError, "w1_bf16 is float32, wanted bfloat16"),
+        ({"w2_bf16": cl.normal((4, 256, 64), 0)}, ValueError, "wanted [4, 256, 128]"),
+        ({"activation": cl.ACTIVATIONS["relu2"]}, ValueError, "wanted [4, 128, 256]"),
+        ({"num_local_experts": 0}, ValueError, "num_local_experts is 0, wanted at least 1"),
+        ({"w1_bf16": torch.zeros(4, 256, 256).to("meta")}, ValueError, "w1_bf16 is a meta tensor"),
+        ({"activation": "nonsense"}, ValueError, "activation is 'nonsense', wanted an Activation"),
+    ],
+)
+@pytest.mark.parametrize("name", ["prepare_cutlass_bf16_weights", "prepare_cutlass_w4a16_weights"])
+def test_bad_input_of_the_cutlass_helpers(name, changes, error, part):
+    right = {"w1_bf16": cl.normal((4, 256, 256), 0), "w2_bf16": cl.normal((4, 256, 128), 1)}
+    with pytest.raises(error) as caught:
+        getattr(fi, name)(**(right | CUTLASS | changes))
+    assert part in str(caught.value)
+
+
+def test_sizes_of_prepared_weights():
+    for name, w1, w2, sizes, part in (
+        ("prepare_cutlass_w4a16_weights", (4, 192, 256), (4, 256, 96), (256, 96), "96, wanted a "),
+        ("prepare_trtllm_mxint4_weights", (4, 256, 256), (4, 256, 128), (256, 128), "of 256"),
+        ("prepare_trtllm_bf16_weights", (4, 192, 256), (4, 256, 96), (256, 96), "multiple of 64"),
+        (
+            "prepare_trtllm_fp4_weights",
+            (4, 192, 256),
+            (4, 256, 96),
+            (256, 96),
+            "rows of GEMM1 is 192",
+        ),
+        ("prepare_trtllm_fp4_weights", (4, 256, 160), (4, 160, 128), (160, 128), "multiple of 128"),
+    ):
+        usual = dict(zip(("hidden_size", "intermediate_size"), sizes, strict=True))
+        with pytest.raises(ValueError, match=part):
+            getattr(fi, name)(cl.normal(w1, 0), cl.normal(w2, 1), num_local_experts=4, **usual)

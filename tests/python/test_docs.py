@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/errors.md names tests that exist and prints messages that tests assert."""
+"""docs/errors.md names tests that exist and prints messages that tests assert, or the package
+raises."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -14,6 +16,7 @@ LITERAL = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
 NAMED_GTEST = re.compile(r"`([A-Z]\w+)\.([A-Z]\w+)`")
 NAMED_PYTEST = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 EXAMPLE = re.compile(r"^\|[^|]*\| (?:bad|no|`k\w+`) \| `([^`]+)` \|$", re.MULTILINE)
+PYTHON_EXAMPLE = re.compile(r"^\|[^|]*\| `(?:\w+Error)` \| `([^`]+)` \|$", re.MULTILINE)
 
 
 def sources_of_tests() -> list[str]:
@@ -30,6 +33,25 @@ def strings_of(source: str) -> str:
     """The strings of a C++ text, adjacent ones joined, one a line."""
     joined = re.sub(r'(?<!\\)"\s*\n\s*"', "", source)
     return "\n".join(match.group(1) for match in LITERAL.finditer(joined))
+
+
+def messages_of(source: str) -> list[re.Pattern[str]]:
+    """Patterns of the texts of a Python source that say something: a field is anything."""
+    patterns = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.Constant, ast.JoinedStr)):
+            continue
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        words = [str(part.value) if isinstance(part, ast.Constant) else None for part in parts]
+        if sum(len(word) for word in words if word) > 10:
+            text = "".join(".+" if word is None else re.escape(word) for word in words)
+            patterns.append(re.compile(text))
+    return patterns
+
+
+def is_raised(message: str, patterns: list[re.Pattern[str]]) -> bool:
+    """Whether a whole message fits one of the patterns; "…" is anything."""
+    return any(pattern.fullmatch(message) for pattern in patterns)
 
 
 def test_named_tests_exist():
@@ -54,7 +76,19 @@ def test_printed_messages_are_asserted():
     assert [message for message in examples if not is_asserted(message, literals)] == []
 
 
+def test_printed_messages_of_python_are_raised():
+    package = ROOT / "python" / "hopyard"
+    patterns = [p for f in package.rglob("*.py") for p in messages_of(f.read_text("utf-8"))]
+    examples = PYTHON_EXAMPLE.findall(ERRORS)
+    assert len(examples) > 20
+    assert [message for message in examples if not is_raised(message, patterns)] == []
+
+
 def test_the_checks_can_fail():
+    known = messages_of('raise ValueError(f"{name} is a {kind}, wanted " "an array; pass one")')
+    assert is_raised("hidden is a list, wanted an array; pass one", known)
+    assert not is_raised("hidden is a list, wanted a tensor; pass one", known)
+    assert PYTHON_EXAMPLE.findall("| a | `TypeError` | `b c` |") == ["b c"]
     assert NAMED_GTEST.findall("see `Suite.Name`") == [("Suite", "Name")]
     assert GTEST.findall("TEST_F(Suite,\n       Name) {") == [("Suite", "Name")]
     source = 'Says("top_k=33; "\n     "wanted 1 .. 32", "a \\" b");'

@@ -40,6 +40,22 @@ __device__ __forceinline__ void CopyBoxToBlocks(const void* map, uint32_t shared
       : "memory");
 }
 
+// Four values to this place in the shared memory of the cluster's block `rank`, whose `barrier`
+// there counts the bytes.
+__device__ __forceinline__ void SendFour(uint32_t shared, Barrier barrier, uint32_t rank,
+                                         const float4& values) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 place, counter;\n"
+      "mapa.shared::cluster.u32 place, %0, %2;\n"
+      "mapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+      " [place], {%3, %4, %5, %6}, [counter];\n"
+      "}\n" ::"r"(shared),
+      "r"(barrier.address), "r"(rank), "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w)
+      : "memory");
+}
+
 // 16 bytes, of which the first `valid` are read and the others zero.
 __device__ __forceinline__ void CopyPiece(uint32_t shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),

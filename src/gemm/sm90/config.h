@@ -36,7 +36,7 @@ enum class Family : uint8_t {
 struct GemmConfig {
   Family family = Family::kBf16;
   int tokens = 0;     // N of a tile: 16, 32, 64, 96 or 128
-  int consumers = 1;  // consumer warpgroups, side by side along the features (or k_parts)
+  int consumers = 1;  // consumer warpgroups, side by side along the features
   int stages = 0;     // depth of the pipeline
   bool gated = false;
   bool promoted = false;  // scales of tokens and 128x128 blocks are applied every 128 of K
@@ -48,9 +48,9 @@ struct GemmConfig {
   // Blocks of a cluster: they take tiles of one expert side by side, and each copies a part of the
   // weights that all of them read into the shared memory of all.
   int cluster = 1;
-  // Consumer warpgroups that share features: each multiplies every k_parts-th block of K, and the
-  // first adds their sums up, in order. For few tokens, where one warpgroup's blocks of K one after
-  // the other are the time.
+  // Blocks of a cluster that share a tile: each multiplies its part of K, and the first adds their
+  // sums up, in order. For few tokens, whose tiles are fewer than the places for blocks, or a few
+  // more than a multiple of them.
   int k_parts = 1;
 
   friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
@@ -132,22 +132,18 @@ constexpr bool ReadsWeights(Family family, WeightFormat weights) {
 constexpr int FeaturesPerConsumer(const GemmConfig& config) {
   return config.gated ? kTileRows : 2 * kTileRows;
 }
-// Consumers side by side along the features.
-constexpr int FeatureParts(const GemmConfig& config) {
-  return config.consumers / config.k_parts;
-}
 constexpr int FeaturesPerBlock(const GemmConfig& config) {
-  return FeatureParts(config) * FeaturesPerConsumer(config);
+  return config.consumers * FeaturesPerConsumer(config);
 }
 // Whether blocks see whole groups of 128 features of GEMM1's output, which scales may cover.
 constexpr bool RoundsRows(const GemmConfig& config) {
-  return config.gated && FeatureParts(config) == 2;
+  return config.gated && config.consumers == 2;
 }
 constexpr int TileBytes(const GemmConfig& config) {
   return kTileRows * WeightRowBytes(config.family);
 }
 constexpr int WeightBytes(const GemmConfig& config) {
-  return FeatureParts(config) * 2 * TileBytes(config);
+  return config.consumers * 2 * TileBytes(config);
 }
 // A stage's token rows: panels of 128 bytes a row, one or two of them.
 constexpr int TokenPanels(const GemmConfig& config) {
@@ -168,7 +164,7 @@ constexpr int ScaleSets(const GemmConfig& config) {
   return !config.promoted                  ? 0
          : !HasSquareScales(config.family) ? 1
          : config.gated                    ? 2
-                                           : FeatureParts(config);
+                                           : config.consumers;
 }
 constexpr int ScaleLaneBytes(const GemmConfig& config) {
   return config.tokens + 16;
@@ -182,12 +178,12 @@ constexpr int StageScaleBytes(const GemmConfig& config) {
 // 64 features of every token, per consumer, on their way from registers to memory. Where tokens are
 // M, that is where the last stage's weights were.
 constexpr int StagingBytes(const GemmConfig& config) {
-  return config.tokens_are_m ? 0 : FeatureParts(config) * config.tokens * kTileRows * 2;
+  return config.tokens_are_m ? 0 : config.consumers * config.tokens * kTileRows * 2;
 }
 // One factor and one row of the LoRA delta per token and consumer (epilogue.cuh); where tokens are
 // M, also factor and bias of every weight row.
 constexpr int FactorBytes(const GemmConfig& config) {
-  return FeatureParts(config) * config.tokens * 8 + (config.tokens_are_m ? 4 * kTileRows * 8 : 0);
+  return config.consumers * config.tokens * 8 + (config.tokens_are_m ? 4 * kTileRows * 8 : 0);
 }
 // Work items that the producer has begun and the consumers have not ended: one stage each at least,
 // and one more whose stages are free already.
@@ -197,9 +193,9 @@ constexpr int WorkSlots(const GemmConfig& config) {
 constexpr int WorkBytes(const GemmConfig& config) {
   return WorkSlots(config) * 16;
 }
-// A stage has two, a work item one.
+// A stage has two, a work item one, and the room for parts' sums two.
 constexpr int BarrierBytes(const GemmConfig& config) {
-  return (2 * config.stages + WorkSlots(config)) * 8;
+  return (2 * config.stages + WorkSlots(config) + (config.k_parts > 1 ? 2 : 0)) * 8;
 }
 // Large tiles keep there where their tokens are in x: the producer has not the registers for it.
 constexpr int SourceBytes(const GemmConfig& config) {
@@ -211,7 +207,8 @@ inline constexpr int kWeightScaleWarpBytes = 32 * kWeightScaleRowBytes;
 constexpr int WeightScaleBytes(const GemmConfig& config) {
   return ScaleBytes(config.family) > 0 ? config.consumers * 4 * kWeightScaleWarpBytes : 0;
 }
-// The sums of all parts of K but the first, on their way to it: FP32, of two tiles.
+// The sums of all parts of K but the first, on their way to it: FP32, of two tiles. Every block has
+// room for them, that of the first part uses it.
 constexpr int PartBytes(const GemmConfig& config) {
   return (config.k_parts - 1) * 2 * kTileRows * config.tokens * 4;
 }
@@ -223,6 +220,10 @@ constexpr int SharedBytes(const GemmConfig& config) {
 }
 constexpr int ThreadsPerBlock(const GemmConfig& config) {
   return 128 * (1 + config.consumers);
+}
+
+constexpr int BlocksPerCluster(const GemmConfig& config) {
+  return config.cluster * config.k_parts;
 }
 
 // Blocks that share a multiprocessor. Small tiles wait for memory and decode more than they
@@ -262,7 +263,6 @@ constexpr int SharedLimit(const GemmConfig& config) {
 constexpr bool IsMnMajorTwin(GemmConfig config, const GemmConfig& twin, bool interleaved) {
   config.mn_major = true;
   config.cluster = 1;
-  config.consumers = FeatureParts(config);
   config.k_parts = 1;
   config.stages = twin.stages;
   config.interleaved = interleaved;
@@ -286,9 +286,8 @@ constexpr bool IsValid(const GemmConfig& config) {
   // A block of a cluster copies whole tiles.
   const bool cluster =
       config.cluster == 1 || (config.cluster == 2 && BlocksPerProcessor(config) == 1);
-  const bool parts =
-      config.k_parts == 1 || (config.k_parts == config.consumers && config.cluster == 1 &&
-                              !config.mn_major && BlocksPerProcessor(config) == 2);
+  const bool parts = config.k_parts == 1 || (config.k_parts <= 8 && config.consumers == 1 &&
+                                             config.cluster == 1 && !config.mn_major);
   return tokens && operands && major && cluster && parts &&
          (config.consumers == 1 || config.consumers == 2) && config.stages >= 3 &&
          (can_promote || !config.promoted) && SharedBytes(config) <= SharedLimit(config);

@@ -16,21 +16,23 @@ namespace hopyard::gemm::sm90 {
 // The next work item's sums and place; false where there is no more.
 template <class Row>
 __device__ __forceinline__ bool MultiplyNext(const GroupedGemmArgs& args, const Shared<Row>& shared,
-                                             int slot, Consumer<Row>& self, OutputTile<Row>& tile,
+                                             const RingPosition<WorkSlots(Row::kConfig)>& slot,
+                                             Consumer<Row>& self, OutputTile<Row>& tile,
                                              float (&acc)[2][kSums<Row>]) {
   constexpr GemmConfig kConfig = Row::kConfig;
   {
-    const Work work = shared.LoadWork(slot);
+    const Work work = shared.LoadWork(slot.stage);
     if (work.expert < 0) {
       return false;
     }
     Multiply<Row>(args, shared, work, self, acc);
   }
   if constexpr (kConfig.k_parts > 1) {
-    AddParts<Row>(shared, self.part, acc);
+    AddParts<Row>(shared, self.parity, acc);
+    self.parity ^= 1U;
   }
   // Read again rather than kept: registers are short meanwhile.
-  const Work work = shared.LoadWork(slot);
+  const Work work = shared.LoadWork(slot.stage);
   tile.expert = work.expert;
   tile.row_begin = work.row_begin;
   tile.num_rows = work.num_rows;
@@ -62,17 +64,17 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
   // Small tiles: while the first weights are on their way, the code behind a tile comes from memory
   // too, by a tile of no rows, which writes nothing; blocks with one tile would wait for it at
   // their end.
-  constexpr bool kWarmsUp = kConfig.tokens == 16 && FeatureParts(kConfig) == 1;
+  constexpr bool kWarmsUp = kConfig.tokens == 16 && kConfig.consumers == 1;
   // Shuffled so that the compiler takes it for the same in all lanes.
   const int number =
       __shfl_sync(hopyard::sm90::kAllLanes, static_cast<int>(threadIdx.x) / 128 - 1, 0);
-  Consumer<Row> self{number / kConfig.k_parts, number % kConfig.k_parts, {}, table};
+  Consumer<Row> self{number, {}, table};
+  // Of the blocks that share K, the first has the sums.
+  const bool stores = kConfig.k_parts == 1 || ClusterRank<Row>() == 0;
   OutputTile<Row> tile{};
   tile.base = shared.base;
-  if (self.part == 0) {
-    ClearFactors(tile);
-  }
-  uint32_t warms_up = kWarmsUp && self.part == 0 ? 1 : 0;
+  ClearFactors(tile);
+  uint32_t warms_up = kWarmsUp && stores ? 1 : 0;
   // Opaque: there must not be a copy of that code for it.
   asm volatile("" : "+r"(warms_up));
   RingPosition<WorkSlots(kConfig)> slot;
@@ -84,7 +86,7 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
     } else {
       shared.Posted(slot.stage).Wait(slot.parity);
       float acc[2][kSums<Row>];
-      if (!MultiplyNext(args, shared, slot.stage, self, tile, acc)) {
+      if (!MultiplyNext(args, shared, slot, self, tile, acc)) {
         return;
       }
       Move<kWarmsUp>(acc, sums);
@@ -95,7 +97,7 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
     if constexpr (kConfig.tokens_are_m) {
       tile.staged = shared.Weights(held, 0, 0);
     }
-    if (self.part == 0 && (kConfig.cluster == 1 || tile.num_rows > 0)) {
+    if (stores && (kConfig.cluster == 1 || tile.num_rows > 0)) {
       StoreTile<Row>(args, tile, sums);
     }
     if constexpr (kConfig.tokens_are_m) {
@@ -133,9 +135,14 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), BlocksPerProces
     for (int slot = 0; slot < WorkSlots(kConfig); ++slot) {
       shared.Posted(slot).Init(1);
     }
+    if constexpr (kConfig.k_parts > 1) {
+      shared.PartsFull().Init(1);
+      // Warps of the first block's consumer.
+      shared.PartsFree().Init(4);
+    }
     hopyard::sm90::FenceBarrierInit();
   }
-  if constexpr (kConfig.cluster == 1) {
+  if constexpr (BlocksPerCluster(kConfig) == 1) {
     __syncthreads();
   } else {
     hopyard::sm90::SyncCluster();
@@ -148,7 +155,7 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), BlocksPerProces
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ConsumerRegisters(kConfig)));
     Consume<Row>(args, shared, table);
   }
-  if constexpr (kConfig.cluster > 1) {
+  if constexpr (BlocksPerCluster(kConfig) > 1) {
     // No block's memory goes while another copies or arrives there.
     hopyard::sm90::SyncCluster();
   }

@@ -33,12 +33,12 @@ void Launch(const GroupedGemmArgs& args, const LaunchDevice& device, const devic
                                       SharedBytes(Row::kConfig)));
     done.store(true, std::memory_order_relaxed);
   }
-  const int64_t blocks =
-      (args.features + FeaturesPerBlock(kConfig) - 1) / FeaturesPerBlock(kConfig) * args.max_tiles;
+  const int64_t blocks = (args.features + FeaturesPerBlock(kConfig) - 1) /
+                         FeaturesPerBlock(kConfig) * args.max_tiles * kConfig.k_parts;
   // Tiles come in whole clusters, and so do the places for them.
   const int64_t places =
       device.processors / kConfig.cluster * kConfig.cluster * BlocksPerProcessor(kConfig);
-  constexpr auto kCluster = static_cast<unsigned>(kConfig.cluster);
+  constexpr auto kCluster = static_cast<unsigned>(BlocksPerCluster(kConfig));
   const auto grid = static_cast<unsigned>(std::min(places, blocks));
   device::Launch(queue, {grid, ThreadsPerBlock(kConfig), SharedBytes(kConfig), kCluster},
                  GroupedGemmKernel<Row>, args);

@@ -24,10 +24,10 @@ inline constexpr int kSums = Row::kConfig.tokens / 2;
 // What a consumer warpgroup keeps while it works.
 template <class Row>
 struct Consumer {
-  int number;  // along the features
-  int part;    // of K
+  int number;
   RingPosition<Row::kConfig.stages> ring;
-  uint32_t table;  // of kMxFp4AsFp8
+  uint32_t table;       // of kMxFp4AsFp8
+  uint32_t parity = 0;  // of the work items so far, where blocks share K
 };
 
 // A warp has read what it wanted of a stage; all blocks that copy to it learn that.
@@ -53,21 +53,6 @@ __device__ __forceinline__ float LoadOne(uint32_t shared) {
   return one;
 }
 
-// Passes over up to `most` stages, of `left` that the work item still has, whose blocks of K other
-// consumers multiply. All consumers wait for and release every stage: none gets a round of the ring
-// ahead of another.
-template <class Row>
-__device__ __forceinline__ void PassOthers(const Shared<Row>& shared, Consumer<Row>& self, int most,
-                                           int left) {
-  if constexpr (Row::kConfig.k_parts > 1) {
-    for (int stages = most < left ? most : left; stages > 0; --stages) {
-      shared.AwaitFull(self.ring.stage, self.ring.parity);
-      Release<Row>(shared.Empty(self.ring.stage));
-      self.ring.Advance();
-    }
-  }
-}
-
 template <int kCount>
 __device__ __forceinline__ void Clear(float (&acc)[2][kCount]) {
 #pragma unroll
@@ -79,39 +64,57 @@ __device__ __forceinline__ void Clear(float (&acc)[2][kCount]) {
   }
 }
 
-// Adds the sums of all parts of K to the first one's, in order.
+__device__ __forceinline__ float4 LoadFour(uint32_t shared) {
+  float4 four;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "r"(shared));
+  return four;
+}
+
+// Adds the sums of all parts of K to the first one's, in order. `parity`: of the work items so far.
 template <class Row>
-__device__ __forceinline__ void AddParts(const Shared<Row>& shared, int part,
+__device__ __forceinline__ void AddParts(const Shared<Row>& shared, uint32_t parity,
                                          float (&acc)[2][kSums<Row>]) {
   constexpr GemmConfig kConfig = Row::kConfig;
-  constexpr int kBarrier = 5;
-  constexpr uint32_t kPart = PartBytes(kConfig) / (kConfig.k_parts - 1);
-  // A thread's sums lie 128 values apart: no two meet in a bank.
-  const auto place = [&](int of_part, int half, int i) {
-    return shared.base + Shared<Row>::kParts + static_cast<uint32_t>(of_part - 1) * kPart +
-           512U * static_cast<uint32_t>(half * kSums<Row> + i) + 4U * (threadIdx.x % 128);
+  constexpr int kFours = kSums<Row> / 2;  // of a thread's sums
+  const int rank = ClusterRank<Row>();
+  // Four sums of 128 threads lie together: no two threads meet in a bank.
+  const auto place = [&](int part, int four) {
+    return shared.base + Shared<Row>::kParts +
+           2048U * static_cast<uint32_t>((part - 1) * kFours + four) + 16U * (threadIdx.x % 128);
   };
-  if (part > 0) {
+  if (rank > 0) {
+    shared.PartsFree().Wait(parity ^ 1U);
 #pragma unroll
-    for (int i = 0; i < 2 * kSums<Row>; ++i) {
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(place(part, i / kSums<Row>, i % kSums<Row>)),
-                   "f"(acc[i / kSums<Row>][i % kSums<Row>])
-                   : "memory");
+    for (int four = 0; four < kFours; ++four) {
+      const float* const sums = acc[4 * four / kSums<Row>] + 4 * four % kSums<Row>;
+      hopyard::sm90::SendFour(place(rank, four), shared.PartsFull(), 0,
+                              make_float4(sums[0], sums[1], sums[2], sums[3]));
+    }
+    return;
+  }
+  if (threadIdx.x % 128 == 0) {
+    shared.PartsFull().ArriveAndExpect(PartBytes(kConfig));
+  }
+  shared.PartsFull().Wait(parity);
+#pragma unroll
+  for (int part = 1; part < kConfig.k_parts; ++part) {
+#pragma unroll
+    for (int four = 0; four < kFours; ++four) {
+      float* const sums = acc[4 * four / kSums<Row>] + 4 * four % kSums<Row>;
+      const float4 more = LoadFour(place(part, four));
+      sums[0] = __fadd_rn(sums[0], more.x);
+      sums[1] = __fadd_rn(sums[1], more.y);
+      sums[2] = __fadd_rn(sums[2], more.z);
+      sums[3] = __fadd_rn(sums[3], more.w);
     }
   }
-  hopyard::sm90::NamedBarrier(kBarrier, 128 * kConfig.consumers);
-  if (part == 0) {
-#pragma unroll
-    for (int other = 1; other < kConfig.k_parts; ++other) {
-#pragma unroll
-      for (int i = 0; i < 2 * kSums<Row>; ++i) {
-        float& sum = acc[i / kSums<Row>][i % kSums<Row>];
-        sum = __fadd_rn(sum, LoadOne(place(other, i / kSums<Row>, i % kSums<Row>)));
-      }
-    }
+  __syncwarp();
+  const uint32_t lane = threadIdx.x % 32;
+  if (lane > 0 && lane < kConfig.k_parts) {
+    shared.PartsFree().ArriveAt(lane);
   }
-  // They may be written again.
-  hopyard::sm90::NamedBarrier(kBarrier, 128 * kConfig.consumers);
 }
 
 // The first kN tokens of a tile's sums.
@@ -124,19 +127,14 @@ __device__ __forceinline__ float (&FirstTokens(float (&sums)[kCount]))[kN / 2] {
 // BF16 from shared memory, kN tokens of the tile: both tiles of a stage are one group of
 // instructions.
 template <class Row, int kN>
-__device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_blocks,
+__device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, KRange blocks,
                                                Consumer<Row>& self, float (&acc)[2][kSums<Row>]) {
   constexpr int kSteps = BlockK(Row::kConfig.family) / 16;
-  constexpr int kParts = Row::kConfig.k_parts;
   using Bf16 = hopyard::sm90::MmaBf16<kN>;
   auto& first_sums = FirstTokens<kN>(acc[0]);
   auto& second_sums = FirstTokens<kN>(acc[1]);
   int previous = -1;
-  if constexpr (kParts > 1) {
-    Clear(acc);
-  }
-  PassOthers(shared, self, self.part, k_blocks);
-  for (int block = self.part; block < k_blocks; block += kParts) {
+  for (int block = blocks.begin; block < blocks.end; ++block) {
     const int stage = self.ring.stage;
     shared.AwaitFull(stage, self.ring.parity);
     const TileDescriptor tokens(shared.Tokens(stage, 0));
@@ -145,7 +143,7 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
     hopyard::sm90::MmaFence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int accumulate = block > self.part || step > 0 ? 1 : 0;
+      const int accumulate = block > blocks.begin || step > 0 ? 1 : 0;
       const uint64_t columns = tokens.Plus(32U * step).Bits();
       if constexpr (Row::kConfig.mn_major) {
         const uint32_t rows = 16U * 128U * step;
@@ -164,7 +162,6 @@ __device__ __forceinline__ void MultiplyShared(const Shared<Row>& shared, int k_
     }
     previous = stage;
     self.ring.Advance();
-    PassOthers(shared, self, kParts - 1, k_blocks - 1 - block);
   }
   hopyard::sm90::MmaWait<0>();
   if (previous >= 0) {
@@ -178,14 +175,6 @@ __device__ __forceinline__ float2 LoadPair(uint32_t shared) {
   float2 pair;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared));
   return pair;
-}
-
-__device__ __forceinline__ float4 LoadFour(uint32_t shared) {
-  float4 four;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
-               : "r"(shared));
-  return four;
 }
 
 // Weights as M: sums += part x scale of the token, from a lane's part of a set, x `rows` where
@@ -277,26 +266,21 @@ struct WeightTiles {
   uint32_t place;  // of this lane's codes in a tile
 
   __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Shared<Row>& shared,
-                                        const Work& work, const Consumer<Row>& self) {
+                                        const Work& work, const Consumer<Row>& self,
+                                        int first_group) {
     if constexpr (IsDecoded(kFamily)) {
       place = PlaceOfCodes<kFamily>();
     }
     if constexpr (kScaled) {
       scales.Begin(args, shared, work,
-                   int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig));
+                   int64_t{work.feature_begin} + self.number * FeaturesPerConsumer(Row::kConfig),
+                   first_group);
     }
   }
-  // Call with the consumer's own groups in order, ahead of each one's stage.
+  // Call with group = first_group, + 1, + 2, ... ahead of each stage.
   __device__ __forceinline__ void NextScales(const GroupedGemmArgs& args, int group) {
     if constexpr (kScaled) {
-#pragma unroll
-      for (int before = Row::kConfig.k_parts - 1; before > 0; --before) {
-        if (group >= before) {
-          scales.Reach(args, group - before);
-        }
-      }
-      scales.Reach(args, group);
-      scales.Load(group);
+      scales.Advance(args, group);
     }
   }
   __device__ __forceinline__ void Prepare(const Shared<Row>& shared, const Consumer<Row>& self,
@@ -346,37 +330,31 @@ template <class Row>
 __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& shared,
                                 const Work& work, Consumer<Row>& self,
                                 float (&acc)[2][kSums<Row>]) {
-  const int k_blocks = KBlocks<Row>(args);
+  const KRange blocks = KBlocksHere<Row>(args);
   // Groups that may be under way while the next tile is decoded.
   constexpr int kPending = WeightTiles<Row>::kSets - 1;
-  constexpr int kParts = Row::kConfig.k_parts;
   WeightTiles<Row> tiles;
-  tiles.Begin(args, shared, work, self);
+  tiles.Begin(args, shared, work, self, blocks.begin);
   int previous = -1;
-  if constexpr (kParts > 1) {
-    Clear(acc);
-  }
-  PassOthers(shared, self, self.part, k_blocks);
-  for (int block = self.part; block < k_blocks; block += kParts) {
+  for (int block = blocks.begin; block < blocks.end; ++block) {
     const int stage = self.ring.stage;
     tiles.NextScales(args, block);
     shared.AwaitFull(stage, self.ring.parity);
     tiles.Prepare(shared, self, stage, 0);
-    tiles.Issue(shared, self, stage, 0, block > self.part, acc[0]);
+    tiles.Issue(shared, self, stage, 0, block > blocks.begin, acc[0]);
     // The second tile of the stage before is done.
     hopyard::sm90::MmaWait<kPending>();
     if (kPending > 0 && previous >= 0) {
       Release<Row>(shared.Empty(previous));
     }
     tiles.Prepare(shared, self, stage, 1);
-    tiles.Issue(shared, self, stage, 1, block > self.part, acc[1]);
+    tiles.Issue(shared, self, stage, 1, block > blocks.begin, acc[1]);
     hopyard::sm90::MmaWait<kPending>();
     if constexpr (kPending == 0) {
       Release<Row>(shared.Empty(stage));
     }
     previous = stage;
     self.ring.Advance();
-    PassOthers(shared, self, kParts - 1, k_blocks - 1 - block);
   }
   hopyard::sm90::MmaWait<0>();
   if (kPending > 0 && previous >= 0) {
@@ -394,7 +372,8 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
                                  const Work& work, Consumer<Row>& self,
                                  float (&acc)[2][kSums<Row>]) {
   WeightTiles<Row> tiles;
-  tiles.Begin(args, shared, work, self);
+  const KRange blocks = KBlocksHere<Row>(args);
+  tiles.Begin(args, shared, work, self, blocks.begin);
   float part[kSums<Row>];
   const bool complete = ScalesAreComplete<Row>(args);
   Clear(acc);
@@ -417,38 +396,31 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   // them (C7517, C7518). Tiles are decoded while the one before is multiplied, or after that where
   // registers are short.
   constexpr bool kAhead = WeightTiles<Row>::kSets == 2;
-  const int blocks = KBlocks<Row>(args);
   const bool in_turn = Row::kConfig.consumers == 2 && BlocksPerProcessor(Row::kConfig) == 1 &&
                        (!Row::kConfig.tokens_are_m || work.num_rows > kTileRows);
-  constexpr int kParts = Row::kConfig.k_parts;
-  PassOthers(shared, self, self.part, blocks);
-  if (kParts > 1 && self.part >= blocks) {
-    return;
-  }
-  tiles.NextScales(args, self.part);
+  tiles.NextScales(args, blocks.begin);
   shared.AwaitFull(self.ring.stage, self.ring.parity);
   tiles.Prepare(shared, self, self.ring.stage, 0);
-  for (int block = self.part; block < blocks; block += kParts) {
+  for (int block = blocks.begin; block < blocks.end; ++block) {
     const int stage = self.ring.stage;
-    if (in_turn && block == 0 && self.number == 1) {
+    if (in_turn && block == blocks.begin && self.number == 1) {
       hopyard::sm90::NamedBarrier(kTurn, 256);
     }
     tiles.Issue(shared, self, stage, 0, false, part);
     if constexpr (kAhead) {
       tiles.Prepare(shared, self, stage, 1);
     }
-    add(0, stage, in_turn && block == 0 && self.number == 0);
+    add(0, stage, in_turn && block == blocks.begin && self.number == 0);
     if constexpr (!kAhead) {
       tiles.Prepare(shared, self, stage, 1);
     }
     tiles.Issue(shared, self, stage, 1, false, part);
     self.ring.Advance();
-    const bool more = block + kParts < blocks;
-    PassOthers(shared, self, kParts - 1, blocks - 1 - block);
+    const bool more = block + 1 < blocks.end;
     // Scales come ahead of the stage where there are registers for them.
     if (more) {
       if constexpr (kAhead) {
-        tiles.NextScales(args, block + kParts);
+        tiles.NextScales(args, block + 1);
       }
       shared.AwaitFull(self.ring.stage, self.ring.parity);
       if constexpr (kAhead) {
@@ -457,7 +429,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
     }
     add(1, stage, false);
     if (!kAhead && more) {
-      tiles.NextScales(args, block + kParts);
+      tiles.NextScales(args, block + 1);
       tiles.Prepare(shared, self, self.ring.stage, 0);
     }
     if (!Row::kConfig.tokens_are_m || more) {
@@ -492,9 +464,9 @@ __device__ __forceinline__ void Multiply(const GroupedGemmArgs& args, const Shar
     constexpr int kTokens = Row::kConfig.tokens;
     constexpr int kFew = kTokens == 128 ? 64 : kTokens;
     if (kFew < kTokens && work.num_rows <= kFew) {
-      MultiplyShared<Row, kFew>(shared, KBlocks<Row>(args), self, acc);
+      MultiplyShared<Row, kFew>(shared, KBlocksHere<Row>(args), self, acc);
     } else {
-      MultiplyShared<Row, kTokens>(shared, KBlocks<Row>(args), self, acc);
+      MultiplyShared<Row, kTokens>(shared, KBlocksHere<Row>(args), self, acc);
     }
   } else if constexpr (!Row::kConfig.promoted) {
     MultiplyDecoded<Row>(args, shared, work, self, acc);

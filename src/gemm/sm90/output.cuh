@@ -42,12 +42,12 @@ struct OutputTile {
            static_cast<uint32_t>(consumer() * Row::kConfig.tokens * 4);
   }
   __device__ __forceinline__ uint32_t delta_rows() const {
-    return factors() + static_cast<uint32_t>(FeatureParts(Row::kConfig) * Row::kConfig.tokens * 4);
+    return factors() + static_cast<uint32_t>(Row::kConfig.consumers * Row::kConfig.tokens * 4);
   }
   // Where tokens are M: factor and bias of every weight row.
   __device__ __forceinline__ uint32_t terms() const {
     return base + Shared<Row>::kFactors +
-           static_cast<uint32_t>(FeatureParts(Row::kConfig) * Row::kConfig.tokens * 8);
+           static_cast<uint32_t>(Row::kConfig.consumers * Row::kConfig.tokens * 8);
   }
   // Those meet that stage the same features: a warpgroup, or all consumers where tokens are M.
   __device__ __forceinline__ static void Barrier() {

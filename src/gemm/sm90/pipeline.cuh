@@ -74,6 +74,9 @@ struct Shared {
   __device__ __forceinline__ Barrier Posted(int slot) const {
     return {base + kBarriers + 8U * static_cast<uint32_t>(2 * kConfig.stages + slot)};
   }
+  // The sums of the other parts of K have come; and may be sent to that block again.
+  __device__ __forceinline__ Barrier PartsFull() const { return AfterWork(0); }
+  __device__ __forceinline__ Barrier PartsFree() const { return AfterWork(1); }
   // The producer posts a work item ahead of its first stage: consumers need not look for it, and
   // what they read themselves is under way when the stage comes.
   __device__ __forceinline__ void PostWork(int slot, const Work& work) const {
@@ -91,6 +94,10 @@ struct Shared {
                  : "r"(base + kWork + 16U * static_cast<uint32_t>(slot))
                  : "memory");
     return work;
+  }
+  __device__ __forceinline__ Barrier AfterWork(int i) const {
+    return {base + kBarriers +
+            8U * static_cast<uint32_t>(2 * kConfig.stages + WorkSlots(kConfig) + i)};
   }
   // Of tile t = 2 * consumer + half.
   __device__ __forceinline__ static int ScaleSetOf(int tile) {
@@ -132,13 +139,13 @@ struct RingPosition {
 // Which of its cluster's blocks this is.
 template <class Row>
 __device__ __forceinline__ int ClusterRank() {
-  return static_cast<int>(blockIdx.x) % Row::kConfig.cluster;
+  return static_cast<int>(blockIdx.x) % BlocksPerCluster(Row::kConfig);
 }
 
-// Clusters take work in strides, and of the tiles of one expert that are a cluster's each block
-// takes one, which may be empty. Tiles come in groups: all features of one group are done before
-// the next begins, and within it tiles vary fastest, so that a group's token rows stay in the L2
-// cache and tiles of one expert read a weight row at the same time.
+// Clusters take work in strides. Of the tiles of one expert that are a cluster's each block takes
+// one, which may be empty; blocks that share K take the same. Tiles come in groups: all features of
+// one group are done before the next begins, and within it tiles vary fastest, so that a group's
+// token rows stay in the L2 cache and tiles of one expert read a weight row at the same time.
 template <class Row>
 struct Scheduler {
   static constexpr int kCluster = Row::kConfig.cluster;
@@ -153,7 +160,7 @@ struct Scheduler {
   __device__ explicit Scheduler(const GroupedGemmArgs& gemm)
       : args(gemm),
         clusters(*gemm.num_tiles / kCluster),
-        next(static_cast<int>(blockIdx.x) / kCluster) {
+        next(static_cast<int>(blockIdx.x) / BlocksPerCluster(Row::kConfig)) {
     constexpr int kFeatures = FeaturesPerBlock(Row::kConfig);
     // Rows in an order of groups of 128 are written to the end of their last group.
     const int64_t features = gemm.out_format.order == KOrder::kNatural
@@ -168,12 +175,13 @@ struct Scheduler {
       const int within = next % (kGroup * feature_blocks);
       const int left = clusters - group * kGroup;
       const int tiles = left < kGroup ? left : kGroup;
-      const int tile = (group * kGroup + within % tiles) * kCluster + ClusterRank<Row>();
+      const int tile =
+          (group * kGroup + within % tiles) * kCluster + (kCluster == 1 ? 0 : ClusterRank<Row>());
       // Read together: one wait.
       const int segment = args.tile_expert[tile];
       const int row_begin = args.tile_row_begin[tile];
       const int row_end = args.tile_row_end[tile];
-      next += static_cast<int>(gridDim.x) / kCluster;
+      next += static_cast<int>(gridDim.x) / BlocksPerCluster(Row::kConfig);
       if (segment < args.segment_begin || segment >= args.segment_end) {
         continue;
       }
@@ -198,6 +206,27 @@ template <class Row>
 __device__ __forceinline__ int KBlocks(const GroupedGemmArgs& args) {
   constexpr int kBlockK = BlockK(Row::kConfig.family);
   return static_cast<int>((args.k + kBlockK - 1) / kBlockK);
+}
+
+// The blocks of K that this block multiplies; at least one, which lies behind the last and is zero
+// where there are fewer than parts.
+struct KRange {
+  int begin;
+  int end;
+};
+template <class Row>
+__device__ __forceinline__ KRange KBlocksHere(const GroupedGemmArgs& args) {
+  constexpr int kParts = Row::kConfig.k_parts;
+  const int blocks = KBlocks<Row>(args);
+  if constexpr (kParts == 1) {
+    return {0, blocks};
+  }
+  const int rank = ClusterRank<Row>();
+  KRange range{rank * blocks / kParts, (rank + 1) * blocks / kParts};
+  if (range.begin == range.end) {
+    range = {blocks, blocks + 1};
+  }
+  return range;
 }
 
 }  // namespace hopyard::gemm::sm90

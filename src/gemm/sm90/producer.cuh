@@ -17,7 +17,7 @@ namespace hopyard::gemm::sm90 {
 template <class Row>
 struct WeightCopies {
   static constexpr GemmConfig kConfig = Row::kConfig;
-  static constexpr int kTiles = 2 * FeatureParts(kConfig);
+  static constexpr int kTiles = 2 * kConfig.consumers;
   // The copy engine counts elements of one byte for packed codes.
   static constexpr int kStep =
       BlockK(kConfig.family) / (WeightRowBytes(kConfig.family) == 64 ? 2 : 1);
@@ -188,11 +188,14 @@ struct StageScales {
   int token_step;
   int weight_step;
   bool complete;
+  int last;  // block of K
   float next_token;
   float next_weights[kSets > 0 ? kSets : 1];
 
-  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work) {
+  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work,
+                                        int first_block) {
     if constexpr (kConfig.promoted) {
+      last = KBlocks<Row>(args) - 1;
       const int thread = static_cast<int>(threadIdx.x);
       const bool given = args.x_block_scales != nullptr;
       token = given ? args.x_block_scales +
@@ -210,17 +213,16 @@ struct StageScales {
                                               work.expert, row)
                                : &kOne;
         }
-        Load(0);
+        Load(first_block);
       }
     }
   }
-  // Call with block = 0, 1, 2, ... < blocks.
+  // Call with block = first_block, + 1, + 2, ... < end.
   __device__ __forceinline__ void Issue(const GroupedGemmArgs& args, const Work& work,
-                                        const Shared<Row>& shared, int stage, int block,
-                                        int blocks) {
+                                        const Shared<Row>& shared, int stage, int block, int end) {
     if constexpr (kConfig.promoted) {
       if (kWrites && !complete) {
-        StoreBlocksOfRows(args, work, shared, stage, block);
+        StoreBlocksOfRows(args, work, shared, stage, Real(block));
       }
       const int thread = static_cast<int>(threadIdx.x);
       if (thread < kConfig.tokens) {
@@ -234,29 +236,33 @@ struct StageScales {
                          "f"(scale)
                          : "memory");
           }
-          if (block + 1 < blocks) {
+          if (block + 1 < end) {
             Load(block + 1);
           }
         } else {
-          hopyard::sm90::CopyWord(at, token + block * token_step);
+          hopyard::sm90::CopyWord(at, token + Real(block) * token_step);
         }
       }
     }
   }
 
  private:
+  // What stands behind the last block (KBlocksHere) is zero, whatever it is multiplied by.
+  __device__ __forceinline__ int Real(int block) const {
+    return kConfig.k_parts > 1 && block > last ? last : block;
+  }
   __device__ __forceinline__ void Load(int block) {
-    next_token = __ldg(token + block * token_step);
+    next_token = __ldg(token + Real(block) * token_step);
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
-      next_weights[set] = __ldg(weights[set] + block * weight_step);
+      next_weights[set] = __ldg(weights[set] + Real(block) * weight_step);
     }
   }
   // A thread per tile: both blocks' scales, and how many rows lie in the first.
   __device__ static void StoreBlocksOfRows(const GroupedGemmArgs& args, const Work& work,
                                            const Shared<Row>& shared, int stage, int block) {
     const int tile = static_cast<int>(threadIdx.x);
-    if (tile >= 2 * FeatureParts(kConfig)) {
+    if (tile >= 2 * kConfig.consumers) {
       return;
     }
     const MatrixArgs& matrix = kConfig.gated && tile % 2 == 1 ? args.second : args.first;
@@ -283,7 +289,7 @@ __device__ __forceinline__ void Announce(const Shared<Row>& shared, int stage) {
 // for room.
 template <class Row>
 __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) {
-  const int k_blocks = KBlocks<Row>(args);
+  const KRange blocks = KBlocksHere<Row>(args);
   RingPosition<Row::kConfig.stages> fill;
   RingPosition<WorkSlots(Row::kConfig)> slot;
   Scheduler<Row> scheduler(args);
@@ -295,25 +301,25 @@ __device__ void Produce(const GroupedGemmArgs& args, const Shared<Row>& shared) 
     StageScales<Row> scales;
     const auto begin = [&] {
       rows.Begin(args, shared, work);
-      scales.Begin(args, work);
+      scales.Begin(args, work, blocks.begin);
     };
     // These loads depend on each other. Small tiles send for their first weights before them; large
     // ones have stages in store, and a producer without the registers for it.
-    constexpr bool kWeightsFirst = FeatureParts(Row::kConfig) == 1;
+    constexpr bool kWeightsFirst = Row::kConfig.consumers == 1;
     if constexpr (!kWeightsFirst) {
       begin();
     }
-    for (int block = 0; block < k_blocks; ++block) {
+    for (int block = blocks.begin; block < blocks.end; ++block) {
       shared.Empty(fill.stage).Wait(fill.parity ^ 1U);
-      if (block == 0 && threadIdx.x == 0) {
+      if (block == blocks.begin && threadIdx.x == 0) {
         shared.PostWork(slot.stage, work);
       }
       weights.Issue(args, shared, fill.stage, block);
-      if (kWeightsFirst && block == 0) {
+      if (kWeightsFirst && block == blocks.begin) {
         begin();
       }
       rows.Issue(args, shared, fill.stage, block);
-      scales.Issue(args, work, shared, fill.stage, block, k_blocks);
+      scales.Issue(args, work, shared, fill.stage, block, blocks.end);
       Announce(shared, fill.stage);
       fill.Advance();
     }

@@ -51,8 +51,10 @@ struct BlockScales {
   static constexpr int kRowsOfWord = 4 / kBytesOfQuarter;
   static constexpr int kScaleSize = kFamily == Family::kMxInt4AsBf16 ? 2 : 1;
   static constexpr int kGroups = 16 / kBytes;  // of a window
+  static constexpr bool kInParts = Row::kConfig.k_parts > 1;
 
   uint32_t base;       // of shared memory
+  int first;           // group of the block's part of K
   const uint8_t* row;  // aligned, of row `lane`
   // A byte for each of the thread's rows of weights.
   uint32_t skews;  // bytes of the first word that are not the row's
@@ -60,7 +62,7 @@ struct BlockScales {
   uint32_t now[kBytesOfQuarter];  // this lane's quarter of a group, of its rows side by side
 
   __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Shared<Row>& shared,
-                                        const Work& work, int64_t feature) {
+                                        const Work& work, int64_t feature, int first_group) {
     const int lane = hopyard::sm90::LaneId();
     const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
     base = shared.base;
@@ -70,10 +72,10 @@ struct BlockScales {
         feature + (Row::kConfig.gated ? 0 : lane / 16 * kTileRows) + warp % 4 * 16 + lane % 16;
     const ExpertPointers* const pointers = matrix.pointers + work.expert;
     const int64_t stored = StoredRow(matrix, natural);
-    const int64_t first = IsLinear(args) ? stored * matrix.scale_stride
-                                         : stored / 128 * ((matrix.scale_stride + 3) / 4 * 512) +
-                                               stored % 32 * 16 + stored % 128 / 32 * 4;
-    const uint8_t* const begin = static_cast<const uint8_t*>(pointers->scales) + first * kScaleSize;
+    const int64_t at = IsLinear(args) ? stored * matrix.scale_stride
+                                      : stored / 128 * ((matrix.scale_stride + 3) / 4 * 512) +
+                                            stored % 32 * 16 + stored % 128 / 32 * 4;
+    const uint8_t* const begin = static_cast<const uint8_t*>(pointers->scales) + at * kScaleSize;
     const auto skew = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(begin) % 4);
     row = begin - skew;
     uint32_t exponent = 0;
@@ -92,15 +94,16 @@ struct BlockScales {
     // All have read what they wanted of the work item before, and no copy for it is under way.
     hopyard::sm90::AwaitPieces<0>();
     __syncwarp();
-    CopyWindow(args, 0);
-    CopyWindow(args, 1);
+    first = first_group;
+    CopyWindow(args, first_group / kGroups);
+    CopyWindow(args, first_group / kGroups + 1);
   }
-  // Call with group = 0, 1, 2, ...
-  __device__ __forceinline__ void Reach(const GroupedGemmArgs& args, int group) {
-    if (group % kGroups == 0) {
+  // Call with group = first_group, + 1, + 2, ... before `Of`.
+  __device__ __forceinline__ void Advance(const GroupedGemmArgs& args, int group) {
+    if (group % kGroups == 0 || (kInParts && group == first)) {
       // Every lane has left the window before this one.
       __syncwarp();
-      if (group == 0) {
+      if (kInParts ? group == first : group == 0) {
         hopyard::sm90::AwaitPieces<1>();
       } else {
         CopyWindow(args, group / kGroups + 1);
@@ -112,9 +115,6 @@ struct BlockScales {
       hopyard::sm90::AwaitPieces<0>();
       __syncwarp();
     }
-  }
-  // The group that has been reached, for `Of`.
-  __device__ __forceinline__ void Load(int group) {
     const uint32_t thread = hopyard::sm90::ThreadHere();
     ForEachRow([&](int i) { return LoadQuarter(i, group, thread); });
   }

@@ -127,17 +127,21 @@ __device__ __forceinline__ int RankAmong(const int32_t* keys, int blocks, int pl
   const auto* fours = static_cast<const int4*>(static_cast<const void*>(keys));
   const int32_t key = keys[place];
   const int own = place / 4;
-  int rank = 0;
+  // Four sums, so that one addition does not wait for the next.
+  int4 larger = {0, 0, 0, 0};
 #pragma unroll 1
   for (int i = 0; i < 8 * blocks; i += 8) {
 #pragma unroll
     for (int j = i; j < i + 8; ++j) {
       const int4 four = fours[j];
       const int32_t bound = j < own ? key - 1 : key;
-      rank += (four.x > bound ? 1 : 0) + (four.y > bound ? 1 : 0);
-      rank += (four.z > bound ? 1 : 0) + (four.w > bound ? 1 : 0);
+      larger.x += four.x > bound ? 1 : 0;
+      larger.y += four.y > bound ? 1 : 0;
+      larger.z += four.z > bound ? 1 : 0;
+      larger.w += four.w > bound ? 1 : 0;
     }
   }
+  int rank = larger.x + larger.y + (larger.z + larger.w);
   const int4 four = fours[own];
   rank += place % 4 > 0 && four.x == key ? 1 : 0;
   rank += place % 4 > 1 && four.y == key ? 1 : 0;
@@ -155,10 +159,10 @@ __device__ inline void ExcludeShare(const RouteSm90Args& args, const TeamLayout&
     scratch.best[unused] = kExcludedKey;
   }
   if (args.rule.num_groups > 1) {
-    const int size = args.num_experts / args.rule.num_groups;
+    const auto size = static_cast<uint32_t>(args.num_experts / args.rule.num_groups);
 #pragma unroll 1
     for (int e = team.First(); e < end; e += team.Step()) {
-      if (e < args.num_experts && (kept >> (e / size) & 1U) == 0) {
+      if (e < args.num_experts && (kept >> (static_cast<uint32_t>(e) / size) & 1U) == 0) {
         scratch.keys[e] = kExcludedKey;
       }
     }

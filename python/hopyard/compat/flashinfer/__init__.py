@@ -58,6 +58,8 @@ from hopyard.compat.flashinfer.moe_fp8 import (
     trtllm_fp8_per_tensor_scale_routed_moe,
 )
 from hopyard.compat.flashinfer.prepare import (
+    prepare_cutlass_bf16_weights,
+    prepare_cutlass_w4a16_weights,
     prepare_trtllm_bf16_weights,
     prepare_trtllm_fp4_activations,
     prepare_trtllm_fp4_weights,
@@ -129,6 +131,8 @@ __all__ = [
     "nvfp4_quantize",
     "pack_topk_ids",
     "populate_trtllm_moe_routing_metadata_",
+    "prepare_cutlass_bf16_weights",
+    "prepare_cutlass_w4a16_weights",
     "prepare_trtllm_bf16_weights",
     "prepare_trtllm_fp4_activations",
     "prepare_trtllm_fp4_weights",

@@ -196,10 +196,22 @@ def convert_to_block_layout(input_tensor: Array, blockK: int) -> Array:
     return ops.permuted(blocks, (1, 0, 2))
 
 
-def _shuffle_index(weight: Array, epilogue_tile_m: int, num_elts_per_sf: int | None) -> Array:
-    if num_elts_per_sf is None:
-        return get_shuffle_matrix_a_row_indices(weight, epilogue_tile_m)
-    return get_shuffle_matrix_sf_a_row_indices(weight, epilogue_tile_m, num_elts_per_sf)
+def cached_index(
+    cache: IndexCache, matrix: Array, tile: int, vec: int | None, paired: bool
+) -> Array:
+    """Row index of a matrix, or with `vec` of its block scales: `paired` rows gate and up in turn,
+    then shuffled. The index follows from the shape alone."""
+    place = ops.place_of(matrix), is_torch(matrix)
+    key = (paired, ops.shape_of(matrix), tile, vec, *place)
+    if key not in cache:
+        if vec is None:
+            index = get_shuffle_matrix_a_row_indices(matrix, tile)
+        else:
+            index = get_shuffle_matrix_sf_a_row_indices(matrix, tile, vec)
+        if paired:
+            index = get_reorder_rows_for_gated_act_gemm_row_indices(matrix)[index]
+        cache[key] = ops.on_device_of(index, matrix)
+    return cache[key]
 
 
 def _maybe_get_cached_w3_w1_permute_indices(
@@ -210,22 +222,14 @@ def _maybe_get_cached_w3_w1_permute_indices(
     is_gated_act_gemm: bool = True,
 ) -> Array:
     """Row index of GEMM1's weights (or of their scales, with num_elts_per_sf): gate and up in turn,
-    then shuffled. Kept in the caller's dictionary: the index follows from the shape alone."""
-    key = (
-        "w3_w1",
-        ops.shape_of(dst_w3_w1_weight),
+    then shuffled. Kept in the caller's dictionary."""
+    return cached_index(
+        _cache_permute_indices,
+        dst_w3_w1_weight,
         epilogue_tile_m,
         num_elts_per_sf,
-        is_gated_act_gemm,
-        ops.place_of(dst_w3_w1_weight),
-        is_torch(dst_w3_w1_weight),
+        bool(is_gated_act_gemm),
     )
-    if key not in _cache_permute_indices:
-        index = _shuffle_index(dst_w3_w1_weight, epilogue_tile_m, num_elts_per_sf)
-        if is_gated_act_gemm:
-            index = get_reorder_rows_for_gated_act_gemm_row_indices(dst_w3_w1_weight)[index]
-        _cache_permute_indices[key] = ops.on_device_of(index, dst_w3_w1_weight)
-    return _cache_permute_indices[key]
 
 
 def get_w2_permute_indices_with_cache(
@@ -236,16 +240,6 @@ def get_w2_permute_indices_with_cache(
     is_gated_act_gemm: bool | None = None,
 ) -> Array:
     """Row index of GEMM2's weights or scales: the shuffle alone, cached as above."""
-    key = (
-        "w2",
-        ops.shape_of(dst_w2_weight),
-        epilogue_tile_m,
-        num_elts_per_sf,
-        is_gated_act_gemm,
-        ops.place_of(dst_w2_weight),
-        is_torch(dst_w2_weight),
+    return cached_index(
+        _cache_permute_indices, dst_w2_weight, epilogue_tile_m, num_elts_per_sf, False
     )
-    if key not in _cache_permute_indices:
-        index = _shuffle_index(dst_w2_weight, epilogue_tile_m, num_elts_per_sf)
-        _cache_permute_indices[key] = ops.on_device_of(index, dst_w2_weight)
-    return _cache_permute_indices[key]

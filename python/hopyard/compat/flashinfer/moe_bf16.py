@@ -8,15 +8,12 @@ from hopyard.compat.flashinfer import checks, ops
 from hopyard.compat.flashinfer.checks import check
 from hopyard.compat.flashinfer.common import (
     Problem,
-    call_of,
     check_layout,
-    execute,
     problem_of,
     single,
-    spec_of,
 )
 from hopyard.compat.flashinfer.enums import ActivationType, WeightLayout
-from hopyard.compat.flashinfer.operands import Layout, Operands, check_parameters, experts_of
+from hopyard.compat.flashinfer.operands import Layout, Operands, check_parameters, run
 from hopyard.compat.flashinfer.signature import Arguments, entry
 
 
@@ -102,9 +99,7 @@ def _run(a: Arguments) -> Array | list[Array]:
         row_map="shuffled128" if shuffled else "natural",
         major="block_k" if layout is WeightLayout.BlockMajorK else "k",
     )
-    spec = spec_of(a, p, "bf16", "bf16")
-    call = call_of(a, p, shuffled=shuffled)
-    return single(execute(a, p, spec, experts_of(operands, read, p, a.hidden_states), call))
+    return single(run(a, p, operands, read, shuffled=shuffled))
 
 
 @entry(

@@ -10,11 +10,8 @@ from hopyard.compat.flashinfer import checks, ops
 from hopyard.compat.flashinfer.checks import check
 from hopyard.compat.flashinfer.common import (
     Problem,
-    call_of,
     check_shared,
-    execute,
     problem_of,
-    spec_of,
 )
 from hopyard.compat.flashinfer.layouts import swizzled_numel
 from hopyard.compat.flashinfer.moe_bf16 import operands_of
@@ -24,7 +21,7 @@ from hopyard.compat.flashinfer.operands import (
     Operands,
     check_parameters,
     check_weight,
-    experts_of,
+    run,
 )
 from hopyard.compat.flashinfer.signature import Arguments, entry
 
@@ -218,11 +215,10 @@ def _run_fp4(a: Arguments) -> list[Array]:
         **operands_of(a),
     )
     check_parameters(operands, p, a.hidden_states, RuntimeError)
-    spec = spec_of(a, p, layout.weights, layout.activations)
-    call = call_of(a, p, narrow=True) | _hidden_scales(a, p, layout.activations)
+    more = _hidden_scales(a, p, layout.activations)
     if a.per_token_scale is not None:
-        call["token_scales"] = a.per_token_scale
-    return execute(a, p, spec, experts_of(operands, layout, p, a.hidden_states), call)
+        more["token_scales"] = a.per_token_scale
+    return run(a, p, operands, layout, more, narrow=True)
 
 
 @entry(
@@ -326,10 +322,7 @@ def _run_mxint4(a: Arguments) -> list[Array]:
         scales.append(scale.reshape(p.local, count))
     operands = Operands(a.gemm1_weights, a.gemm2_weights, *scales, **operands_of(a))
     check_parameters(operands, p, a.hidden_states, RuntimeError)
-    layout = Layout("mxint4", "bf16", major="block_k")
-    spec = spec_of(a, p, "mxint4", "bf16")
-    experts = experts_of(operands, layout, p, a.hidden_states)
-    return execute(a, p, spec, experts, call_of(a, p))
+    return run(a, p, operands, Layout("mxint4", "bf16", major="block_k"))
 
 
 @entry(

@@ -10,14 +10,11 @@ from hopyard.compat.flashinfer import checks, ops
 from hopyard.compat.flashinfer.checks import check
 from hopyard.compat.flashinfer.common import (
     Problem,
-    call_of,
     check_layout,
     check_routing_limits,
     check_shared,
-    execute,
     problem_of,
     single,
-    spec_of,
 )
 from hopyard.compat.flashinfer.enums import (
     ActivationType,
@@ -35,7 +32,7 @@ from hopyard.compat.flashinfer.operands import (
     Operands,
     check_parameters,
     check_weight,
-    experts_of,
+    run,
 )
 from hopyard.compat.flashinfer.signature import Arguments, entry
 
@@ -173,9 +170,7 @@ def _run_block(a: Arguments) -> Array | list[Array]:
         )
     operands = Operands(a.gemm1_weights, a.gemm2_weights, scale1, scale2, **operands_of(a))
     check_parameters(operands, p, a.hidden_states, RuntimeError)
-    spec = spec_of(a, p, read.weights, read.activations)
-    call = call_of(a, p, shuffled=shuffled) | scales
-    return single(execute(a, p, spec, experts_of(operands, read, p, a.hidden_states), call))
+    return single(run(a, p, operands, read, scales, shuffled=shuffled))
 
 
 @entry(
@@ -263,10 +258,7 @@ def _run_per_tensor(a: Arguments) -> Array | list[Array]:
         gate1=a.output1_scales_gate_scalar,
         scale2=a.output2_scales_scalar,
     )
-    read = Layout("fp8_per_tensor", "fp8_per_tensor")
-    spec = spec_of(a, p, read.weights, read.activations)
-    call = call_of(a, p)
-    return single(execute(a, p, spec, experts_of(operands, read, p, a.hidden_states), call))
+    return single(run(a, p, operands, Layout("fp8_per_tensor", "fp8_per_tensor")))
 
 
 @entry(

@@ -23,9 +23,10 @@ from hopyard import ExpertWeights, Matrix
 from hopyard.arrays import Array
 from hopyard.compat.flashinfer import checks, ops
 from hopyard.compat.flashinfer.checks import check
-from hopyard.compat.flashinfer.common import Problem
+from hopyard.compat.flashinfer.common import Problem, call_of, execute, spec_of
 from hopyard.compat.flashinfer.engine import Buffers, Experts, Groups
 from hopyard.compat.flashinfer.enums import ActivationType
+from hopyard.compat.flashinfer.signature import Arguments
 from hopyard.compat.flashinfer.views import View, describe
 
 _PARAMETRISED = (ActivationType.Swiglu, ActivationType.Situ)
@@ -274,3 +275,26 @@ def check_weight(array: Array, name: str, shape: tuple[int, ...], hidden: Array)
     )
     checks.check_contiguous(array, name)
     checks.check_device(array, name, hidden)
+
+
+def run(
+    a: Arguments,
+    p: Problem,
+    operands: Operands,
+    layout: Layout,
+    more: dict[str, Any] | None = None,
+    **options: bool,
+) -> list[Array]:
+    """Run a call whose arguments have been checked; FlashInfer's list of results.
+
+    Args:
+        a: its arguments.
+        p: its sizes.
+        operands: the arrays of its experts.
+        layout: how they lie.
+        more: further arguments of `hopyard.MoeLayer`.
+        **options: of `call_of`.
+    """
+    spec = spec_of(a, p, layout.weights, layout.activations)
+    call = call_of(a, p, **options) | (more or {})
+    return execute(a, p, spec, experts_of(operands, layout, p, a.hidden_states), call)

@@ -101,10 +101,11 @@ def as_bytes(array: Array) -> Array:
 
 
 def view_as(array: Array, dtype: str) -> Array:
-    """The same memory under a type of torch's; NumPy has no float8 and keeps its bytes."""
+    """The same memory under a type of torch's; NumPy has no float8 and keeps its bytes, and its
+    bfloat16 is uint16."""
     if is_torch(array):
         return array.view(getattr(torch_module(), dtype))
-    return array
+    return array.view(np.uint16) if dtype == "bfloat16" else array
 
 
 def take_rows(array: Array, rows: Array) -> Array:

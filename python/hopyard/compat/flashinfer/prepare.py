@@ -7,7 +7,7 @@ arguments of the operations by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -24,22 +24,15 @@ from hopyard.compat.flashinfer.enums import (
     member,
 )
 from hopyard.compat.flashinfer.quantize import block_scales, fp4_quantize, mxfp8_quantize
+from hopyard.compat.flashinfer.signature import Arguments, entry
 
 Prepared = dict[str, Array]
+_Quantize = Callable[[Array], tuple[Array, Array]]
 
-
-@dataclass(frozen=True)
-class _Shape:
-    """Sizes of the experts, and whether GEMM1 has a gate."""
-
-    experts: int
-    hidden: int
-    inter: int
-    gated: bool
-
-    @property
-    def rows(self) -> int:
-        return (2 if self.gated else 1) * self.inter
+_FP4 = (QuantVariant.NVFP4, QuantVariant.MXFP4, QuantVariant.W4A16)
+_FP8_BLOCK = (QuantVariant.DeepSeekFp8, QuantVariant.MxFp8)
+_SIZES = "num_local_experts hidden_size intermediate_size activation=None device=None"
+_CACHE = " permute_cache=None"
 
 
 def _activation(given: Any) -> ActivationType:
@@ -67,27 +60,103 @@ def _variant(given: Any, known: tuple[QuantVariant, ...]) -> QuantVariant:
     raise ValueError(f"variant is {given!r}, wanted one of {names}")
 
 
-def _check_weights(w1: Array, w2: Array, name: str, shape: _Shape) -> None:
-    for array, argument in ((w1, "w1_bf16"), (w2, "w2_bf16")):
-        checks.require_memory(array, f"{name}: {argument}", ValueError)
-        if not ops.is_type(array, "bfloat16"):
-            raise ValueError(f"{name}: {argument} is {ops.type_of(array)}, wanted bfloat16")
-    wanted1 = (shape.experts, shape.rows, shape.hidden)
-    wanted2 = (shape.experts, shape.hidden, shape.inter)
-    for array, argument, wanted in ((w1, "w1_bf16", wanted1), (w2, "w2_bf16", wanted2)):
-        if ops.shape_of(array) != wanted:
-            raise ValueError(
-                f"{name}: {argument} has shape {list(ops.shape_of(array))}, wanted {list(wanted)}"
-            )
+@dataclass(frozen=True)
+class _Stack:
+    """The weights of one GEMM, checked and where they are to be prepared.
+
+    Attributes:
+        name: prefix of the results, "gemm1" or "gemm2".
+        experts: BF16 matrices [rows, K].
+        paired: gate and up rows are stored in turn.
+        cache: row indices by shape.
+    """
+
+    name: str
+    experts: list[Array]
+    paired: bool
+    cache: layouts.IndexCache
+
+    def _in_order(self, matrix: Array, vec: int | None = None) -> Array:
+        index = layouts.cached_index(self.cache, matrix, 128, vec, self.paired)
+        return ops.take_rows(matrix, index)
+
+    def codes(self, experts: Iterable[Array], dtype: str, block_k: int | None = None) -> Array:
+        """Codes of all experts, rows in the prepared order, K in blocks of `block_k` bytes."""
+        stored = [self._in_order(ops.as_bytes(codes)) for codes in experts]
+        if block_k is not None:
+            stored = [layouts.convert_to_block_layout(codes, block_k) for codes in stored]
+        return ops.view_as(ops.stack(stored), dtype)
+
+    def scales(self, experts: Iterable[Array], vec: int) -> Array:
+        """Block scales of all experts, rows in the prepared order, 128x4."""
+        stored = [
+            layouts.block_scale_interleave(self._in_order(scales, vec)).reshape(scales.shape)
+            for scales in experts
+        ]
+        return ops.stack(stored)
+
+    def quantized(
+        self, quantize: _Quantize, dtype: str, vec: int, block_k: int | None = None
+    ) -> Prepared:
+        """The two results of a format with block scales."""
+        pairs = [quantize(matrix) for matrix in self.experts]
+        return {
+            f"{self.name}_weights": self.codes((codes for codes, _ in pairs), dtype, block_k),
+            f"{self.name}_weights_scale": self.scales((scales for _, scales in pairs), vec),
+        }
 
 
-def _check_multiple(name: str, shape: _Shape, multiple: int) -> None:
-    for field, size in (
-        ("hidden_size", shape.hidden),
-        ("intermediate_size", shape.inter),
-    ):
+def _sizes_of(a: Arguments) -> list[tuple[str, int]]:
+    return [(field, int(getattr(a, field))) for field in ("hidden_size", "intermediate_size")]
+
+
+def _check_multiple(name: str, sizes: list[tuple[str, int]], multiple: int) -> None:
+    for field, size in sizes:
         if size % multiple:
             raise ValueError(f"{name}: {field} is {size}, wanted a multiple of {multiple}")
+
+
+def _begin(
+    name: str, a: Arguments, multiple: int, wrong_type: type[Exception] = ValueError
+) -> tuple[_Stack, _Stack]:
+    """Check what the `prepare_*_weights` functions have in common, and move the weights.
+
+    Args:
+        name: of the function, for messages.
+        a: its arguments.
+        multiple: what the sizes must be a multiple of.
+        wrong_type: class for weights that are not BF16.
+
+    Raises:
+        ValueError, wrong_type: type, shape or sizes.
+    """
+    gated = is_gated_activation(_activation(a.activation))
+    experts = int(a.num_local_experts)
+    hidden, inter = int(a.hidden_size), int(a.intermediate_size)
+    for field, size in (("num_local_experts", experts), *_sizes_of(a)):
+        if size < 1:
+            raise ValueError(f"{name}: {field} is {size}, wanted at least 1")
+    wanted = {
+        "w1_bf16": (experts, (2 if gated else 1) * inter, hidden),
+        "w2_bf16": (experts, hidden, inter),
+    }
+    for argument, shape in wanted.items():
+        array = getattr(a, argument)
+        checks.require_memory(array, f"{name}: {argument}", ValueError)
+        if not ops.is_type(array, "bfloat16"):
+            raise wrong_type(f"{name}: {argument} is {ops.type_of(array)}, wanted bfloat16")
+        if ops.shape_of(array) != shape:
+            raise ValueError(
+                f"{name}: {argument} has shape {list(ops.shape_of(array))}, wanted {list(shape)}"
+            )
+    _check_multiple(name, _sizes_of(a), multiple)
+    given = getattr(a, "permute_cache", None)
+    cache: layouts.IndexCache = {} if given is None else given
+    first, second = (_move(array, a.device) for array in (a.w1_bf16, a.w2_bf16))
+    return (
+        _Stack("gemm1", list(first), gated, cache),
+        _Stack("gemm2", list(second), False, cache),
+    )
 
 
 def _move(array: Array, device: Any) -> Array:
@@ -95,65 +164,8 @@ def _move(array: Array, device: Any) -> Array:
     return ops.contiguous(moved)
 
 
-def _rows1(matrix: Array, shape: _Shape, cache: layouts.IndexCache, vec: int | None) -> Array:
-    index = layouts._maybe_get_cached_w3_w1_permute_indices(cache, matrix, 128, vec, shape.gated)
-    return ops.take_rows(matrix, index)
-
-
-def _rows2(matrix: Array, shape: _Shape, cache: layouts.IndexCache, vec: int | None) -> Array:
-    index = layouts.get_w2_permute_indices_with_cache(cache, matrix, 128, vec, shape.gated)
-    return ops.take_rows(matrix, index)
-
-
-def _shuffled(
-    experts: list[Array],
-    rows: Callable[..., Array],
-    shape: _Shape,
-    cache: layouts.IndexCache,
-    block_k: int | None = None,
-) -> Array:
-    """Codes of all experts, rows in the prepared order, K in blocks of `block_k` bytes."""
-    result = []
-    for codes in experts:
-        stored = rows(ops.as_bytes(codes), shape, cache, None)
-        result.append(
-            stored if block_k is None else layouts.convert_to_block_layout(stored, block_k)
-        )
-    return ops.stack(result)
-
-
-def _scales(
-    experts: list[Array],
-    rows: Callable[..., Array],
-    shape: _Shape,
-    cache: layouts.IndexCache,
-    vec: int,
-) -> Array:
-    """Block scales of all experts, rows in the prepared order, 128x4."""
-    stored = [
-        layouts.block_scale_interleave(rows(scales, shape, cache, vec)).reshape(scales.shape)
-        for scales in experts
-    ]
-    return ops.stack(stored)
-
-
-def _each(weights: Array, quantize: Callable[[Array], tuple[Array, Array]]) -> tuple[list, list]:
-    pairs = [quantize(weights[e]) for e in range(ops.shape_of(weights)[0])]
-    return [p[0] for p in pairs], [p[1] for p in pairs]
-
-
-def prepare_trtllm_fp4_weights(
-    w1_bf16: Array,
-    w2_bf16: Array,
-    *,
-    variant: Any = None,
-    num_local_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    activation: Any = None,
-    device: Any = None,
-    permute_cache: layouts.IndexCache | None = None,
-) -> Prepared:
+@entry("w1_bf16 w2_bf16 * variant=None " + _SIZES + _CACHE)
+def prepare_trtllm_fp4_weights(a: Arguments) -> Prepared:
     """NVFP4 (default), MXFP4 or W4A16 weights of `trtllm_fp4_block_scale_moe`.
 
     The global scales are 1, and so are the three scalars that are returned.
@@ -162,43 +174,39 @@ def prepare_trtllm_fp4_weights(
         ValueError: variant, type, shape, or sizes that are no multiple of the scale tiles.
     """
     name = "prepare_trtllm_fp4_weights"
-    known = (QuantVariant.NVFP4, QuantVariant.MXFP4, QuantVariant.W4A16)
-    mx = _variant(QuantVariant.NVFP4 if variant is None else variant, known) is not known[0]
-    gated = is_gated_activation(_activation(activation))
-    shape = _Shape(num_local_experts, hidden_size, intermediate_size, gated)
+    variant = QuantVariant.NVFP4 if a.variant is None else a.variant
+    mx = _variant(variant, _FP4) is not QuantVariant.NVFP4
     vec = 32 if mx else 16
-    _check_weights(w1_bf16, w2_bf16, name, shape)
-    _check_multiple(name, shape, 128 if mx else 16)
-    for field, rows in (("GEMM1's rows", shape.rows), ("hidden_size", shape.hidden)):
-        if rows % 128:
-            raise ValueError(f"{name}: {field} are {rows}, wanted a multiple of 128")
-    for field, cols in (("hidden_size", shape.hidden), ("intermediate_size", shape.inter)):
-        if cols % (4 * vec):
-            raise ValueError(f"{name}: {field} is {cols}, wanted a multiple of {4 * vec}")
-    cache = {} if permute_cache is None else permute_cache
+    stacks = _begin(name, a, 128 if mx else 16)
+    rows = [ops.shape_of(stack.experts[0])[0] for stack in stacks]
+    _check_multiple(name, list(zip(("rows of GEMM1", "hidden_size"), rows, strict=True)), 128)
+    _check_multiple(name, _sizes_of(a), 4 * vec)
 
     def quantize(matrix: Array) -> tuple[Array, Array]:
         return fp4_quantize(matrix, None, vec, mx, is_sf_swizzled_layout=False)
 
-    codes1, scales1 = _each(_move(w1_bf16, device), quantize)
-    codes2, scales2 = _each(_move(w2_bf16, device), quantize)
-    ones = ops.full(codes1[0], (num_local_experts,), 1.0)
-    result = {
-        "gemm1_weights": _shuffled(codes1, _rows1, shape, cache),
-        "gemm1_weights_scale": ops.view_as(
-            _scales(scales1, _rows1, shape, cache, vec), "float8_e4m3fn"
-        ),
-        "gemm2_weights": _shuffled(codes2, _rows2, shape, cache),
-        "gemm2_weights_scale": ops.view_as(
-            _scales(scales2, _rows2, shape, cache, vec), "float8_e4m3fn"
-        ),
-        "output1_scale_scalar": ones,
-        "output1_scale_gate_scalar": ones,
-        "output2_scale_scalar": ones,
-    }
-    if not mx and _activation(activation) in (ActivationType.Swiglu, ActivationType.Situ):
+    result: Prepared = {}
+    for stack in stacks:
+        result |= stack.quantized(quantize, "uint8", vec)
+        scale = f"{stack.name}_weights_scale"
+        result[scale] = ops.view_as(result[scale], "float8_e4m3fn")
+    ones = ops.full(result["gemm1_weights"], (int(a.num_local_experts),), 1.0)
+    for scalar in ("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar"):
+        result[scalar] = ones
+    if not mx and _activation(a.activation) in (ActivationType.Swiglu, ActivationType.Situ):
         result["gemm1_alpha"] = ones
     return result
+
+
+def _check_hidden(hidden: Array, wrong_type: type[Exception] = ValueError) -> tuple[int, ...]:
+    """Shape of BF16 hidden states [tokens, hidden]."""
+    name, shape = "hidden_states_bf16", ops.shape_of(hidden)
+    checks.require_memory(hidden, name, ValueError)
+    if len(shape) != 2:
+        raise ValueError(f"{name} has shape {list(shape)}, wanted [tokens, hidden]")
+    if not ops.is_type(hidden, "bfloat16"):
+        raise wrong_type(f"{name} is {ops.type_of(hidden)}, wanted bfloat16")
+    return shape
 
 
 def prepare_trtllm_fp4_activations(
@@ -211,14 +219,8 @@ def prepare_trtllm_fp4_activations(
         ValueError: variant, dimensions or columns.
         TypeError: not bfloat16.
     """
-    checks.require_memory(hidden_states_bf16, "hidden_states_bf16", ValueError)
-    shape = ops.shape_of(hidden_states_bf16)
-    if len(shape) != 2:
-        raise ValueError(f"hidden_states_bf16 has shape {list(shape)}, wanted [tokens, hidden]")
-    if not ops.is_type(hidden_states_bf16, "bfloat16"):
-        raise TypeError(f"hidden_states_bf16 is {ops.type_of(hidden_states_bf16)}, wanted bfloat16")
-    known = (QuantVariant.NVFP4, QuantVariant.MXFP4, QuantVariant.W4A16)
-    chosen = _variant(variant, known)
+    shape = _check_hidden(hidden_states_bf16, TypeError)
+    chosen = _variant(variant, _FP4)
     if chosen is QuantVariant.W4A16:
         return hidden_states_bf16, None
     if chosen is QuantVariant.MXFP4:
@@ -229,53 +231,35 @@ def prepare_trtllm_fp4_activations(
     return codes, ops.view_as(scales.reshape(shape[0], shape[1] // block), "float8_e4m3fn")
 
 
-def prepare_trtllm_fp8_block_weights(
-    w1_bf16: Array,
-    w2_bf16: Array,
-    *,
-    variant: Any,
-    num_local_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    activation: Any = None,
-    device: Any = None,
-) -> Prepared:
+@entry("w1_bf16 w2_bf16 * variant " + _SIZES)
+def prepare_trtllm_fp8_block_weights(a: Arguments) -> Prepared:
     """FP8 weights of `trtllm_fp8_block_scale_moe`: 128x128 blocks as they are, or MXFP8 shuffled.
 
     Raises:
         ValueError: variant, type, shape, or sizes that are no multiple of 128.
     """
-    name = "prepare_trtllm_fp8_block_weights"
-    mx = _variant(variant, (QuantVariant.DeepSeekFp8, QuantVariant.MxFp8)) is QuantVariant.MxFp8
-    gated = is_gated_activation(_activation(activation))
-    shape = _Shape(num_local_experts, hidden_size, intermediate_size, gated)
-    _check_weights(w1_bf16, w2_bf16, name, shape)
-    _check_multiple(name, shape, 128)
-    w1, w2 = _move(w1_bf16, device), _move(w2_bf16, device)
-    if not mx:
-        first = formats.quantize(ops.to_host(w1), "fp8_block128")
-        second = formats.quantize(ops.to_host(w2), "fp8_block128")
-        return {
-            "gemm1_weights": ops.on_device_of(first.codes, w1),
-            "gemm1_weights_scale": ops.on_device_of(first.scales, w1),
-            "gemm2_weights": ops.on_device_of(second.codes, w1),
-            "gemm2_weights_scale": ops.on_device_of(second.scales, w1),
-        }
+    mx = _variant(a.variant, _FP8_BLOCK) is QuantVariant.MxFp8
+    result: Prepared = {}
+    for stack in _begin("prepare_trtllm_fp8_block_weights", a, 128):
+        if mx:
+            result |= stack.quantized(_mxfp8, "float8_e4m3fn", 32)
+            continue
+        pairs = [_quantized(matrix, "fp8_block128") for matrix in stack.experts]
+        result[f"{stack.name}_weights"] = ops.stack([codes for codes, _ in pairs])
+        result[f"{stack.name}_weights_scale"] = ops.stack([scales for _, scales in pairs])
+    return result
 
-    def quantize(matrix: Array) -> tuple[Array, Array]:
-        codes, scales = mxfp8_quantize(matrix, False)
-        rows, cols = ops.shape_of(matrix)
-        return codes, scales.reshape(rows, cols // 32)
 
-    cache: layouts.IndexCache = {}
-    codes1, scales1 = _each(w1, quantize)
-    codes2, scales2 = _each(w2, quantize)
-    return {
-        "gemm1_weights": ops.view_as(_shuffled(codes1, _rows1, shape, cache), "float8_e4m3fn"),
-        "gemm1_weights_scale": _scales(scales1, _rows1, shape, cache, 32),
-        "gemm2_weights": ops.view_as(_shuffled(codes2, _rows2, shape, cache), "float8_e4m3fn"),
-        "gemm2_weights_scale": _scales(scales2, _rows2, shape, cache, 32),
-    }
+def _quantized(matrix: Array, number_format: formats.Format) -> tuple[Array, Array]:
+    """Codes and scales of a matrix, computed on the host."""
+    one = formats.quantize(ops.to_host(matrix), number_format)
+    return ops.on_device_of(one.codes, matrix), ops.on_device_of(one.scales, matrix)
+
+
+def _mxfp8(matrix: Array) -> tuple[Array, Array]:
+    codes, scales = mxfp8_quantize(matrix, False)
+    rows, cols = ops.shape_of(matrix)
+    return codes, scales.reshape(rows, cols // 32)
 
 
 def prepare_trtllm_fp8_block_activations(
@@ -287,14 +271,8 @@ def prepare_trtllm_fp8_block_activations(
     Raises:
         ValueError: variant, type, dimensions or columns.
     """
-    checks.require_memory(hidden_states_bf16, "hidden_states_bf16", ValueError)
-    shape = ops.shape_of(hidden_states_bf16)
-    if len(shape) != 2 or not ops.is_type(hidden_states_bf16, "bfloat16"):
-        raise ValueError(
-            f"hidden_states_bf16 is {ops.type_of(hidden_states_bf16)} {list(shape)}, wanted "
-            "bfloat16 [tokens, hidden]"
-        )
-    if _variant(variant, (QuantVariant.DeepSeekFp8, QuantVariant.MxFp8)) is QuantVariant.MxFp8:
+    shape = _check_hidden(hidden_states_bf16)
+    if _variant(variant, _FP8_BLOCK) is QuantVariant.MxFp8:
         codes, scales = mxfp8_quantize(hidden_states_bf16, False)
         return codes, scales.reshape(shape[0], shape[1] // 32)
     if shape[1] % 128:
@@ -314,18 +292,8 @@ def _calibrated(value: Any, name: str) -> float:
     return float(np.float32(numbers[0]))
 
 
-def prepare_trtllm_fp8_per_tensor_weights(
-    w1_bf16: Array,
-    w2_bf16: Array,
-    *,
-    hidden_states_scale_global: Any,
-    intermediate_scale_global: Any,
-    num_local_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    activation: Any = None,
-    device: Any = None,
-) -> Prepared:
+@entry("w1_bf16 w2_bf16 * hidden_states_scale_global intermediate_scale_global " + _SIZES)
+def prepare_trtllm_fp8_per_tensor_weights(a: Arguments) -> Prepared:
     """FP8 weights with one scale an expert for `trtllm_fp8_per_tensor_scale_moe`, and the three
     scalars that follow from the two calibrated multipliers.
 
@@ -333,40 +301,30 @@ def prepare_trtllm_fp8_per_tensor_weights(
         ValueError: type, shape, a weight that is not finite, or a multiplier that is not positive.
     """
     name = "prepare_trtllm_fp8_per_tensor_weights"
-    gated = is_gated_activation(_activation(activation))
-    shape = _Shape(num_local_experts, hidden_size, intermediate_size, gated)
-    _check_weights(w1_bf16, w2_bf16, name, shape)
-    g_x = _calibrated(hidden_states_scale_global, "hidden_states_scale_global")
-    g_mid = _calibrated(intermediate_scale_global, "intermediate_scale_global")
-    w1, w2 = _move(w1_bf16, device), _move(w2_bf16, device)
-    quantized = []
-    for weights, argument in ((w1, "w1_bf16"), (w2, "w2_bf16")):
-        one = formats.quantize(ops.to_host(weights), "fp8_per_tensor")
-        step = ops.to_numpy(one.global_scale).astype(np.float32)
+    stacks = _begin(name, a, 1)
+    g_x = _calibrated(a.hidden_states_scale_global, "hidden_states_scale_global")
+    g_mid = _calibrated(a.intermediate_scale_global, "intermediate_scale_global")
+    result: Prepared = {}
+    steps = []
+    for stack, argument in zip(stacks, ("w1_bf16", "w2_bf16"), strict=True):
+        done = [formats.quantize(ops.to_host(m), "fp8_per_tensor") for m in stack.experts]
+        step = np.array([ops.to_numpy(one.global_scale) for one in done], np.float32)
         if not np.isfinite(step).all():
             raise ValueError(f"{name}: {argument} holds values that are not finite")
-        quantized.append((ops.on_device_of(one.codes, weights), step))
-    (codes1, step1), (codes2, step2) = quantized
-    cache: layouts.IndexCache = {}
-    experts = range(num_local_experts)
-    first = _shuffled([codes1[e] for e in experts], _rows1, shape, cache)
-    second = _shuffled([codes2[e] for e in experts], _rows2, shape, cache)
-    s_ab = step1 / np.float32(g_x)
-
-    def scalar(values: Any) -> Array:
-        return ops.like_kind(np.asarray(values, np.float32), w1)
-
-    return {
-        "gemm1_weights": ops.view_as(first, "float8_e4m3fn"),
-        "gemm2_weights": ops.view_as(second, "float8_e4m3fn"),
-        "output1_scales_scalar": scalar(
-            g_mid * s_ab if gated else np.fullops.on_device_of(s_ab, g_mid)
-        ),
-        "output1_scales_gate_scalar": scalar(s_ab),
-        "output2_scales_scalar": scalar(step2 / np.float32(g_mid)),
-        "hidden_states_scale_global": scalar(g_x),
-        "intermediate_scale_global": scalar(g_mid),
+        steps.append(step)
+        codes = (ops.on_device_of(one.codes, stack.experts[0]) for one in done)
+        result[f"{stack.name}_weights"] = stack.codes(codes, "float8_e4m3fn")
+    s_ab = steps[0] / np.float32(g_x)
+    gated = is_gated_activation(_activation(a.activation))
+    scalars = {
+        "output1_scales_scalar": g_mid * s_ab if gated else np.full_like(s_ab, g_mid),
+        "output1_scales_gate_scalar": s_ab,
+        "output2_scales_scalar": steps[1] / np.float32(g_mid),
+        "hidden_states_scale_global": g_x,
+        "intermediate_scale_global": g_mid,
     }
+    like = result["gemm1_weights"]
+    return result | {n: ops.like_kind(np.asarray(v, np.float32), like) for n, v in scalars.items()}
 
 
 def prepare_trtllm_fp8_per_tensor_activations(
@@ -377,88 +335,75 @@ def prepare_trtllm_fp8_per_tensor_activations(
     Raises:
         ValueError: type, dimensions or multiplier.
     """
-    checks.require_memory(hidden_states_bf16, "hidden_states_bf16", ValueError)
-    shape = ops.shape_of(hidden_states_bf16)
-    if len(shape) != 2 or not ops.is_type(hidden_states_bf16, "bfloat16"):
-        raise ValueError(
-            f"hidden_states_bf16 is {ops.type_of(hidden_states_bf16)} {list(shape)}, wanted "
-            "bfloat16 [tokens, hidden]"
-        )
+    _check_hidden(hidden_states_bf16)
     multiplier = _calibrated(hidden_states_scale_global, "hidden_states_scale_global")
     source = ops.contiguous(ops.to_host(hidden_states_bf16))
     quantized = formats.quantize(source, "fp8_per_tensor", global_scale=1.0 / multiplier)
     return ops.on_device_of(quantized.codes, hidden_states_bf16), None
 
 
-def prepare_trtllm_mxint4_weights(
-    w1_bf16: Array,
-    w2_bf16: Array,
-    *,
-    num_local_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    activation: Any = None,
-    device: Any = None,
-    permute_cache: layouts.IndexCache | None = None,
-) -> Prepared:
+@entry("w1_bf16 w2_bf16 * " + _SIZES + _CACHE)
+def prepare_trtllm_mxint4_weights(a: Arguments) -> Prepared:
     """INT4 weights with BF16 scales for `trtllm_mxint4_block_scale_moe`.
 
     Raises:
         ValueError: type, shape, or sizes that are no multiple of 256.
     """
-    name = "prepare_trtllm_mxint4_weights"
-    gated = is_gated_activation(_activation(activation))
-    shape = _Shape(num_local_experts, hidden_size, intermediate_size, gated)
-    _check_weights(w1_bf16, w2_bf16, name, shape)
-    _check_multiple(name, shape, 256)
-    w1, w2 = _move(w1_bf16, device), _move(w2_bf16, device)
-    cache = {} if permute_cache is None else permute_cache
-
-    def quantize(matrix: Array) -> tuple[Array, Array]:
-        one = formats.quantize(ops.to_host(matrix), "mxint4")
-        return ops.on_device_of(one.codes, matrix), ops.on_device_of(one.scales, matrix)
-
-    codes1, scales1 = _each(w1, quantize)
-    codes2, scales2 = _each(w2, quantize)
-    return {
-        "gemm1_weights": _shuffled(codes1, _rows1, shape, cache, 128),
-        "gemm1_weights_scale": _scales(scales1, _rows1, shape, cache, 32),
-        "gemm2_weights": _shuffled(codes2, _rows2, shape, cache, 128),
-        "gemm2_weights_scale": _scales(scales2, _rows2, shape, cache, 32),
-    }
+    result: Prepared = {}
+    for stack in _begin("prepare_trtllm_mxint4_weights", a, 256):
+        result |= stack.quantized(lambda m: _quantized(m, "mxint4"), "uint8", 32, 128)
+    return result
 
 
-def prepare_trtllm_bf16_weights(
-    w1_bf16: Array,
-    w2_bf16: Array,
-    *,
-    num_local_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    activation: Any = None,
-    device: Any = None,
-    permute_cache: layouts.IndexCache | None = None,
-) -> Prepared:
+@entry("w1_bf16 w2_bf16 * " + _SIZES + _CACHE)
+def prepare_trtllm_bf16_weights(a: Arguments) -> Prepared:
     """BF16 weights of `trtllm_bf16_moe`: shuffled, K in blocks of 64.
 
     Raises:
         ValueError: type, shape, or sizes that are no multiple of 64.
     """
-    name = "prepare_trtllm_bf16_weights"
-    gated = is_gated_activation(_activation(activation))
-    shape = _Shape(num_local_experts, hidden_size, intermediate_size, gated)
-    _check_weights(w1_bf16, w2_bf16, name, shape)
-    _check_multiple(name, shape, 64)
-    w1, w2 = _move(w1_bf16, device), _move(w2_bf16, device)
-    cache = {} if permute_cache is None else permute_cache
-    experts = range(num_local_experts)
-    first = _shuffled([w1[e] for e in experts], _rows1, shape, cache, 128)
-    second = _shuffled([w2[e] for e in experts], _rows2, shape, cache, 128)
-    return {
-        "gemm1_weights": _view_bf16(first),
-        "gemm2_weights": _view_bf16(second),
-    }
+    stacks = _begin("prepare_trtllm_bf16_weights", a, 64)
+    return {f"{s.name}_weights": s.codes(s.experts, "bfloat16", 128) for s in stacks}
 
 
-def _view_bf16(stored: Array) -> Array:
-    return ops.view_as(stored, "bfloat16") if is_torch(stored) else stored.view(np.uint16)
+# --- the layouts of cutlass_fused_moe
+
+_CUTLASS = {"gemm1": "fc1_expert", "gemm2": "fc2_expert"}
+
+
+@entry("w1_bf16 w2_bf16 * " + _SIZES)
+def prepare_cutlass_bf16_weights(a: Arguments) -> Prepared:
+    """BF16 weights as they are, contiguous: `fc1_expert_weights`, `fc2_expert_weights`.
+
+    `hopyard.Matrix` reads them (row order "up_gate"), and so does `trtllm_bf16_moe` with
+    `use_shuffled_weight=False` and `WeightLayout.MajorK`.
+
+    Raises:
+        TypeError: not bfloat16.
+        ValueError: shape.
+    """
+    stacks = _begin("prepare_cutlass_bf16_weights", a, 1, TypeError)
+    return {f"{_CUTLASS[s.name]}_weights": ops.stack(s.experts) for s in stacks}
+
+
+@entry("w1_bf16 w2_bf16 * " + _SIZES)
+def prepare_cutlass_w4a16_weights(a: Arguments) -> Prepared:
+    """MXFP4 weights of BF16 activations: `fc1_expert_weights` uint8 [experts, rows, K / 2] and
+    `fc1_expert_scales` uint8 (e8m0) [experts, rows, K / 32]; `fc2_...` alike.
+
+    Rows and scales are in their natural order, which `hopyard.Matrix` reads (row order "up_gate").
+    FlashInfer's function of this name goes on to interleave the bytes for a kernel of its own.
+
+    Raises:
+        TypeError: not bfloat16.
+        ValueError: shape, or sizes that are no multiple of 128.
+    """
+    result: Prepared = {}
+    for stack in _begin("prepare_cutlass_w4a16_weights", a, 128, TypeError):
+        pairs = [
+            fp4_quantize(matrix, None, 32, True, is_sf_swizzled_layout=False)
+            for matrix in stack.experts
+        ]
+        result[f"{_CUTLASS[stack.name]}_weights"] = ops.stack([codes for codes, _ in pairs])
+        result[f"{_CUTLASS[stack.name]}_scales"] = ops.stack([scales for _, scales in pairs])
+    return result

@@ -84,6 +84,7 @@ def entry(text: str) -> Callable[[Callable[[Arguments], Result]], Callable[..., 
         p.name: p.default for p in signature.parameters.values() if p.default is not p.empty
     }
     names = frozenset(signature.parameters)
+    required = [name for name in signature.parameters if name not in defaults]
     optional = frozenset(name for name, default in defaults.items() if default is None)
     kinds = [(name, *_ENUMS[name]) for name in signature.parameters if name in _ENUMS]
 
@@ -104,7 +105,7 @@ def entry(text: str) -> Callable[[Callable[[Arguments], Result]], Callable[..., 
                 if name in given:
                     raise TypeError(f"{title} got multiple values for argument {name!r}")
             values = {**defaults, **given, **kwargs}
-            missing = [name for name in positional if name not in values]
+            missing = [name for name in required if name not in values]
             if missing:
                 raise TypeError(f"{title} is missing required arguments: {', '.join(missing)}")
             for name, kind, error, phrase in kinds:
