@@ -27,7 +27,7 @@ constexpr double kExposed = 0.15;
 constexpr double kReread = 0.04;
 constexpr double kRereadLarge = 0.39;  // two consumers and tiles of 64 rows on
 constexpr double kMostRereads = 3.0;   // by then tiles of an expert keep each other company
-// Adding up the sums of a part of K: through shared memory and a barrier. A guess.
+// Adding up the sums of a part of K: through another block's shared memory. A guess.
 constexpr double kPartCycles = 1500.0;
 // Rows with clusters or parts of K have no recorded times: they are taken where they promise more
 // than this.
@@ -110,14 +110,15 @@ double TurnsOf(const GemmConfig& config, const FamilyCost& cost, int64_t items) 
 double ComputeMicroseconds(const GemmConfig& config, const GemmShape& shape, double tiles) {
   const FamilyCost cost = CostOf(config);
   const double items =
-      tiles * static_cast<double>(CeilDiv(shape.features, FeaturesPerBlock(config)));
+      tiles *
+      static_cast<double>(CeilDiv(shape.features, FeaturesPerBlock(config)) * config.k_parts);
   const double busiest =
       ItemsOfBusiest(items / kProcessors, static_cast<double>(BlocksPerProcessor(config)));
   const auto whole = static_cast<int64_t>(busiest);
   const double part = busiest - static_cast<double>(whole);
   const double turns =
       TurnsOf(config, cost, whole) * (1.0 - part) + TurnsOf(config, cost, whole + 1) * part;
-  // Of a warpgroup.
+  // Of a block's part of K.
   const auto stages =
       static_cast<double>(CeilDiv(shape.k, int64_t{BlockK(config.family)} * config.k_parts));
   const double cycles = stages * (cost.stage + cost.column * config.tokens) + cost.item +
