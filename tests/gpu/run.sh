@@ -1,60 +1,136 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs every GPU test, then the small ones under each tool of compute-sanitizer, and prints one table
-# last. Needs a Hopper GPU. Builds the preset cuda-full unless its tests are there already.
+# Runs every GPU test, of C++ and of Python, then the small ones of C++ under each tool of
+# compute-sanitizer, several processes at a time, and prints one table last; fails where a test did.
+# Needs a Hopper GPU. Takes the tests that lie in build/cuda, built there or carried from another
+# machine; where there are none it builds the preset cuda-full.
 #
-#   tests/gpu/run.sh [SECONDS_PER_RUN]
+#   tests/gpu/run.sh [SECONDS_PER_PROCESS]
+#
+# PYTHON: of the Python tests (.venv/bin/python, else python3). SANITIZERS: tools, "" for none.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 2
 
 readonly BIN=build/cuda/bin
-readonly LIMIT=${1:-120}
+readonly LIMIT=${1:-300}
+readonly SHARDS=6 # of a test of C++; as many processes run at a time
+readonly SANITIZERS=${SANITIZERS-memcheck initcheck synccheck racecheck}
 # Too many launches for a sanitizer.
 readonly SMALL='-*FourHundred*:*EveryMethod*:*HasTheIntegers*:*EdgeSegments*:*ManyTiles*:*AgreesWith*:*Repeated*:*EveryActivation*:*EveryKernel*:*EveryRank*:*EveryLayout*:*SlicesFrom*:*MatchesOracle*:*GpuBig*'
+export OMP_NUM_THREADS=4
 
-if ! nvidia-smi -L; then
-  echo "tests/gpu/run.sh: no GPU here" >&2
+if ! nvidia-smi -L 2>/dev/null; then
+  echo "tests/gpu/run.sh: no GPU here (nvidia-smi lists none); run it on a machine with a Hopper GPU" >&2
   exit 2
 fi
 if ! compgen -G "$BIN/*_sm90_test" >/dev/null; then
-  cmake --preset cuda-full >/dev/null && cmake --build build/cuda --parallel "$(nproc)" || exit 2
+  cmake --preset cuda-full && cmake --build build/cuda --parallel "$(nproc)" || exit 2
 fi
 
-table=""
-failed=0
+logs=$(mktemp -d)
+readonly logs
+trap 'rm -rf "$logs"' EXIT
+groups=() # lines of the table: each has processes GROUP.0, GROUP.1, ..
 
-run() {
-  local name=$1 log status=0
+# Runs a command as process $2 of group $1 when a place is free.
+start() {
+  local log=$logs/$1.$2
+  shift 2
+  while [ "$(jobs -rp | wc -l)" -ge "$SHARDS" ]; do
+    wait -n
+  done
+  { timeout "$LIMIT" "$@" >"$log.log" 2>&1; echo $? >"$log.status"; } &
+}
+
+# Starts all shards of a test of C++, or the whole test by itself where it fills the memory.
+shards() {
+  local group=$1 shard
   shift
-  log=$(timeout "$LIMIT" "$@" 2>&1) || status=$?
-  if [ "$status" -ne 0 ] || grep -q 'SKIPPED' <<<"$log"; then
+  groups+=("$group")
+  case $group in
+    *big_sm90_test)
+      wait
+      start "$group" 0 "$@"
+      wait
+      ;;
+    *)
+      for ((shard = 0; shard < SHARDS; shard++)); do
+        start "$group" "$shard" env GTEST_TOTAL_SHARDS="$SHARDS" GTEST_SHARD_INDEX="$shard" "$@"
+      done
+      ;;
+  esac
+}
+
+# Starts the Python tests that know of GPUs, or says in `skipped` why none of them can run.
+python_tests() {
+  local python=${PYTHON:-.venv/bin/python} library=$PWD/build/cuda/libhopyard_ffi.so why test
+  [ -x "$python" ] || python=$(command -v "${PYTHON:-python3}") || python=""
+  if [ -z "$python" ]; then
+    skipped="no Python here; name one with PYTHON="
+    return
+  elif [ ! -f "$library" ]; then
+    skipped="no $library"
+    return
+  fi
+  export HOPYARD_LIBRARY=$library HOPYARD_BIN=$PWD/$BIN/hopyard PYTHONPATH=python:tests/python
+  if ! why=$("$python" -c 'import pytest, devices; print(devices.why_no_gpu())' 2>&1) || [ -n "$why" ]; then
+    skipped=${why##*$'\n'}
+    return
+  fi
+  for test in tests/python/test_*.py; do
+    if grep -qE 'cuda|needs_gpu|DEVICES' "$test"; then
+      groups+=("$(basename "$test")")
+      start "$(basename "$test")" 0 "$python" -m pytest -q "$test"
+    fi
+  done
+}
+
+# One line: what became of a group's processes, by exit status (124: it took too long). The logs of
+# those that failed.
+report() {
+  local group=$1 log status bad=""
+  for log in "$logs/$group".*.log; do
+    status=$(cat "${log%.log}.status")
+    if grep -q 'no Hopper GPU here' "$log"; then
+      status="finds no GPU"
+    fi
+    # 5: pytest, where a module skips all of its tests.
+    if [ "$status" != 0 ] && [ "$status" != 5 ]; then
+      tail -n 40 "$log"
+      bad+=", $status"
+    fi
+  done
+  if [ -n "$bad" ]; then
     failed=$((failed + 1))
-    tail -n 40 <<<"$log"
-    table+=$(printf '%-44s FAILED (%d)' "$name" "$status")'\n'
+    table+=$(printf '%-44s FAILED: %s' "$group" "${bad#, }")$'\n'
+  elif grep -hq 'SKIPPED' "$logs/$group".*.log; then
+    table+=$(printf '%-44s ok, but skipped: %s' "$group" \
+      "$(grep -hA1 ': Skipped' "$logs/$group".*.log | grep -v ': Skipped' | head -n 1)")$'\n'
   else
-    table+=$(printf '%-44s ok' "$name")'\n'
+    table+=$(printf '%-44s ok %s' "$group" "$(grep -hoE '^[0-9]+ (passed|skipped).*' "$logs/$group".*.log)")$'\n'
   fi
 }
 
-# The GEMM's oracle takes minutes for all kernels: in parts, so that each keeps to the limit.
-readonly GEMM_PARTS=8
+table=""
+failed=0
+skipped=""
 for test in "$BIN"/*_sm90_test; do
-  name=$(basename "$test")
-  if [ "$name" = grouped_gemm_sm90_test ]; then
-    for ((part = 0; part < GEMM_PARTS; part++)); do
-      run "$name $part/$GEMM_PARTS" env GTEST_TOTAL_SHARDS=$GEMM_PARTS GTEST_SHARD_INDEX=$part "$test"
-    done
-  else
-    run "$name" "$test"
-  fi
+  shards "$(basename "$test")" "$test"
 done
+python_tests
+wait
 export HOPYARD_TEST_SCALE=small
-for tool in memcheck initcheck synccheck racecheck; do
+for tool in $SANITIZERS; do
   for test in "$BIN"/*_sm90_test; do
-    run "$tool $(basename "$test")" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    shards "$tool-$(basename "$test")" compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "$test" --gtest_filter="$SMALL"
   done
 done
-printf '%b' "$table"
+wait
+for group in "${groups[@]}"; do
+  report "$group"
+done
+printf '%s' "$table"
+[ -z "$skipped" ] || printf '%-44s SKIPPED: %s\n' "Python tests" "$skipped"
 echo "$failed failed"
 [ "$failed" -eq 0 ]

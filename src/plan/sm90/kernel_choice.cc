@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <set>
 #include <string>
@@ -8,6 +10,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "gemm/sm90/cost.h"
 #include "plan/sm90/layer_plan.h"
 
 namespace hopyard::sm90 {
@@ -21,33 +24,69 @@ using gemm::sm90::RowFormat;
 
 constexpr int64_t kAnyTokens = std::numeric_limits<int64_t>::max();
 
-// One of the GEMMs of a pass, as the kernel table sees it.
+// One of the GEMMs of a pass, as the kernel table and the cost model see it.
 struct Role {
   const char* name = "";
-  WeightFormat weights = WeightFormat::kBf16;
   RowFormat rows;
   bool gated = false;
-  int forced = -1;  // the kernel that options.tactic names
+  gemm::sm90::GemmShape shape;  // of the local experts that rows are routed to
+  int64_t shared_experts = 0;   // beside them, with every token's rows
+  // GEMM1's output must be rounded for GEMM2, which kernels that can (`fused`) do themselves.
+  bool rounded = false;
+  bool fused = false;
+  std::vector<int> kernels;  // that run it, by index
+  int forced = -1;           // the kernel that options.tactic names
 };
 
 // Kernels for K-major weights; those for MN-major ones stand in for them when a call brings such.
+std::vector<int> KernelsThatRun(const Role& role) {
+  std::vector<int> kernels;
+  for (int i = 0; i < NumKernels(); ++i) {
+    if (!KernelAt(i).mn_major && gemm::sm90::Runs(i, role.shape.weights, role.rows, role.gated)) {
+      kernels.push_back(i);
+    }
+  }
+  return kernels;
+}
 bool Fits(int index, const Role& role) {
-  return !KernelAt(index).mn_major && gemm::sm90::Runs(index, role.weights, role.rows, role.gated);
+  return std::find(role.kernels.begin(), role.kernels.end(), index) != role.kernels.end();
 }
 bool HasName(int index, const std::string& name) {
   return index >= 0 && KernelAt(index).name == name;
 }
 
+// GEMM1 and GEMM2 of a group of experts.
+void AddRoles(const MoeSpec& spec, const GroupFormats& formats, bool shared,
+              std::vector<Role>* roles) {
+  Role first;
+  first.name = shared ? "GEMM1 of shared experts" : "GEMM1";
+  first.rows = formats.operands.x;
+  first.gated = IsGated(spec.activation.kind);
+  first.rounded = formats.operands.h.format != Format::kBf16;
+  first.fused = formats.operands.fused_h;
+  first.shape = {formats.weights, spec.hidden_size, spec.intermediate_size,
+                 shared ? 0 : spec.num_local_experts()};
+  first.shared_experts = shared ? spec.shared.count : 0;
+  Role second;
+  second.name = shared ? "GEMM2 of shared experts" : "GEMM2";
+  second.rows = formats.operands.h;
+  second.shape = {formats.weights, spec.intermediate_size, spec.hidden_size, first.shape.experts};
+  second.shared_experts = first.shared_experts;
+  for (Role* role : {&first, &second}) {
+    role->kernels = KernelsThatRun(*role);
+    roles->push_back(std::move(*role));
+  }
+}
+
 // GEMM1, GEMM2, and the same of shared experts where their weights have another format.
 std::vector<Role> RolesOf(const MoeSpec& spec, bool rounded) {
-  const bool gated = IsGated(spec.activation.kind);
-  const GroupFormats routed = FormatsOf(spec, spec.weights, rounded);
-  std::vector<Role> roles = {{"GEMM1", routed.weights, routed.operands.x, gated},
-                             {"GEMM2", routed.weights, routed.operands.h, false}};
+  std::vector<Role> roles;
+  AddRoles(spec, FormatsOf(spec, spec.weights, rounded), false, &roles);
   if (spec.shared.count > 0 && spec.shared.weights != spec.weights) {
-    const GroupFormats shared = FormatsOf(spec, spec.shared.weights, rounded);
-    roles.push_back({"GEMM1 of shared experts", shared.weights, shared.operands.x, gated});
-    roles.push_back({"GEMM2 of shared experts", shared.weights, shared.operands.h, false});
+    AddRoles(spec, FormatsOf(spec, spec.shared.weights, rounded), true, &roles);
+  } else {
+    roles[0].shared_experts = spec.shared.count;
+    roles[1].shared_experts = spec.shared.count;
   }
   return roles;
 }
@@ -59,22 +98,6 @@ bool HasRounding(const MoeSpec& spec) {
 const char* RoundingOf(const MoeSpec& spec) {
   return spec.weights == WeightFormat::kNvFp4 ? "rounds weights to e4m3"
                                               : "rounds activations to e4m3 in blocks of 128";
-}
-
-// The kernel of the role with tiles of `tile` rows: the one asked for, or of those there are the
-// first with the fewest or (wide) the most features in a block; -1.
-int KernelFor(const Role& role, int tile, bool wide) {
-  if (role.forced >= 0) {
-    return KernelAt(role.forced).tokens == tile ? role.forced : -1;
-  }
-  int best = -1;
-  for (int i = 0; i < NumKernels(); ++i) {
-    if (KernelAt(i).tokens == tile && Fits(i, role)) {
-      const int more = best < 0 ? 0 : KernelAt(i).features - KernelAt(best).features;
-      best = best < 0 || (wide ? more > 0 : more < 0) ? i : best;
-    }
-  }
-  return best;
 }
 
 // Index of the role's kernel of that name, its own or its MN-major twin's, or -1.
@@ -107,99 +130,169 @@ std::string ForceTactic(const std::string& tactic, std::vector<Role>* roles) {
   const Role& unknown = first.forced < 0 ? first : second;
   std::string reason = "tactic '" + tactic + "' is no kernel of this layer's " + unknown.name +
                        " on the GPU (wanted one of GEMM1, or GEMM1+GEMM2); known:";
-  for (int i = 0; i < NumKernels(); ++i) {
-    if (Fits(i, unknown)) {
-      reason += ' ' + std::string(KernelAt(i).name);
-    }
+  for (const int kernel : unknown.kernels) {
+    reason += ' ' + std::string(KernelAt(kernel).name);
   }
   return reason;
 }
 
-GroupKernels KernelsFor(const Role& first, const Role& second, int tile, bool wide, bool fused) {
+// A number of tokens, uniformly routed.
+struct Batch {
+  gemm::sm90::RowSpread routed;
+  gemm::sm90::RowSpread shared;
+
+  Batch(const MoeSpec& spec, int64_t tokens)
+      : routed(tokens, static_cast<double>(spec.top_k) / spec.num_experts), shared(tokens, 1.0) {}
+};
+
+bool RoundsApart(int index, const Role& role) {
+  return role.rounded && !(role.fused && KernelAt(index).rounds);
+}
+
+// What the cost model expects of kernel `index` in a role.
+double Microseconds(int index, const Role& role, const Batch& batch) {
+  double sum = 0.0;
+  gemm::sm90::GemmShape shape = role.shape;
+  for (const gemm::sm90::RowSpread* rows : {&batch.routed, &batch.shared}) {
+    if (shape.experts > 0) {
+      sum += EstimateMicroseconds(index, shape, *rows);
+      if (RoundsApart(index, role)) {
+        sum += gemm::sm90::EstimateRounding(rows->average() * static_cast<double>(shape.experts),
+                                            shape.features);
+      }
+    }
+    shape.experts = role.shared_experts;
+  }
+  return sum;
+}
+
+// A kernel for each role, with tiles of as many rows.
+struct Pick {
+  int tile = 0;
+  std::vector<int> kernels;
+  double us = 0.0;
+};
+
+// The model knows no better: of what costs so little more than the cheapest, the first is taken,
+// smaller tiles and blocks.
+constexpr double kAsCheap = 1.005;
+
+// The cheapest kernel of the role with tiles of `tile` rows, or the one that was asked for; -1.
+int CheapestKernel(const Role& role, int tile, const Batch& batch) {
+  if (role.forced >= 0) {
+    return KernelAt(role.forced).tokens == tile ? role.forced : -1;
+  }
+  int best = -1;
+  double best_us = 0.0;
+  for (const int kernel : role.kernels) {
+    if (KernelAt(kernel).tokens != tile) {
+      continue;
+    }
+    const double us = Microseconds(kernel, role, batch);
+    if (best < 0 || us * kAsCheap < best_us) {
+      best = kernel;
+      best_us = us;
+    }
+  }
+  return best;
+}
+
+double Microseconds(const std::vector<int>& kernels, const std::vector<Role>& roles,
+                    const Batch& batch) {
+  double sum = 0.0;
+  for (size_t r = 0; r < roles.size(); ++r) {
+    sum += Microseconds(kernels[r], roles[r], batch);
+  }
+  return sum;
+}
+
+// No kernels where no tile has one for every role.
+Pick CheapestPick(const std::vector<Role>& roles, const Batch& batch) {
+  std::set<int> sizes;
+  for (const int kernel : roles.front().kernels) {
+    sizes.insert(KernelAt(kernel).tokens);
+  }
+  Pick best;
+  for (const int tile : sizes) {
+    Pick pick;
+    pick.tile = tile;
+    for (const Role& role : roles) {
+      pick.kernels.push_back(CheapestKernel(role, tile, batch));
+    }
+    if (std::find(pick.kernels.begin(), pick.kernels.end(), -1) != pick.kernels.end()) {
+      continue;
+    }
+    pick.us = Microseconds(pick.kernels, roles, batch);
+    if (best.kernels.empty() || pick.us * kAsCheap < best.us) {
+      best = std::move(pick);
+    }
+  }
+  return best;
+}
+
+GroupKernels KernelsOf(const Pick& pick, const std::vector<Role>& roles, size_t first) {
   GroupKernels kernels;
-  kernels.gemm1 = KernelFor(first, tile, wide);
-  kernels.gemm2 = KernelFor(second, tile, wide);
-  const bool rounded = second.rows.format != Format::kBf16;
-  kernels.rounds_apart = rounded && !(fused && KernelAt(kernels.gemm1).rounds);
+  kernels.gemm1 = pick.kernels[first];
+  kernels.gemm2 = pick.kernels[first + 1];
+  kernels.rounds_apart = RoundsApart(kernels.gemm1, roles[first]);
   return kernels;
 }
 
-// Tiles for which every role has a kernel, ascending, and each twice where some role has a wider
-// one. `fused`: GEMM1 may round its own output.
-std::vector<TileChoice> CommonTiles(const std::vector<Role>& roles, bool fused) {
-  std::set<int> sizes;
-  for (int i = 0; i < NumKernels(); ++i) {
-    sizes.insert(KernelAt(i).tokens);
+TileChoice ChoiceOf(const Pick& pick, const std::vector<Role>& roles) {
+  TileChoice choice;
+  choice.tile = pick.tile;
+  choice.max_tokens = kAnyTokens;
+  choice.routed = KernelsOf(pick, roles, 0);
+  choice.shared = choice.routed;
+  if (roles.size() > 2) {
+    choice.shared = KernelsOf(pick, roles, 2);
+    // One pass rounds the rows of both groups.
+    const bool apart = choice.routed.rounds_apart || choice.shared.rounds_apart;
+    choice.routed.rounds_apart = apart;
+    choice.shared.rounds_apart = apart;
   }
-  std::vector<TileChoice> tiles;
-  for (const int tile : sizes) {
-    const bool complete = std::all_of(roles.begin(), roles.end(), [&](const Role& role) {
-      return KernelFor(role, tile, false) >= 0;
-    });
-    const bool widens = std::any_of(roles.begin(), roles.end(), [&](const Role& role) {
-      return KernelFor(role, tile, false) != KernelFor(role, tile, true);
-    });
-    for (const bool wide : {false, true}) {
-      if (!complete || (wide && !widens)) {
-        continue;
+  return choice;
+}
+
+// 1, 2, .. tokens, eight numbers to each power of two, until experts have so many rows that more
+// of them change nothing.
+std::vector<int64_t> TokenSteps(const MoeSpec& spec) {
+  constexpr int64_t kManyRows = 2048;
+  std::vector<int64_t> steps;
+  for (int64_t tokens = 1; tokens * spec.top_k <= kManyRows * spec.num_experts;) {
+    steps.push_back(tokens);
+    tokens += std::max<int64_t>(
+        1, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(tokens))) / 8);
+  }
+  return steps;
+}
+
+// The kernels that the model expects to be the fastest. They change where that saves more than the
+// model knows: few ranges, each easy to tell.
+std::vector<TileChoice> CheapestTiles(const MoeSpec& spec, const std::vector<Role>& roles) {
+  constexpr double kWorthAChange = 0.995;
+  std::vector<TileChoice> choices;
+  std::vector<int> kernels;
+  for (const int64_t tokens : TokenSteps(spec)) {
+    const Batch batch(spec, tokens);
+    const Pick best = CheapestPick(roles, batch);
+    if (best.kernels.empty()) {
+      return {};
+    }
+    if (choices.empty() || best.us < kWorthAChange * Microseconds(kernels, roles, batch)) {
+      if (!choices.empty()) {
+        choices.back().max_tokens = tokens - 1;
       }
-      TileChoice choice;
-      choice.tile = tile;
-      choice.wide = wide;
-      choice.routed = KernelsFor(roles[0], roles[1], tile, wide, fused);
-      choice.shared = choice.routed;
-      if (roles.size() > 2) {
-        choice.shared = KernelsFor(roles[2], roles[3], tile, wide, fused);
-        // One pass rounds the rows of both groups.
-        const bool apart = choice.routed.rounds_apart || choice.shared.rounds_apart;
-        choice.routed.rounds_apart = apart;
-        choice.shared.rounds_apart = apart;
-      }
-      tiles.push_back(choice);
+      choices.push_back(ChoiceOf(best, roles));
+      kernels = best.kernels;
     }
   }
-  return tiles;
+  return choices;
 }
 
-// Most tokens of which, uniformly routed, about one expert in 400 gets more rows than the tile has
-// (a Poisson distribution's average + 2.8 sqrt(average)): that one reads its weights again. A tile
-// that is half empty costs less than reading all weights twice (bench_forward, H100, 2026-11).
-int64_t MostTokensOfTile(const MoeSpec& spec, int tile) {
-  constexpr double kDeviations = 2.8;
-  const double root = (std::sqrt(kDeviations * kDeviations + 4.0 * tile) - kDeviations) / 2.0;
-  return static_cast<int64_t>(root * root * spec.num_experts / spec.top_k);
-}
-
-// Most tokens, up to `limit`, that leave GEMM1 with too few of the wide blocks. These take turns on
-// 264 places; below some 700 of them the last turn leaves more of the places idle than wide blocks
-// save (MXFP4, 128 experts of 768 and of 2880 features, T = 8 .. 64, H100, 2026-11).
-int64_t MostTokensOfNarrow(const MoeSpec& spec, int wide_features, int64_t limit) {
-  constexpr double kWideBlocks = 700.0;
-  const int64_t per_expert = (spec.intermediate_size + wide_features - 1) / wide_features;
-  const double missed = 1.0 - static_cast<double>(spec.top_k) / spec.num_experts;
-  int64_t tokens = 0;
-  double untouched = 1.0;  // part of the experts that `tokens` tokens leave alone
-  while (tokens < limit) {
-    untouched *= missed;
-    if ((1.0 - untouched) * static_cast<double>(spec.num_local_experts() * per_expert) >=
-        kWideBlocks) {
-      break;
-    }
-    ++tokens;
-  }
-  return tokens;
-}
-
-void SetTokenRanges(const MoeSpec& spec, std::vector<TileChoice>* tiles) {
-  for (size_t i = 0; i < tiles->size(); ++i) {
-    TileChoice& choice = tiles->at(i);
-    choice.max_tokens = MostTokensOfTile(spec, choice.tile);
-    if (i + 1 < tiles->size() && tiles->at(i + 1).tile == choice.tile) {
-      const int wide = KernelAt(tiles->at(i + 1).routed.gemm1).features;
-      choice.max_tokens = MostTokensOfNarrow(spec, wide, choice.max_tokens);
-    }
-  }
-  tiles->back().max_tokens = kAnyTokens;
+int KernelOf(const TileChoice& choice, size_t role) {
+  const GroupKernels& kernels = role < 2 ? choice.routed : choice.shared;
+  return role % 2 == 0 ? kernels.gemm1 : kernels.gemm2;
 }
 
 std::string RangeString(int64_t first, int64_t last) {
@@ -207,70 +300,109 @@ std::string RangeString(int64_t first, int64_t last) {
          (last == kAnyTokens ? " and more" : ".." + std::to_string(last));
 }
 
-// What became of the kernel `index` in a role that it fits.
-struct Verdict {
-  bool chosen = false;
-  std::string reason;
-};
-
-Verdict Judge(int index, const Role& role, const std::vector<TileChoice>& tiles,
-              const PlanOptions& options) {
-  const KernelInfo info = KernelAt(index);
-  const std::string tile = "tiles of " + std::to_string(info.tokens) + " rows";
-  if (role.forced >= 0 && role.forced != index) {
-    return {false, "tactic " + options.tactic + " was asked for"};
+// What the model expects of a kernel at some numbers of tokens: "12 us at 1, 95 us at 37".
+std::string TimesString(int index, const Role& role, const MoeSpec& spec,
+                        const std::set<int64_t>& tokens) {
+  std::string text;
+  for (const int64_t count : tokens) {
+    text += (text.empty() ? "about " : ", ") +
+            std::to_string(std::lround(Microseconds(index, role, Batch(spec, count)))) + " us at " +
+            std::to_string(count);
   }
-  const auto runs = [&](const TileChoice& choice) {
-    return KernelFor(role, choice.tile, choice.wide) == index;
-  };
-  const auto begin = std::find_if(tiles.begin(), tiles.end(), runs);
-  if (begin == tiles.end()) {
-    const bool other = std::any_of(tiles.begin(), tiles.end(), [&](const TileChoice& choice) {
-      return choice.tile == info.tokens;
-    });
-    if (other) {
-      return {false, "another kernel with " + tile + " comes first; ask for this one by name"};
-    }
-    return {false, options.batch_invariant || !options.tactic.empty()
-                       ? tile + " are not those chosen for all of the plan's batches"
-                       : "not every GEMM of this layer has a kernel with " + tile};
-  }
-  const auto end = std::find_if_not(begin, tiles.end(), runs);
-  const int64_t first = begin == tiles.begin() ? 1 : (begin - 1)->max_tokens + 1;
-  const int64_t last = (end - 1)->max_tokens;
-  if (last < first) {
-    return {false, "blocks of more features suit every number of tokens"};
-  }
-  if (first > options.max_tokens) {
-    return {false, RangeString(first, last) + ": max_tokens=" + std::to_string(options.max_tokens) +
-                       " stays below"};
-  }
-  if (role.forced >= 0) {
-    return {true, "asked for by name; runs every number of tokens"};
-  }
-  if (tiles.size() == 1) {
-    return {true, options.batch_invariant ? tile + " for every batch, as batch_invariant asks"
-                                          : tile + ", the only ones there are"};
-  }
-  return {true, RangeString(first, std::min(last, options.max_tokens)) + ": " + tile +
-                    (last == kAnyTokens ? ", the largest there are"
-                                        : ", the smallest that few experts exceed") +
-                    ", blocks of " + std::to_string(info.features) + " features"};
+  return text;
 }
 
-std::vector<Candidate> ListCandidates(const std::vector<Role>& roles,
-                                      const std::vector<TileChoice>& tiles,
-                                      const PlanOptions& options) {
+// What became of the kernels in a role that they fit.
+class Judge {
+ public:
+  Judge(const MoeSpec& spec, const PlanOptions& options, const std::vector<TileChoice>& tiles)
+      : spec_(spec), options_(options), tiles_(tiles) {}
+
+  struct Verdict {
+    bool chosen = false;
+    std::string reason;
+  };
+  [[nodiscard]] Verdict Of(int index, const Role& role, size_t number) const {
+    if (role.forced >= 0 && role.forced != index) {
+      return {false, "tactic " + options_.tactic + " was asked for"};
+    }
+    const std::string tile = "tiles of " + std::to_string(KernelAt(index).tokens) + " rows";
+    if (tiles_.empty()) {
+      return {false, "not every GEMM of this layer has a kernel with " + tile};
+    }
+    std::vector<Range> ranges;
+    int64_t first = 1;
+    for (const TileChoice& choice : tiles_) {
+      if (KernelOf(choice, number) == index) {
+        if (!ranges.empty() && ranges.back().last + 1 == first) {
+          ranges.back().last = choice.max_tokens;
+        } else {
+          ranges.push_back({first, choice.max_tokens});
+        }
+      }
+      first = choice.max_tokens == kAnyTokens ? kAnyTokens : choice.max_tokens + 1;
+    }
+    return ranges.empty() ? NotTaken(index, role, number) : Taken(index, role, ranges);
+  }
+
+ private:
+  struct Range {
+    int64_t first;
+    int64_t last;
+  };
+  [[nodiscard]] Verdict NotTaken(int index, const Role& role, size_t number) const {
+    const int64_t tokens = options_.max_tokens;
+    const int instead = KernelOf(ChoiceFor(tiles_, tokens), number);
+    return {false, TimesString(index, role, spec_, {tokens}) + " tokens, " +
+                       std::string(KernelAt(instead).name) + " " +
+                       TimesString(instead, role, spec_, {tokens}) +
+                       "; not taken for any number of tokens: ask for it by name"};
+  }
+  [[nodiscard]] Verdict Taken(int index, const Role& role, const std::vector<Range>& ranges) const {
+    const KernelInfo info = KernelAt(index);
+    const std::string tile = "tiles of " + std::to_string(info.tokens) + " rows, blocks of " +
+                             std::to_string(info.features) + " features, ";
+    std::string all;
+    std::string text;
+    std::set<int64_t> tokens;
+    for (const Range& range : ranges) {
+      all += (all.empty() ? "" : " and ") + RangeString(range.first, range.last);
+      if (range.first <= options_.max_tokens) {
+        const int64_t last = std::min(range.last, options_.max_tokens);
+        tokens.insert({range.first, last});
+        text += (text.empty() ? "" : " and ") + RangeString(range.first, last);
+      }
+    }
+    if (text.empty()) {
+      return {false, all + ": max_tokens=" + std::to_string(options_.max_tokens) + " stays below"};
+    }
+    const std::string times = TimesString(index, role, spec_, tokens);
+    if (role.forced >= 0) {
+      return {true, "asked for by name; runs every number of tokens, " + times};
+    }
+    if (tiles_.size() == 1) {
+      text = options_.batch_invariant ? "every batch, as batch_invariant asks"
+                                      : "every number of tokens";
+    }
+    return {true, text + ": " + tile + times};
+  }
+
+  const MoeSpec& spec_;
+  const PlanOptions& options_;
+  const std::vector<TileChoice>& tiles_;
+};
+
+std::vector<Candidate> ListCandidates(const std::vector<Role>& roles, const Judge& judge) {
   std::vector<Candidate> candidates;
   for (int i = 0; i < NumKernels(); ++i) {
     Candidate candidate;
     candidate.kernel = KernelAt(i).name;
-    for (const Role& role : roles) {
-      if (Fits(i, role)) {
-        const Verdict verdict = Judge(i, role, tiles, options);
+    for (size_t r = 0; r < roles.size(); ++r) {
+      if (Fits(i, roles[r])) {
+        const Judge::Verdict verdict = judge.Of(i, roles[r], r);
         candidate.chosen = candidate.chosen || verdict.chosen;
-        candidate.reason +=
-            (candidate.reason.empty() ? "" : "; ") + std::string(role.name) + ", " + verdict.reason;
+        candidate.reason += (candidate.reason.empty() ? "" : "; ") + std::string(roles[r].name) +
+                            ", " + verdict.reason;
       }
     }
     if (candidate.reason.empty()) {
@@ -311,13 +443,9 @@ void ListByNameOnly(const MoeSpec& spec, const std::vector<Role>& roles,
 std::string NoTileReason(const MoeSpec& spec, const std::vector<Role>& roles,
                          const PlanOptions& options) {
   for (const Role& role : roles) {
-    bool any = false;
-    for (int i = 0; i < NumKernels(); ++i) {
-      any = any || Fits(i, role);
-    }
-    if (!any) {
+    if (role.kernels.empty()) {
       return "this build has no GPU kernel for " + std::string(role.name) + " of " +
-             std::string(ToString(role.weights)) + " weights with " +
+             std::string(ToString(role.shape.weights)) + " weights with " +
              std::string(ToString(spec.activations)) + " activations; plan for the CPU";
     }
   }
@@ -369,18 +497,18 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options) {
   if (!explanation.reason.empty()) {
     return out;
   }
-  out.tiles = CommonTiles(roles, FormatsOf(spec, spec.weights, out.rounded).operands.fused_h);
+  out.tiles = CheapestTiles(spec, roles);
   if (out.tiles.empty()) {
     explanation.reason = NoTileReason(spec, roles, options);
   } else {
-    SetTokenRanges(spec, &out.tiles);
-    if (options.batch_invariant) {
+    // One choice for all batches; a tactic that names one GEMM's kernel fixes the other's, too.
+    if (options.batch_invariant || !options.tactic.empty()) {
       out.tiles = {ChoiceFor(out.tiles, options.max_tokens)};
       out.tiles.back().max_tokens = kAnyTokens;
     }
     explanation.supported = true;
   }
-  explanation.candidates = ListCandidates(roles, out.tiles, options);
+  explanation.candidates = ListCandidates(roles, Judge(spec, options, out.tiles));
   if (!out.rounded && HasRounding(spec)) {
     ListByNameOnly(spec, roles, &explanation.candidates);
   }

@@ -31,8 +31,7 @@ struct GroupKernels {
 
 // Kernels of passes with at most `max_tokens` tokens.
 struct TileChoice {
-  int tile = 0;       // rows of a tile, for all GEMMs of a pass
-  bool wide = false;  // of the kernels with such tiles, those with blocks of more features
+  int tile = 0;  // rows of a tile, for all GEMMs of a pass
   int64_t max_tokens = 0;
   GroupKernels routed;
   GroupKernels shared;

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemm/sm90/cost.h"
+
+#include <algorithm>
+#include <cstddef>
+
+#include "core/shape.h"
+#include "formats/format_rules.h"
+#include "gemm/sm90/rows.h"
+
+namespace hopyard::gemm::sm90 {
+namespace {
+
+// The machine: an H100 SXM, 2026-11. An H200 reads 1.5 times as fast; plans are the same there.
+constexpr double kProcessors = 132.0;
+constexpr double kCyclesPerUs = 1700.0;     // between 1980 MHz when idle and 1400 at 700 W
+constexpr double kReadBytesPerUs = 3.16e6;  // cold, of bench/gpu.h
+// Constants below are fitted to the lines of bench/results/h100 (forward.jsonl: d55ee8d to a511f5a;
+// gemm.jsonl: 9aa3796) and to the pairs of times in docs/perf-notes.md, 300 cases of eleven layers
+// and T = 1 .. 16384; the median error of a layer's time is 2 %, of nine tenths it is below 8 %.
+// A kernel: launch, first reads, the last block's end.
+constexpr double kKernelUs = 7.0;
+// Of the shorter of reading and computing so much is not hidden behind the other.
+constexpr double kExposed = 0.15;
+// Part of an expert's weights that each further tile reads again from memory: other blocks have
+// read them, but not always just before.
+constexpr double kReread = 0.04;
+constexpr double kRereadLarge = 0.39;  // two consumers and tiles of 64 rows on
+constexpr double kMostRereads = 3.0;   // by then tiles of an expert keep each other company
+// Adding up the sums of a part of K: through another block's shared memory. A guess.
+constexpr double kPartCycles = 1500.0;
+// Rows with clusters or parts of K have no recorded times: they are taken where they promise more
+// than this.
+constexpr double kUnrecorded = 1.03;
+// A launch, and what bench_layer gives for rounding (docs/perf-notes.md).
+constexpr double kRoundingUs = 1.5;
+constexpr double kRoundingBytesPerUs = 2.6e6;
+
+// Cycles of a consumer warpgroup while two of them share a multiprocessor.
+struct FamilyCost {
+  double stage;   // decoding, issuing, waiting for a stage
+  double column;  // of a stage, per token: products, adding up, the copies of the row
+  double item;    // start and end of a work item
+  // Part of the time that is waiting: it does not grow where more warpgroups share the
+  // multiprocessor. The rest grows with their number.
+  double waiting;
+};
+
+FamilyCost CostOf(const GemmConfig& config) {
+  switch (config.family) {
+    case Family::kBf16:
+      return {305.0, 8.8, 850.0, 0.6};
+    case Family::kFp8:
+      // Where tokens are M, 1780 cycles a stage of 128 tokens were measured (docs/perf-notes.md).
+      return config.tokens_are_m ? FamilyCost{1835.0, 0.0, 3230.0, 0.3}
+                                 : FamilyCost{220.0, 13.9, 6140.0, 0.3};
+    // Rows of these two have not been measured one against the other: as MXFP4, whose decoding is
+    // as long.
+    case Family::kFp8AsBf16:
+    case Family::kMxFp8AsBf16:
+    case Family::kMxFp4AsBf16:
+      return {1370.0, 13.1, 3110.0, 0.17};
+    case Family::kNvFp4AsBf16:
+    case Family::kMxInt4AsBf16:
+      return {1535.0, 12.1, 2480.0, 0.13};
+    case Family::kMxFp4AsFp8:
+    case Family::kNvFp4AsFp8:
+      return {1055.0, 11.0, 5540.0, 0.15};
+  }
+  return {};
+}
+
+double BytesPerWeight(WeightFormat weights) {
+  const formats::WeightFormatRule rule = formats::RuleOf(weights);
+  const double code = static_cast<double>(SizeOf(rule.code_dtype)) / rule.codes_per_byte;
+  const double scale = rule.scale_block > 0
+                           ? static_cast<double>(SizeOf(rule.scale_dtype)) /
+                                 static_cast<double>(rule.scale_block * rule.scale_block_rows)
+                           : 0.0;
+  return code + scale;
+}
+
+// Time of a warpgroup's work where `warpgroups` share the multiprocessor, over that with two.
+double Slowdown(const FamilyCost& cost, double warpgroups) {
+  return cost.waiting + (1.0 - cost.waiting) * warpgroups / 2.0;
+}
+
+// Work items that the busiest multiprocessor does one after the other, `places` at a time. Up to
+// one for every place nobody does two; beyond, the last turn is half full on the average.
+double ItemsOfBusiest(double average, double places) {
+  if (average <= 1.0) {
+    return 1.0;
+  }
+  if (average <= places) {
+    return std::min(places, 1.0 + 4.0 * (average - 1.0));
+  }
+  return average + 0.5 * std::min(1.0, average - places);
+}
+
+// Time of so many items on one multiprocessor, in those of an item with two warpgroups there.
+double TurnsOf(const GemmConfig& config, const FamilyCost& cost, int64_t items) {
+  const int64_t places = BlocksPerProcessor(config);
+  const int64_t rounds = items / places;
+  const int64_t left = items % places;
+  const double full =
+      static_cast<double>(rounds) * Slowdown(cost, static_cast<double>(places * config.consumers));
+  return full + (left > 0 ? Slowdown(cost, static_cast<double>(left * config.consumers)) : 0.0);
+}
+
+double ComputeMicroseconds(const GemmConfig& config, const GemmShape& shape, double tiles) {
+  const FamilyCost cost = CostOf(config);
+  const double items =
+      tiles *
+      static_cast<double>(CeilDiv(shape.features, FeaturesPerBlock(config)) * config.k_parts);
+  const double busiest =
+      ItemsOfBusiest(items / kProcessors, static_cast<double>(BlocksPerProcessor(config)));
+  const auto whole = static_cast<int64_t>(busiest);
+  const double part = busiest - static_cast<double>(whole);
+  const double turns =
+      TurnsOf(config, cost, whole) * (1.0 - part) + TurnsOf(config, cost, whole + 1) * part;
+  // Of a block's part of K.
+  const auto stages =
+      static_cast<double>(CeilDiv(shape.k, int64_t{BlockK(config.family)} * config.k_parts));
+  const double cycles = stages * (cost.stage + cost.column * config.tokens) + cost.item +
+                        kPartCycles * (config.k_parts - 1);
+  return turns * cycles / kCyclesPerUs;
+}
+
+double ReadMicroseconds(const GemmConfig& config, const GemmShape& shape, const RowSpread& rows,
+                        double tiles) {
+  const auto experts = static_cast<double>(shape.experts);
+  const double touched = experts * rows.touched();
+  const double matrix = static_cast<double>(shape.features * (config.gated ? 2 : 1) * shape.k) *
+                        BytesPerWeight(shape.weights);
+  const double reread = config.cluster > 1                            ? 0.0
+                        : config.consumers > 1 && config.tokens >= 64 ? kRereadLarge
+                                                                      : kReread;
+  const double further = std::clamp(tiles / touched - 1.0, 0.0, kMostRereads);
+  const double out = experts * rows.average() * static_cast<double>(shape.features) * 2.0;
+  return (touched * matrix * (1.0 + reread * further) + out) / kReadBytesPerUs;
+}
+
+}  // namespace
+
+RowSpread::RowSpread(int64_t tokens, double chance)
+    : average_(static_cast<double>(tokens) * chance) {
+  if (chance >= 1.0) {
+    first_ = tokens;
+    above_ = {0.0};
+    return;
+  }
+  // From the likeliest number of rows down and up, each from its neighbour, until they do not
+  // matter; then their sum is 1.
+  constexpr double kNegligible = 1e-12;
+  const double odds = chance / (1.0 - chance);
+  const auto likeliest =
+      std::min(tokens, static_cast<int64_t>(static_cast<double>(tokens + 1) * chance));
+  std::vector<double> below;
+  double one = 1.0;
+  for (int64_t x = likeliest; x > 0 && one > kNegligible; --x) {
+    one *= static_cast<double>(x) / (static_cast<double>(tokens - x + 1) * odds);
+    below.push_back(one);
+  }
+  std::vector<double> chances(below.rbegin(), below.rend());
+  first_ = likeliest - static_cast<int64_t>(below.size());
+  one = 1.0;
+  for (int64_t x = likeliest; x <= tokens && one > kNegligible; ++x) {
+    chances.push_back(one);
+    one *= static_cast<double>(tokens - x) * odds / static_cast<double>(x + 1);
+  }
+  above_.assign(chances.size(), 0.0);
+  double sum = 0.0;
+  for (size_t i = chances.size(); i > 0; --i) {
+    above_[i - 1] = sum;
+    sum += chances[i - 1];
+  }
+  for (double& above : above_) {
+    above /= sum;
+  }
+}
+
+double RowSpread::Above(int64_t rows) const {
+  if (rows < first_) {
+    return 1.0;
+  }
+  const auto at = static_cast<size_t>(rows - first_);
+  return at < above_.size() ? above_[at] : 0.0;
+}
+
+double RowSpread::Tiles(int64_t rows) const {
+  // Tile t is there where an expert has more than t * rows rows.
+  const int64_t sure = CeilDiv(first_, rows);
+  auto tiles = static_cast<double>(sure);
+  const int64_t last = first_ + static_cast<int64_t>(above_.size());
+  for (int64_t begin = sure * rows; begin < last; begin += rows) {
+    tiles += Above(begin);
+  }
+  return tiles;
+}
+
+double EstimateMicroseconds(const GemmConfig& config, const GemmShape& shape,
+                            const RowSpread& rows) {
+  // Tiles come in whole clusters.
+  const double tiles = static_cast<double>(shape.experts * config.cluster) *
+                       rows.Tiles(int64_t{config.tokens} * config.cluster);
+  const double compute = ComputeMicroseconds(config, shape, tiles);
+  const double read = ReadMicroseconds(config, shape, rows, tiles);
+  const double margin = config.cluster > 1 || config.k_parts > 1 ? kUnrecorded : 1.0;
+  return margin * (kKernelUs + std::max(compute, read) + kExposed * std::min(compute, read));
+}
+
+double EstimateMicroseconds(int index, const GemmShape& shape, const RowSpread& rows) {
+  return EstimateMicroseconds(kKernelRows[static_cast<size_t>(index)].config, shape, rows);
+}
+
+double EstimateRounding(double rows, int64_t cols) {
+  // BF16 in, codes out.
+  return kRoundingUs + rows * static_cast<double>(cols) * 3.0 / kRoundingBytesPerUs;
+}
+
+}  // namespace hopyard::gemm::sm90
