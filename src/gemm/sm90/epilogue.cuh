@@ -321,12 +321,10 @@ __device__ __forceinline__ void StageChunk(const OutputTile<Row>& tile, int chun
   }
 }
 
-// Chunks that hold tokens of the tile; one where there are none (Consume warms up).
+// Chunks that hold tokens of the tile.
 template <class Row>
 __device__ __forceinline__ int Chunks(const OutputTile<Row>& tile) {
-  return Row::kConfig.tokens_are_m ? kSums<Row> / 8
-         : tile.num_rows > 16      ? (tile.num_rows + 15) / 16
-                                   : 1;
+  return Row::kConfig.tokens_are_m ? kSums<Row> / 8 : (tile.num_rows + 15) / 16;
 }
 
 // What nearly every layer wants, a few instructions a value: values(at, j, h) takes sums `at` and

@@ -16,12 +16,11 @@ namespace hopyard::gemm::sm90 {
 // The next work item's sums and place; false where there is no more.
 template <class Row>
 __device__ __forceinline__ bool MultiplyNext(const GroupedGemmArgs& args, const Shared<Row>& shared,
-                                             const RingPosition<WorkSlots(Row::kConfig)>& slot,
-                                             Consumer<Row>& self, OutputTile<Row>& tile,
+                                             int slot, Consumer<Row>& self, OutputTile<Row>& tile,
                                              float (&acc)[2][kSums<Row>]) {
   constexpr GemmConfig kConfig = Row::kConfig;
   {
-    const Work work = shared.LoadWork(slot.stage);
+    const Work work = shared.LoadWork(slot);
     if (work.expert < 0) {
       return false;
     }
@@ -32,7 +31,7 @@ __device__ __forceinline__ bool MultiplyNext(const GroupedGemmArgs& args, const 
     self.parity ^= 1U;
   }
   // Read again rather than kept: registers are short meanwhile.
-  const Work work = shared.LoadWork(slot.stage);
+  const Work work = shared.LoadWork(slot);
   tile.expert = work.expert;
   tile.row_begin = work.row_begin;
   tile.num_rows = work.num_rows;
@@ -42,29 +41,9 @@ __device__ __forceinline__ bool MultiplyNext(const GroupedGemmArgs& args, const 
   return true;
 }
 
-// kApart: into other registers. ptxas waits for each product whose sums something else may set, as
-// the warming up does (C7515).
-template <bool kApart, int kCount>
-__device__ __forceinline__ void Move(const float (&from)[2][kCount], float (&to)[2][kCount]) {
-#pragma unroll
-  for (int i = 0; i < 2 * kCount; ++i) {
-    if constexpr (kApart) {
-      asm volatile("mov.f32 %0, %1;"
-                   : "=f"(to[i / kCount][i % kCount])
-                   : "f"(from[i / kCount][i % kCount]));
-    } else {
-      to[i / kCount][i % kCount] = from[i / kCount][i % kCount];
-    }
-  }
-}
-
 template <class Row>
 __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, uint32_t table) {
   constexpr GemmConfig kConfig = Row::kConfig;
-  // Small tiles: while the first weights are on their way, the code behind a tile comes from memory
-  // too, by a tile of no rows, which writes nothing; blocks with one tile would wait for it at
-  // their end.
-  constexpr bool kWarmsUp = kConfig.tokens == 16 && kConfig.consumers == 1;
   // Shuffled so that the compiler takes it for the same in all lanes.
   const int number =
       __shfl_sync(hopyard::sm90::kAllLanes, static_cast<int>(threadIdx.x) / 128 - 1, 0);
@@ -74,23 +53,11 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
   OutputTile<Row> tile{};
   tile.base = shared.base;
   ClearFactors(tile);
-  uint32_t warms_up = kWarmsUp && stores ? 1 : 0;
-  // Opaque: there must not be a copy of that code for it.
-  asm volatile("" : "+r"(warms_up));
-  RingPosition<WorkSlots(kConfig)> slot;
-  while (true) {
-    float sums[2][kSums<Row>];
-    if (kWarmsUp && warms_up != 0) {
-      warms_up = 0;
-      Clear(sums);
-    } else {
-      shared.Posted(slot.stage).Wait(slot.parity);
-      float acc[2][kSums<Row>];
-      if (!MultiplyNext(args, shared, slot, self, tile, acc)) {
-        return;
-      }
-      Move<kWarmsUp>(acc, sums);
-      slot.Advance();
+  for (RingPosition<WorkSlots(kConfig)> slot;; slot.Advance()) {
+    shared.Posted(slot.stage).Wait(slot.parity);
+    float acc[2][kSums<Row>];
+    if (!MultiplyNext(args, shared, slot.stage, self, tile, acc)) {
+      return;
     }
     // The tile's last stage is held until its room has been used.
     const int held = (self.ring.stage == 0 ? kConfig.stages : self.ring.stage) - 1;
@@ -98,7 +65,7 @@ __device__ void Consume(const GroupedGemmArgs& args, const Shared<Row>& shared, 
       tile.staged = shared.Weights(held, 0, 0);
     }
     if (stores && (kConfig.cluster == 1 || tile.num_rows > 0)) {
-      StoreTile<Row>(args, tile, sums);
+      StoreTile<Row>(args, tile, acc);
     }
     if constexpr (kConfig.tokens_are_m) {
       // The copy engine writes there next.

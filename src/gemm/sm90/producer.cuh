@@ -31,7 +31,8 @@ struct WeightCopies {
   __device__ __forceinline__ static int Tile() { return static_cast<int>(threadIdx.x); }
   // The tiles that this block copies, for its whole cluster.
   __device__ __forceinline__ static bool IsMine() {
-    return Tile() < kTiles && Tile() % kConfig.cluster == ClusterRank<Row>();
+    return Tile() < kTiles &&
+           (kConfig.cluster == 1 || Tile() % kConfig.cluster == ClusterRank<Row>());
   }
   __device__ __forceinline__ static const MatrixArgs& Matrix(const GroupedGemmArgs& args) {
     return kConfig.gated && Tile() % 2 == 1 ? args.second : args.first;
