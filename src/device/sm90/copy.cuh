@@ -28,6 +28,28 @@ __device__ __forceinline__ void CopyBox(const void* map, uint32_t shared, Barrie
       : "memory");
 }
 
+// For what is read once: it leaves the L2 cache first.
+__device__ __forceinline__ uint64_t EvictFirst() {
+  uint64_t policy = 0;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t EvictNormally() {
+  uint64_t policy = 0;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// The same under such a policy.
+__device__ __forceinline__ void CopyBox(const void* map, uint32_t shared, Barrier barrier,
+                                        const BoxStart& start, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
+      "l"(map), "r"(barrier.address), "r"(start.at[0]), "r"(start.at[1]), "r"(start.at[2]),
+      "r"(start.at[3]), "r"(start.at[4]), "l"(policy)
+      : "memory");
+}
+
 // The same to this place in the shared memory of the cluster's blocks whose bits `blocks` has, each
 // of whose barriers there counts all bytes.
 __device__ __forceinline__ void CopyBoxToBlocks(const void* map, uint32_t shared, Barrier barrier,

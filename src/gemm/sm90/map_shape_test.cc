@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -42,6 +43,18 @@ TEST(MapShape, KMajorRowsBeginWithThePart) {
   EXPECT_EQ(dims.size, (Five{72, 100, 1, 1, 3}));
   EXPECT_EQ(dims.stride, (Five{2, 144, 16, 16, 28800}));
   EXPECT_EQ(dims.box, (Five{64, 64, 1, 1, 1}));
+}
+
+TEST(MapShape, LongRowsThatBeginInsidePiecesShareTheirEnds) {
+  MapShape shape = UpOf(MajorOrder::kKMajor);
+  for (const auto& [stride, shares] : std::vector<std::pair<int64_t, bool>>{
+           {144, false}, {1008, false}, {1024, false}, {1040, true}, {1440, true}, {2048, false}}) {
+    shape.value_stride = stride;
+    EXPECT_EQ(SharesEnds(shape), shares) << stride;
+  }
+  shape = UpOf(MajorOrder::kMnMajor);
+  shape.value_stride = 1040;
+  EXPECT_FALSE(SharesEnds(shape));
 }
 
 TEST(MapShape, MnMajorRowsBeginWithThePart) {

@@ -21,6 +21,11 @@ struct WeightCopies {
   // The copy engine counts elements of one byte for packed codes.
   static constexpr int kStep =
       BlockK(kConfig.family) / (WeightRowBytes(kConfig.family) == 64 ? 2 : 1);
+  // Small tiles: an expert's weights are read once. They must not push out of the L2 cache what the
+  // other kernels and the next call need at once, their code above all.
+  static constexpr bool kReadOnce = kConfig.tokens <= 32;
+  // But what the ends of a row share with its neighbours', which are read at another time.
+  static constexpr int kEndBlocks = kCachePiece / WeightRowBytes(kConfig.family);
   // A block of K in kBlockKMajor: 128 bytes.
   static constexpr int kBlock = kConfig.family == Family::kBf16 ? 64 : 128;
 
@@ -65,15 +70,26 @@ struct WeightCopies {
     if constexpr (kConfig.mn_major) {
       // One map of both where gate and up alternate.
       const int column = kConfig.interleaved ? 2 * row + Tile() % 2 * kTileRows : row;
-      hopyard::sm90::CopyBox(map, tile, barrier, {{column, k, 0, 0, expert}});
-      return;
+      const hopyard::sm90::BoxStart start{{column, k, 0, 0, expert}};
+      return Copy(tile, barrier, start, false);
     }
     const bool whole = matrix.row_unit == 1;
     const bool blocks = matrix.k_blocks_last != 0;
     const hopyard::sm90::BoxStart start{{blocks ? k % kBlock : k, whole ? row : 0, 0,
                                          whole ? 0 : row / matrix.row_unit,
                                          blocks ? k / kBlock : expert}};
-    if constexpr (kConfig.cluster == 1) {
+    const bool at_end =
+        matrix.shares_ends && (k_block < kEndBlocks || k_block >= KBlocks<Row>(args) - kEndBlocks);
+    Copy(tile, barrier, start, at_end);
+  }
+
+ private:
+  __device__ __forceinline__ void Copy(uint32_t tile, Barrier barrier,
+                                       const hopyard::sm90::BoxStart& start, bool at_end) const {
+    if constexpr (kReadOnce) {
+      hopyard::sm90::CopyBox(map, tile, barrier, start,
+                             at_end ? hopyard::sm90::EvictNormally() : hopyard::sm90::EvictFirst());
+    } else if constexpr (kConfig.cluster == 1) {
       hopyard::sm90::CopyBox(map, tile, barrier, start);
     } else {
       hopyard::sm90::CopyBoxToBlocks(map, tile, barrier, start, (1U << kConfig.cluster) - 1U);
