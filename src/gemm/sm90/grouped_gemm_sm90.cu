@@ -13,8 +13,9 @@ constexpr int kNumRows = static_cast<int>(std::size(kKernelRows));
 
 std::array<LaunchRow, kNumRows> MakeLaunchTable() {
   constexpr LaunchRow (*kFamilies[])(int) = {
-      LaunchOfBf16,        LaunchOfFp8,         LaunchOfFp8AsBf16,    LaunchOfMxFp8AsBf16,
-      LaunchOfMxFp4AsBf16, LaunchOfNvFp4AsBf16, LaunchOfMxInt4AsBf16, LaunchOfMxFp4AsFp8,  LaunchOfNvFp4AsFp8};
+      LaunchOfBf16,         LaunchOfFp8,         LaunchOfFp8AsBf16,
+      LaunchOfMxFp8AsBf16,  LaunchOfMxFp4AsBf16, LaunchOfNvFp4AsBf16,
+      LaunchOfMxInt4AsBf16, LaunchOfMxFp4AsFp8,  LaunchOfNvFp4AsFp8};
   std::array<LaunchRow, kNumRows> table{};
   for (int i = 0; i < kNumRows; ++i) {
     for (const auto family : kFamilies) {

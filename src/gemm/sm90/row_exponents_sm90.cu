@@ -104,8 +104,7 @@ void ComputeRowExponents(const RowExponentArgs& args, void* stream) {
   const auto blocks = static_cast<unsigned>((rows + kWarps - 1) / kWarps);
   const auto kernel = args.shape.format == WeightFormat::kNvFp4 ? RowExponentsKernel<NvFp4>
                                                                 : RowExponentsKernel<MxFp4>;
-  kernel<<<blocks, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(
-      args, args.shape.experts);
+  kernel<<<blocks, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(args, args.shape.experts);
   HOPYARD_CUDA(cudaGetLastError());
 }
 

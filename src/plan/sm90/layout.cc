@@ -28,8 +28,7 @@ int64_t MostTiles(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int
       break;
     }
     const int64_t last = std::min(choice.max_tokens, tokens);
-    most = std::max(most,
-                    MaxTiles(last * spec.slots_per_token(), PermuteOptionsFor(spec, choice)));
+    most = std::max(most, MaxTiles(last * spec.slots_per_token(), PermuteOptionsFor(spec, choice)));
     first = last + 1;
   }
   return most;
@@ -66,8 +65,7 @@ PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice) 
   options.tile = choice.tile;
   for (const GroupKernels& kernels : {choice.routed, choice.shared}) {
     for (const int kernel : {kernels.gemm1, kernels.gemm2}) {
-      options.cluster =
-          std::max<int64_t>(options.cluster, gemm::sm90::KernelAt(kernel).cluster);
+      options.cluster = std::max<int64_t>(options.cluster, gemm::sm90::KernelAt(kernel).cluster);
     }
   }
   return options;
