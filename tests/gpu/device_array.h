@@ -39,12 +39,14 @@ class DeviceArray {
   explicit DeviceArray(int64_t count) : count_(count) {
     HOPYARD_CUDA(cudaMalloc(&memory_, static_cast<size_t>(bytes() + 2 * kGuard)));
     HOPYARD_CUDA(cudaMemset(memory_, 0xFF, static_cast<size_t>(bytes() + 2 * kGuard)));
+    // It may return before it is done, and tests use streams that do not wait for this one.
+    HOPYARD_CUDA(cudaDeviceSynchronize());
   }
   explicit DeviceArray(const std::vector<T>& values)
       : DeviceArray(static_cast<int64_t>(values.size())) {
     HOPYARD_CUDA(
         cudaMemcpy(get(), values.data(), static_cast<size_t>(bytes()), cudaMemcpyHostToDevice));
-    // Small copies may return before they have arrived, and tests use streams that do not wait.
+    // Small copies may return before they have arrived, too.
     HOPYARD_CUDA(cudaDeviceSynchronize());
   }
   DeviceArray(const DeviceArray&) = delete;

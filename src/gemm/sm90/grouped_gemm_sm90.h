@@ -29,10 +29,6 @@ struct ExpertPointers {
   const uint8_t* row_exponents = nullptr;  // by natural row: ComputeRowExponents
 };
 
-// What memory gives to the L2 cache at a time where packed weights ask for a part of it (the maps'
-// promotion).
-inline constexpr int kCachePiece = 256;
-
 // One matrix of natural rows [experts][rows][k]: gate, up, or a GEMM's only one. Natural row j is
 // position begin + j * step of the stored order, which the row map may shuffle.
 struct MatrixArgs {
@@ -53,9 +49,8 @@ struct MatrixArgs {
   bool has_global_scale = false;
   int32_t k_blocks_last = 0;  // 1: the map's slowest dimension is the K block (kBlockKMajor)
   int32_t row_unit = 1;       // rows per step of the map's row coordinate where it is not 1
-  // Rows begin inside pieces of kCachePiece bytes, so that neighbours share those at their ends,
-  // and are so long that a row's ends are read at different times.
-  bool shares_ends = false;
+  // Each row begins with a cache line. Else lines belong to two rows, and are wanted again.
+  bool whole_lines = false;
 };
 
 // Format and order of the rows that a GEMM reads or GEMM1 writes.
@@ -161,8 +156,8 @@ struct MapShape {
 [[nodiscard]] bool IsSwizzled(WeightFormat weights, const RowFormat& x);
 // MatrixArgs::row_unit for this layout.
 [[nodiscard]] int RowUnitOf(const MapShape& shape);
-// MatrixArgs::shares_ends for this layout.
-[[nodiscard]] bool SharesEnds(const MapShape& shape);
+// MatrixArgs::whole_lines for this layout.
+[[nodiscard]] bool HasWholeLines(const MapShape& shape);
 // Empty, or why the copy engine cannot read this layout (alignment, order), with the remedy.
 [[nodiscard]] std::string MapProblem(const MapShape& shape);
 // Precondition: MapProblem is empty. Throws Error{kCuda} when the driver refuses.

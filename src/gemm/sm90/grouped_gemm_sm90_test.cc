@@ -170,6 +170,7 @@ class Call {
     matrix.scale_stride = weights_.scale_stride();
     matrix.has_bias = problem_.bias;
     matrix.has_global_scale = weights_.has_global();
+    matrix.whole_lines = HasWholeLines(shape);
   }
   // Two entries behind the live ones are poison that no kernel may read.
   void MakeTiles() {

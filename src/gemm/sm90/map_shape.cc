@@ -97,11 +97,9 @@ bool IsSwizzled(WeightFormat weights, const RowFormat& x) {
   return weights == WeightFormat::kBf16 || (x.dtype == DType::kE4m3 && !IsPacked(weights));
 }
 
-bool SharesEnds(const MapShape& shape) {
-  // A row of four pieces takes the work item some microseconds; shorter ones lost what this saves
-  // (MXFP4 rows of 1440 and of 384 bytes, H100, T = 8 and 64, 2026-11).
-  return shape.major == MajorOrder::kKMajor && shape.value_stride % kCachePiece != 0 &&
-         shape.value_stride >= 4 * kCachePiece;
+bool HasWholeLines(const MapShape& shape) {
+  constexpr int64_t kLine = 128;
+  return shape.value_stride % kLine == 0;
 }
 
 int RowUnitOf(const MapShape& shape) {

@@ -45,16 +45,15 @@ TEST(MapShape, KMajorRowsBeginWithThePart) {
   EXPECT_EQ(dims.box, (Five{64, 64, 1, 1, 1}));
 }
 
-TEST(MapShape, LongRowsThatBeginInsidePiecesShareTheirEnds) {
-  MapShape shape = UpOf(MajorOrder::kKMajor);
-  for (const auto& [stride, shares] : std::vector<std::pair<int64_t, bool>>{
-           {144, false}, {1008, false}, {1024, false}, {1040, true}, {1440, true}, {2048, false}}) {
-    shape.value_stride = stride;
-    EXPECT_EQ(SharesEnds(shape), shares) << stride;
+TEST(MapShape, RowsOfWholeLinesBeginWithOne) {
+  for (const MajorOrder major : {MajorOrder::kKMajor, MajorOrder::kMnMajor}) {
+    MapShape shape = UpOf(major);
+    for (const auto& [stride, whole] : std::vector<std::pair<int64_t, bool>>{
+             {144, false}, {384, true}, {1440, false}, {2048, true}}) {
+      shape.value_stride = stride;
+      EXPECT_EQ(HasWholeLines(shape), whole) << stride;
+    }
   }
-  shape = UpOf(MajorOrder::kMnMajor);
-  shape.value_stride = 1040;
-  EXPECT_FALSE(SharesEnds(shape));
 }
 
 TEST(MapShape, MnMajorRowsBeginWithThePart) {

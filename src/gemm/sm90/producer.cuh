@@ -24,8 +24,6 @@ struct WeightCopies {
   // Small tiles: an expert's weights are read once. They must not push out of the L2 cache what the
   // other kernels and the next call need at once, their code above all.
   static constexpr bool kReadOnce = kConfig.tokens <= 32;
-  // But what the ends of a row share with its neighbours', which are read at another time.
-  static constexpr int kEndBlocks = kCachePiece / WeightRowBytes(kConfig.family);
   // A block of K in kBlockKMajor: 128 bytes.
   static constexpr int kBlock = kConfig.family == Family::kBf16 ? 64 : 128;
 
@@ -71,24 +69,23 @@ struct WeightCopies {
       // One map of both where gate and up alternate.
       const int column = kConfig.interleaved ? 2 * row + Tile() % 2 * kTileRows : row;
       const hopyard::sm90::BoxStart start{{column, k, 0, 0, expert}};
-      return Copy(tile, barrier, start, false);
+      return Copy(matrix, tile, barrier, start);
     }
     const bool whole = matrix.row_unit == 1;
     const bool blocks = matrix.k_blocks_last != 0;
     const hopyard::sm90::BoxStart start{{blocks ? k % kBlock : k, whole ? row : 0, 0,
                                          whole ? 0 : row / matrix.row_unit,
                                          blocks ? k / kBlock : expert}};
-    const bool at_end =
-        matrix.shares_ends && (k_block < kEndBlocks || k_block >= KBlocks<Row>(args) - kEndBlocks);
-    Copy(tile, barrier, start, at_end);
+    Copy(matrix, tile, barrier, start);
   }
 
  private:
-  __device__ __forceinline__ void Copy(uint32_t tile, Barrier barrier,
-                                       const hopyard::sm90::BoxStart& start, bool at_end) const {
+  __device__ __forceinline__ void Copy(const MatrixArgs& matrix, uint32_t tile, Barrier barrier,
+                                       const hopyard::sm90::BoxStart& start) const {
     if constexpr (kReadOnce) {
-      hopyard::sm90::CopyBox(map, tile, barrier, start,
-                             at_end ? hopyard::sm90::EvictNormally() : hopyard::sm90::EvictFirst());
+      const uint64_t policy =
+          matrix.whole_lines ? hopyard::sm90::EvictFirst() : hopyard::sm90::EvictNormally();
+      hopyard::sm90::CopyBox(map, tile, barrier, start, policy);
     } else if constexpr (kConfig.cluster == 1) {
       hopyard::sm90::CopyBox(map, tile, barrier, start);
     } else {

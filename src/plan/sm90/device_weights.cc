@@ -161,7 +161,7 @@ GroupMatrix MakeMatrix(const Source& source, Uploader* uploader) {
   out.args.has_global_scale = first.global_scale != nullptr;
   out.args.k_blocks_last = first.major == MajorOrder::kBlockKMajor ? 1 : 0;
   out.args.row_unit = RowUnitOf(out.shape);
-  out.args.shares_ends = gemm::sm90::SharesEnds(out.shape);
+  out.args.whole_lines = gemm::sm90::HasWholeLines(out.shape);
   if (source.row_exponents) {
     out.row_exponents = uploader->Array<uint8_t>(experts * first.rows);
   }
