@@ -6,11 +6,11 @@
 //   bench_gemm COMMIT CASE ... [--tokens=1,8,64] [--routing=uniform,balanced,zipf,hot]
 //              [--tactic=KERNEL[,KERNEL ...]]
 //
-// CASE as in bench/cases.h. Kernels whose tiles have less than an eighth of the average expert's
-// rows are left out unless they are named. A CUDA graph holds calls with as many routings, over
-// experts that together do not fit into the L2 cache, in turn, so that weights are read cold; token
-// rows are as warm as their size allows, as in a layer. The time of a call is the replay's over
-// their number.
+// CASE as in bench/cases.h. Kernels whose tiles have fewer than 96 rows and less than an eighth of
+// the average expert's are left out unless they are named. A CUDA graph holds calls with as many
+// routings, over experts that together do not fit into the L2 cache, in turn, so that weights are
+// read cold; token rows are as warm as their size allows, as in a layer. The time of a call is the
+// replay's over their number.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -324,7 +324,9 @@ bool IsWanted(const Point& point, const KernelInfo& kernel) {
     return std::find(names.begin(), names.end(), kernel.name) != names.end();
   }
   const MoeSpec& spec = point.one.shape.spec;
-  return point.tokens * spec.top_k <= int64_t{8} * kernel.tokens * spec.num_experts;
+  constexpr int kLarge = 96;
+  return kernel.tokens >= kLarge ||
+         point.tokens * spec.top_k <= int64_t{8} * kernel.tokens * spec.num_experts;
 }
 
 void BenchTokens(const Point& point) {
