@@ -19,8 +19,8 @@ constexpr double kReadBytesPerUs = 3.16e6;  // cold, of bench/gpu.h
 // gemm.jsonl: 9aa3796) and to the pairs of times in docs/perf-notes.md, 300 cases of eleven layers
 // and T = 1 .. 16384; the median error of a layer's time is 2 %, of nine tenths it is below 8 %. 23
 // of those are read off the notes rather than measured, and the fit was drawn to the rows that had
-// been taken. FamilyCost::waiting of decoded 4-bit weights was set to 424 lines of single GEMMs
-// (0787b56), of which the row taken is 2 % slower than the best on the average.
+// been taken. What follows was set to 424
+// lines of single GEMMs (0787b56).
 // A kernel: launch, first reads, the last block's end.
 constexpr double kKernelUs = 7.0;
 // Of the shorter of reading and computing so much is not hidden behind the other.
@@ -42,6 +42,13 @@ constexpr double kEmptyTile = 0.3;
 // Two blocks on a multiprocessor beside one of as many warpgroups: they copy token rows twice. From
 // 0.9 to 1.4 were seen of two-consumer rows where all blocks find room at once (T = 1 and 2).
 constexpr double kNeighbours = 1.02;
+// Two consumers on tiles of 16 and 32 rows decode as fast together as two blocks of one, but with
+// fewer registers each: with fewer than some 700 blocks, of which the last ones find the
+// multiprocessors half empty, they lose up to 15 % (bench_gemm, T = 8 .. 32).
+constexpr double kManyBlocks = 700.0;
+constexpr double kFewBlocksMargin = 1.12;
+// One block fills its stages later than two do (bench_gemm, T = 1: 2 to 7 us).
+constexpr double kLargeStartUs = 4.0;
 // A launch, and what bench_layer gives for rounding (docs/perf-notes.md).
 constexpr double kRoundingUs = 1.5;
 constexpr double kRoundingBytesPerUs = 2.6e6;
@@ -69,10 +76,10 @@ FamilyCost CostOf(const GemmConfig& config) {
     case Family::kFp8AsBf16:
     case Family::kMxFp8AsBf16:
     case Family::kMxFp4AsBf16:
-      return {1370.0, 13.1, 3110.0, 0.06};
+      return {1370.0, 13.1, 3110.0, 0.17};
     case Family::kNvFp4AsBf16:
     case Family::kMxInt4AsBf16:
-      return {1535.0, 12.1, 2480.0, 0.05};
+      return {1535.0, 12.1, 2480.0, 0.13};
     case Family::kMxFp4AsFp8:
     case Family::kNvFp4AsFp8:
       return {1055.0, 11.0, 5540.0, 0.15};
@@ -123,7 +130,7 @@ double StageCycles(const GemmConfig& config, const FamilyCost& cost, const RowSp
   constexpr int kLarge = 128;
   const double filled =
       config.tokens == kLarge ? rows.Tiles(kLarge / 2) / (2.0 * rows.Tiles(kLarge)) : 1.0;
-  return config.tokens_are_m ? cost.stage * (1.0 + filled) / 2.0
+  return config.tokens_are_m ? cost.stage * (3.0 + filled) / 4.0
                              : cost.stage + cost.column * config.tokens * filled;
 }
 
@@ -230,8 +237,14 @@ double EstimateMicroseconds(const GemmConfig& config, const GemmShape& shape,
   const double compute =
       (shared ? kClusterGain : 1.0) * ComputeMicroseconds(config, shape, rows, tiles);
   const double read = ReadMicroseconds(config, shape, rows, tiles);
-  const double margin = config.k_parts > 1 ? kPartsMargin : 1.0;
-  return margin * (kKernelUs + std::max(compute, read) + kExposed * std::min(compute, read));
+  const double items =
+      tiles * static_cast<double>(CeilDiv(shape.features, FeaturesPerBlock(config)));
+  const bool few = items > kProcessors && items < kManyBlocks;
+  const double margin = config.k_parts > 1                                    ? kPartsMargin
+                        : config.consumers == 2 && config.tokens <= 32 && few ? kFewBlocksMargin
+                                                                              : 1.0;
+  const double start = kKernelUs + (BlocksPerProcessor(config) == 1 ? kLargeStartUs : 0.0);
+  return margin * (start + std::max(compute, read) + kExposed * std::min(compute, read));
 }
 
 double EstimateMicroseconds(int index, const GemmShape& shape, const RowSpread& rows) {

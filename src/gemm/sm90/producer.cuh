@@ -21,9 +21,9 @@ struct WeightCopies {
   // The copy engine counts elements of one byte for packed codes.
   static constexpr int kStep =
       BlockK(kConfig.family) / (WeightRowBytes(kConfig.family) == 64 ? 2 : 1);
-  // Small tiles: an expert's weights are read once. They must not push out of the L2 cache what the
-  // other kernels and the next call need at once, their code above all.
-  static constexpr bool kReadOnce = kConfig.tokens <= 32;
+  // The smallest tiles: an expert's weights are read once. They must not push out of the L2 cache
+  // what the other kernels and the next call need at once, their code above all.
+  static constexpr bool kReadOnce = kConfig.tokens == 16;
   // A block of K in kBlockKMajor: 128 bytes.
   static constexpr int kBlock = kConfig.family == Family::kBf16 ? 64 : 128;
 
