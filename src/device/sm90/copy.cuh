@@ -28,17 +28,9 @@ __device__ __forceinline__ void CopyBox(const void* map, uint32_t shared, Barrie
       : "memory");
 }
 
-// For what is read once: it leaves the L2 cache first.
-__device__ __forceinline__ uint64_t EvictFirst() {
-  uint64_t policy = 0;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t EvictNormally() {
-  uint64_t policy = 0;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
+// What `createpolicy.fractional.L2::evict_first` makes for all of a copy: it leaves the L2 cache
+// first.
+inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 // The same under such a policy.
 __device__ __forceinline__ void CopyBox(const void* map, uint32_t shared, Barrier barrier,
                                         const BoxStart& start, uint64_t policy) {

@@ -160,7 +160,7 @@ double ReadMicroseconds(const GemmConfig& config, const GemmShape& shape, const 
   const double touched = experts * rows.touched();
   const double matrix = static_cast<double>(shape.features * (config.gated ? 2 : 1) * shape.k) *
                         BytesPerWeight(shape.weights);
-  const double reread = config.cluster > 1                            ? 0.0
+  const double reread = config.cluster > 1                            ? kRereadLarge / 2.0
                         : config.consumers > 1 && config.tokens >= 64 ? kRereadLarge
                                                                       : kReread;
   const double further = std::clamp(tiles / touched - 1.0, 0.0, kMostRereads);

@@ -176,6 +176,7 @@ struct Pick {
 // The model knows no better: of what costs so little more than the cheapest, the first is taken,
 // smaller tiles and blocks.
 constexpr double kAsCheap = 1.005;
+constexpr double kAsCheapTile = 1.01;
 
 // The cheapest kernel of the role with tiles of `tile` rows, or the one that was asked for; -1.
 int CheapestKernel(const Role& role, int tile, const Batch& batch) {
@@ -223,7 +224,7 @@ Pick CheapestPick(const std::vector<Role>& roles, const Batch& batch) {
       continue;
     }
     pick.us = Microseconds(pick.kernels, roles, batch);
-    if (best.kernels.empty() || pick.us * kAsCheap < best.us) {
+    if (best.kernels.empty() || pick.us * kAsCheapTile < best.us) {
       best = std::move(pick);
     }
   }
