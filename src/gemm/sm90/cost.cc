@@ -34,9 +34,10 @@ constexpr double kMostRereads = 3.0;   // by then tiles of an expert keep each o
 constexpr double kPartCycles = 1500.0;
 // Parts of K took so much more than the rest of the model says (bench_gemm, 11 GEMMs, T = 1 .. 16).
 constexpr double kPartsMargin = 1.05;
-// Clusters: what sharing weights saves of computing where tiles are BF16 (bench_gemm, Mixtral-8x7B
-// T = 1024 and 16384, Qwen3-30B T = 1024), and what an empty tile that fills one up costs there, of
-// a full one. FP8 clusters win as often as they lose, and empty tiles cost as much as full ones.
+// Clusters: what sharing weights saves of computing where tiles are BF16 (bench_gemm, 8 experts of
+// 14336 features at T = 1024 and 16384, 128 of 768 at T = 1024), and what an empty tile that fills
+// one up costs, of a full one. FP8 clusters win as often as they lose, and empty tiles cost as much
+// as full ones.
 constexpr double kClusterGain = 0.93;
 constexpr double kEmptyTile = 0.3;
 // Two blocks on a multiprocessor beside one of as many warpgroups: they copy token rows twice. From
