@@ -204,8 +204,7 @@ def _route_out(
     weights: torch.Tensor,
     **call: Any,
 ) -> None:
-    if torch.is_grad_enabled():
-        _refuse_gradients("route_out", logits=logits, ids=ids, weights=weights, **call)
+    _route_out_fake(logits, rule, top_k, ids, weights, **call)
     outputs = {"ids_out": ids, "weights_out": weights}
     _routing.route(logits, _parse_rule(rule), top_k, **outputs, **call)
 
