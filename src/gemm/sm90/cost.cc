@@ -15,12 +15,12 @@ namespace {
 constexpr double kProcessors = 132.0;
 constexpr double kCyclesPerUs = 1700.0;     // between 1980 MHz when idle and 1400 at 700 W
 constexpr double kReadBytesPerUs = 3.16e6;  // cold, of bench/gpu.h
-// Constants below were fitted to the lines of bench/results/h100 as they stood at a511f5a and to the
-// pairs of times in docs/perf-notes.md, 300 cases of eleven layers and T = 1 .. 16384: the median
-// error of a layer's time was 2 %, of nine tenths below 8 %. 23 of those were read off the notes
-// rather than measured, and the fit was drawn to the kernels that had been taken. From kPartsMargin
-// to kLargeStartUs they were set to the 424 lines of gemm.jsonl (0787b56), which cost_test compares.
-// A kernel: launch, first reads, the last block's end.
+// Constants below were fitted to the lines of bench/results/h100 as they stood at a511f5a and to
+// the pairs of times in docs/perf-notes.md, 300 cases of eleven layers and T = 1 .. 16384: the
+// median error of a layer's time was 2 %, of nine tenths below 8 %. 23 of those were read off the
+// notes rather than measured, and the fit was drawn to the kernels that had been taken. From
+// kPartsMargin to kLargeStartUs they were set to the 424 lines of gemm.jsonl (0787b56), which
+// cost_test compares. A kernel: launch, first reads, the last block's end.
 constexpr double kKernelUs = 7.0;
 // Of the shorter of reading and computing so much is not hidden behind the other.
 constexpr double kExposed = 0.15;
@@ -33,10 +33,10 @@ constexpr double kMostRereads = 3.0;   // by then tiles of an expert keep each o
 constexpr double kPartCycles = 1500.0;
 // Parts of K took so much more than the rest of the model says (bench_gemm, 11 GEMMs, T = 1 .. 16).
 constexpr double kPartsMargin = 1.05;
-// Clusters: what sharing weights saves of computing where tiles are BF16 (8 experts of 14336 features
-// at T = 1024 and 16384, 128 of 768 at T = 1024), and what an empty tile that fills one up costs, of
-// a full one. FP8 clusters win as often as they lose, and empty tiles cost as much
-// as full ones.
+// Clusters: what sharing weights saves of computing where tiles are BF16 (8 experts of 14336
+// features at T = 1024 and 16384, 128 of 768 at T = 1024), and what an empty tile that fills one up
+// costs, of a full one. FP8 clusters win as often as they lose, and empty tiles cost as much as
+// full ones.
 constexpr double kClusterGain = 0.93;
 constexpr double kEmptyTile = 0.3;
 // Two blocks on a multiprocessor beside one of as many warpgroups: they copy token rows twice. From
