@@ -20,7 +20,9 @@ constexpr double kReadBytesPerUs = 3.16e6;  // cold, of bench/gpu.h
 // median error of a layer's time was 2 %, of nine tenths below 8 %. 23 of those were read off the
 // notes rather than measured, and the fit was drawn to the kernels that had been taken. From
 // kPartsMargin to kLargeStartUs they were set to the 424 lines of gemm.jsonl (0787b56), which
-// cost_test compares. A kernel: launch, first reads, the last block's end.
+// cost_test compares.
+
+// A kernel: launch, first reads, the last block's end.
 constexpr double kKernelUs = 7.0;
 // Of the shorter of reading and computing so much is not hidden behind the other.
 constexpr double kExposed = 0.15;
