@@ -12,6 +12,7 @@
 #include "hopyard/routing.h"
 #include "hopyard/spec.h"
 #include "hopyard/tensor.h"
+#include "hopyard/tune.h"
 #include "hopyard/weights.h"
 
 #define HOPYARD_VERSION "0.1.0"

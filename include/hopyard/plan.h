@@ -11,6 +11,18 @@
 
 namespace hopyard {
 
+class TuningTable;  // hopyard/tune.h
+
+// How the calls of a plan get and give: what tuned kernels were measured with (hopyard/tune.h).
+// A plan runs calls of every kind.
+struct CallPath {
+  bool ids = false;          // experts and weights are given; else logits
+  bool unfinalised = false;  // MoeOutputs::rows instead of the output
+  bool replay = false;       // MoeOutputs::replay is there
+
+  friend bool operator==(const CallPath&, const CallPath&) = default;
+};
+
 struct PlanOptions {
   uint32_t struct_size = sizeof(PlanOptions);
   int64_t max_tokens = 0;  // capacity; Forward accepts 0 .. max_tokens
@@ -26,6 +38,11 @@ struct PlanOptions {
   // Kernels of the caller that are launched so ahead of a call must wait for their own
   // predecessors. HOPYARD_OVERLAP_LAUNCHES=0, read by MakePlan, turns it off.
   bool overlap_launches = false;
+  CallPath path;
+  // Where no tactic is named, kernels come from measurements: of this table, then of those that
+  // UseTuning gave, then of those that come with the library; without any, from a cost model.
+  std::shared_ptr<const TuningTable> tuning;
+  bool untuned = false;  // from the cost model alone
 };
 
 // One kernel candidate and what became of it.
