@@ -37,6 +37,8 @@ class Session {
   [[nodiscard]] const LoadedLayer& layer() const { return layer_; }
   [[nodiscard]] const MoeSpec& spec() const { return layer_.spec; }
   [[nodiscard]] const Plan& plan() const { return plan_; }
+  // On the plan's device.
+  [[nodiscard]] const Weights& placed_weights() const { return weights_; }
   // In host memory, wherever the layer runs.
   [[nodiscard]] const Weights& weights() const { return host_weights_; }
   [[nodiscard]] int threads() const;
