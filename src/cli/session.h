@@ -57,6 +57,9 @@ class Session {
   void Forward(const MoeInputs& inputs, const MoeOutputs& outputs);
   // The same call for repetition: nothing is copied while it runs, and nothing fetched.
   [[nodiscard]] StagedCall Stage(const MoeInputs& inputs, const MoeOutputs& outputs) const;
+  // With another plan of the same layer, whose workspace is no larger.
+  [[nodiscard]] static StagedCall Stage(const Plan& plan, const MoeInputs& inputs,
+                                        const MoeOutputs& outputs);
   void Run(const StagedCall& call);
   void Run(const StagedCall& call, const Weights& weights);
 
