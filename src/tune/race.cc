@@ -246,6 +246,7 @@ std::vector<Standing> Race::Screen(const std::vector<std::string>& tactics, doub
   for (const Runner& runner : runners) {
     if (end_ == RaceEnd::kNone && !runner.times.front().empty()) {
       standings.push_back(StandingOf(runner, runners.front()));
+      times_[runner.tactic] = standings.back().us;
     }
   }
   std::stable_sort(standings.begin(), standings.end(), [](const Standing& a, const Standing& b) {
@@ -283,9 +284,11 @@ Decision Race::Final(const std::vector<std::string>& tactics,
     return decision;
   }
   const Standing reference = StandingOf(runners.front(), runners.front());
+  times_[reference.tactic] = reference.us;
   std::vector<Standing> winners;
   for (size_t i = 1; i < runners.size(); ++i) {
     const Standing standing = StandingOf(runners[i], runners.front());
+    times_[standing.tactic] = standing.us;
     if (Wins(standing)) {
       winners.push_back(standing);
     }

@@ -68,6 +68,8 @@ class Race {
   [[nodiscard]] const std::vector<Failure>& failures() const { return failures_; }
   // Tactics that ran and have not failed.
   [[nodiscard]] std::vector<std::string> Ran() const;
+  // Median times of those that took part to the end of a screening or the final; the last counts.
+  [[nodiscard]] const std::map<std::string, double>& times() const { return times_; }
 
  private:
   struct Runner {
@@ -99,6 +101,7 @@ class Race {
   std::set<std::string> entered_;
   std::set<std::string> failed_;
   std::vector<Failure> failures_;
+  std::map<std::string, double> times_;
 };
 
 }  // namespace hopyard::tune

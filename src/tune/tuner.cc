@@ -87,12 +87,12 @@ Tuner::Tuner(Lab* lab, std::vector<int64_t> tokens, const TuneOptions& options)
       end_(begin_ + options.max_seconds),
       blocklist_(options.blocklist.begin(), options.blocklist.end()) {}
 
-Tuned Tuner::Run() {
+TunerResult Tuner::Run() {
   MeasureBuckets();
   ValidateAbove();
   RefineBorders();
-  if (progress_error_) {
-    std::rethrow_exception(progress_error_);
+  if (callers_error_) {
+    std::rethrow_exception(callers_error_);
   }
   return {Ranges(), faults_, measured_};
 }
@@ -275,6 +275,7 @@ void Tuner::RunRace(Race* race, const Field& field, int64_t tokens, double deadl
   points_[tokens] = {tokens,        tokens,        decision.tactic,
                      decision.us,   field.untuned, stands_in ? 0.0 : decision.reference_us,
                      decision.noise};
+  ReportTimes(*race, tokens);
 }
 
 // GEMM1's kernels beside the reference's GEMM2, GEMM2's beside the best of them, the best pairs.
@@ -374,8 +375,22 @@ bool Tuner::Pulse(TuneProgress progress) {
     return options_.progress(progress);
   } catch (...) {
     // The race would take it for a candidate's failure.
-    progress_error_ = std::current_exception();
+    callers_error_ = std::current_exception();
     return false;
+  }
+}
+
+void Tuner::ReportTimes(const Race& race, int64_t tokens) {
+  if (!options_.measured) {
+    return;
+  }
+  try {
+    for (const auto& [tactic, us] : race.times()) {
+      options_.measured({tactic, tokens, us});
+    }
+  } catch (...) {
+    callers_error_ = std::current_exception();
+    ended_ = RaceEnd::kStopped;
   }
 }
 

@@ -17,7 +17,7 @@
 
 namespace hopyard::tune {
 
-struct Tuned {
+struct TunerResult {
   std::vector<TunedRange> ranges;
   std::vector<TuningFault> faults;
   int64_t measured = 0;  // tactics that ran, once per number of tokens
@@ -25,11 +25,12 @@ struct Tuned {
 
 class Tuner {
  public:
-  // Of the options, what the rules need: max_seconds, margin, blocklist, progress. `tokens` ascend.
+  // Of the options, what the rules need: max_seconds, margin, blocklist, progress, measured.
+  // `tokens` ascend.
   Tuner(Lab* lab, std::vector<int64_t> tokens, const TuneOptions& options);
 
-  // Throws what options.progress throws; a lab's errors are faults.
-  [[nodiscard]] Tuned Run();
+  // Throws what the options' functions throw; a lab's errors are faults.
+  [[nodiscard]] TunerResult Run();
 
  private:
   // Candidates at a number of tokens, as far as they may run.
@@ -64,6 +65,7 @@ class Tuner {
   [[nodiscard]] bool Over() const;
   [[nodiscard]] std::string WhyOver() const;
   [[nodiscard]] bool Pulse(TuneProgress progress);
+  void ReportTimes(const Race& race, int64_t tokens);
   [[nodiscard]] double SecondsLeft() const;
   [[nodiscard]] std::vector<TunedRange> Ranges() const;
 
@@ -73,7 +75,7 @@ class Tuner {
   double begin_ = 0.0;
   double end_ = 0.0;
   RaceEnd ended_ = RaceEnd::kNone;
-  std::exception_ptr progress_error_;
+  std::exception_ptr callers_error_;
   int64_t done_ = 0;  // of tokens_
   int64_t measured_ = 0;
   std::set<std::string> blocklist_;

@@ -24,19 +24,20 @@ FakeLab::Times TimesOf(std::map<std::string, double> us) {
   return [us = std::move(us)](const std::string& kernel, int64_t, int) { return us.at(kernel); };
 }
 
-Tuned Tune(FakeLab* lab, const std::vector<int64_t>& tokens, const TuneOptions& options = {}) {
-  Tuned tuned = Tuner(lab, tokens, options).Run();
+TunerResult Tune(FakeLab* lab, const std::vector<int64_t>& tokens,
+                 const TuneOptions& options = {}) {
+  TunerResult tuned = Tuner(lab, tokens, options).Run();
   EXPECT_EQ(lab->open_benches, 0) << "a bench was left open";
   return tuned;
 }
 
-const TuningFault* FindFault(const Tuned& tuned, const std::string& tactic) {
+const TuningFault* FindFault(const TunerResult& tuned, const std::string& tactic) {
   const auto found = std::find_if(tuned.faults.begin(), tuned.faults.end(),
                                   [&](const TuningFault& fault) { return fault.tactic == tactic; });
   return found == tuned.faults.end() ? nullptr : &*found;
 }
 
-std::string Shown(const Tuned& tuned) {
+std::string Shown(const TunerResult& tuned) {
   std::string text;
   for (const TunedRange& range : tuned.ranges) {
     text += ".." + std::to_string(range.last) + ' ' + range.tactic + '\n';
@@ -51,7 +52,7 @@ TEST(Tuner, FindsTheBestPair) {
   FakeLab lab;
   lab.kernels = {"a+x", {"a", "b", "c"}, {"x", "y", "z"}};
   lab.time = TimesOf({{"a", 50}, {"b", 45}, {"c", 70}, {"x", 30}, {"y", 33}, {"z", 25}});
-  const Tuned tuned = Tune(&lab, {16});
+  const TunerResult tuned = Tune(&lab, {16});
   ASSERT_FALSE(tuned.ranges.empty());
   const TunedRange& range = tuned.ranges.front();
   EXPECT_EQ(range.tokens, 16);
@@ -69,14 +70,14 @@ TEST(Tuner, OneListIsTheWholeTactic) {
   FakeLab lab;
   lab.kernels = {"wide", {"wide", "narrow"}, {}};
   lab.time = TimesOf({{"wide", 50}, {"narrow", 30}});
-  const Tuned tuned = Tune(&lab, {1});
+  const TunerResult tuned = Tune(&lab, {1});
   EXPECT_EQ(tuned.ranges.front().tactic, "narrow");
   EXPECT_TRUE(tuned.faults.empty()) << Shown(tuned);
 }
 
 TEST(Tuner, EqualTimesKeepTheUntuned) {
   FakeLab lab;
-  const Tuned tuned = Tune(&lab, {1, 2, 4});
+  const TunerResult tuned = Tune(&lab, {1, 2, 4});
   ASSERT_EQ(tuned.ranges.size(), 3U);
   for (const TunedRange& range : tuned.ranges) {
     EXPECT_EQ(range.tactic, "a+x");
@@ -152,7 +153,7 @@ TEST(Tuner, ACandidateThatThrowsIsNotRunAgain) {
   FakeLab lab;
   lab.time = TimesOf({{"a", 50}, {"b", 10}, {"x", 50}, {"y", 40}});
   lab.on_run["b"] = [](int64_t) { throw std::runtime_error("misaligned address"); };
-  const Tuned tuned = Tune(&lab, {1, 2, 4});
+  const TunerResult tuned = Tune(&lab, {1, 2, 4});
   for (const TunedRange& range : tuned.ranges) {
     EXPECT_EQ(range.tactic, "a+y");
   }
@@ -167,7 +168,7 @@ TEST(Tuner, ACandidateThatLiesAboutSupport) {
   FakeLab lab;
   lab.time = TimesOf({{"a", 50}, {"b", 10}, {"x", 50}, {"y", 40}});
   lab.on_prepare["b"] = [](int64_t) { throw Error(ErrorKind::kUnsupported, "no such tile"); };
-  const Tuned tuned = Tune(&lab, {1, 2});
+  const TunerResult tuned = Tune(&lab, {1, 2});
   EXPECT_EQ(tuned.ranges.front().tactic, "a+y");
   ASSERT_NE(FindFault(tuned, "b+x"), nullptr) << Shown(tuned);
   EXPECT_EQ(FindFault(tuned, "b+x")->reason, "no such tile");
@@ -178,7 +179,7 @@ TEST(Tuner, ACandidateThatIsFarTooLate) {
   FakeLab lab;
   lab.kernels = {"a", {"a", "b"}, {}};
   lab.time = TimesOf({{"a", 1000}, {"b", 2e6}});
-  const Tuned tuned = Tune(&lab, {1, 2, 4});
+  const TunerResult tuned = Tune(&lab, {1, 2, 4});
   EXPECT_EQ(lab.RunsOf("b"), 1);
   ASSERT_NE(FindFault(tuned, "b"), nullptr) << Shown(tuned);
   EXPECT_THAT(FindFault(tuned, "b")->reason,
@@ -190,7 +191,7 @@ TEST(Tuner, ATimeThatIsNoNumberIsTooLate) {
   FakeLab lab;
   lab.kernels = {"a", {"a", "b"}, {}};
   lab.time = TimesOf({{"a", 1000}, {"b", std::numeric_limits<double>::quiet_NaN()}});
-  const Tuned tuned = Tune(&lab, {1});
+  const TunerResult tuned = Tune(&lab, {1});
   EXPECT_EQ(tuned.ranges.front().tactic, "a");
   EXPECT_NE(FindFault(tuned, "b"), nullptr);
 }
@@ -199,7 +200,7 @@ TEST(Tuner, WrongValuesAreAFault) {
   FakeLab lab;
   lab.time = TimesOf({{"a", 50}, {"b", 10}, {"x", 50}, {"y", 10}});
   lab.wrong = {{"b", "row 3 is NaN"}, {"y", "row 5 is off"}};
-  const Tuned tuned = Tune(&lab, {1, 2});
+  const TunerResult tuned = Tune(&lab, {1, 2});
   for (const TunedRange& range : tuned.ranges) {
     EXPECT_EQ(range.tactic, "a+x");
   }
@@ -223,7 +224,7 @@ TEST(Tuner, OutOfMemoryHoldsForThatNumberOfTokensOnly) {
       throw std::bad_alloc();
     }
   };
-  const Tuned tuned = Tune(&lab, {1, 2, 4});
+  const TunerResult tuned = Tune(&lab, {1, 2, 4});
   ASSERT_GE(tuned.ranges.size(), 3U) << Shown(tuned);
   for (const TunedRange& range : tuned.ranges) {
     EXPECT_EQ(range.tactic, range.tokens == 2 ? "c" : "b") << range.tokens;
@@ -244,7 +245,7 @@ TEST(Tuner, ACandidateThatFailsInALaterRoundLeaves) {
       throw std::runtime_error("launch failed");
     }
   };
-  const Tuned tuned = Tune(&lab, {1});
+  const TunerResult tuned = Tune(&lab, {1});
   EXPECT_EQ(tuned.ranges.front().tactic, "c");
   EXPECT_EQ(calls, 8);
   EXPECT_EQ(FindFault(tuned, "b")->reason, "launch failed");
@@ -255,7 +256,7 @@ TEST(Tuner, WhereTheUntunedFailsTheOthersAreStillTuned) {
   lab.kernels = {"a", {"a", "b"}, {}};
   lab.time = TimesOf({{"a", 50}, {"b", 40}});
   lab.memory_for = 4;
-  const Tuned tuned = Tune(&lab, {1, 4, 8});
+  const TunerResult tuned = Tune(&lab, {1, 4, 8});
   ASSERT_EQ(tuned.ranges.size(), 2U) << Shown(tuned);
   EXPECT_EQ(tuned.ranges.back().last, 4) << "nothing is known beyond";
   ASSERT_NE(FindFault(tuned, "a"), nullptr);
@@ -273,7 +274,7 @@ TEST(Tuner, ALostDeviceKeepsWhatWasMeasured) {
     }
   };
   lab.lost_after_failure = true;
-  const Tuned tuned = Tune(&lab, {1, 4, 8});
+  const TunerResult tuned = Tune(&lab, {1, 4, 8});
   ASSERT_EQ(tuned.ranges.size(), 1U) << Shown(tuned);
   EXPECT_EQ(tuned.ranges.front().tactic, "b");
   EXPECT_EQ(tuned.ranges.front().last, 1);
@@ -286,7 +287,7 @@ TEST(Tuner, BlocklistedNamesAreNeverRun) {
   lab.time = TimesOf({{"a", 50}, {"b", 10}, {"x", 50}, {"y", 10}});
   TuneOptions options;
   options.blocklist = {"b", "a+y"};
-  const Tuned tuned = Tune(&lab, {1, 2}, options);
+  const TunerResult tuned = Tune(&lab, {1, 2}, options);
   EXPECT_EQ(tuned.ranges.front().tactic, "a+x");
   for (const auto& [tokens, tactic] : lab.runs) {
     EXPECT_EQ(tactic, "a+x");
@@ -302,13 +303,13 @@ TEST(Tuner, AnotherStandsInForABlocklistedUntunedChoice) {
   lab.time = TimesOf({{"a", 50}, {"b", 60}, {"x", 50}, {"y", 40}});
   TuneOptions options;
   options.blocklist = {"a"};
-  const Tuned tuned = Tune(&lab, {1}, options);
+  const TunerResult tuned = Tune(&lab, {1}, options);
   EXPECT_EQ(tuned.ranges.front().tactic, "b+y");
   EXPECT_EQ(tuned.ranges.front().untuned, "a+x");
   EXPECT_EQ(tuned.ranges.front().untuned_us, 0.0) << "it has not been measured";
   EXPECT_EQ(lab.RunsOf("a+x") + lab.RunsOf("a+y"), 0);
   options.blocklist = {"a", "b"};
-  const Tuned nothing = Tune(&lab, {1}, options);
+  const TunerResult nothing = Tune(&lab, {1}, options);
   EXPECT_TRUE(nothing.ranges.empty());
   EXPECT_THAT(Shown(nothing), HasSubstr("every candidate is on the blocklist"));
 }
@@ -317,7 +318,7 @@ TEST(Tuner, PairsThatDoNotFitAreNotTried) {
   FakeLab lab;
   lab.time = TimesOf({{"a", 50}, {"b", 10}, {"x", 50}, {"y", 40}});
   lab.unfit = {"b+x", "b+y"};
-  const Tuned tuned = Tune(&lab, {1});
+  const TunerResult tuned = Tune(&lab, {1});
   EXPECT_EQ(tuned.ranges.front().tactic, "a+y");
   EXPECT_TRUE(tuned.faults.empty()) << Shown(tuned);
 }
@@ -336,7 +337,7 @@ TEST(Tuner, SharesItsTimeSoThatAllNumbersOfTokensAreReached) {
   options.max_seconds = 40.0;
   const std::vector<int64_t> tokens = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096};
   const double begin = lab.seconds;
-  const Tuned tuned = Tune(&lab, tokens, options);
+  const TunerResult tuned = Tune(&lab, tokens, options);
   EXPECT_EQ(tuned.ranges.back().last, 4096) << Shown(tuned);
   EXPECT_GE(tuned.ranges.size(), tokens.size());
   EXPECT_LT(lab.seconds - begin, 1.05 * options.max_seconds);
@@ -349,7 +350,7 @@ TEST(Tuner, KeepsWhatWasMeasuredWhenTimeRunsOut) {
   lab.overhead = 0.1;
   TuneOptions options;
   options.max_seconds = 10.0;
-  const Tuned tuned = Tune(&lab, {1, 2, 4, 8, 16, 32}, options);
+  const TunerResult tuned = Tune(&lab, {1, 2, 4, 8, 16, 32}, options);
   ASSERT_FALSE(tuned.ranges.empty());
   EXPECT_LT(tuned.ranges.back().last, 32);
   EXPECT_EQ(tuned.ranges.back().last, tuned.ranges.back().tokens);
@@ -367,7 +368,7 @@ TEST(Tuner, StopsWhenProgressSaysSo) {
     seen.push_back(progress);
     return progress.tokens < 4;
   };
-  const Tuned tuned = Tune(&lab, {1, 2, 4, 8}, options);
+  const TunerResult tuned = Tune(&lab, {1, 2, 4, 8}, options);
   ASSERT_EQ(tuned.ranges.size(), 2U);
   EXPECT_EQ(tuned.ranges.back().last, 2);
   EXPECT_THAT(Shown(tuned), HasSubstr("stopped"));
@@ -389,6 +390,21 @@ TEST(Tuner, WhatProgressThrowsIsTheCallersOwn) {
   EXPECT_THROW(static_cast<void>(Tune(&lab, {1}, options)), std::out_of_range);
 }
 
+TEST(Tuner, ReportsTheTimesOfThoseMeasuredToTheEnd) {
+  FakeLab lab;
+  lab.kernels = {"a", {"a", "b", "c"}, {}};
+  lab.time = TimesOf({{"a", 50}, {"b", 40}, {"c", 100}});
+  std::map<std::pair<int64_t, std::string>, double> times;
+  TuneOptions options;
+  options.measured = [&times](const TuningTime& time) {
+    EXPECT_TRUE(times.emplace(std::pair{time.tokens, time.tactic}, time.us).second) << "twice";
+  };
+  static_cast<void>(Tune(&lab, {1, 2}, options));
+  EXPECT_EQ(times.size(), 6U) << "a and b at 1, 2 and beyond at 4";
+  EXPECT_NEAR((times[{2, "a"}]), 50.0, 1e-9);
+  EXPECT_NEAR((times[{2, "b"}]), 40.0, 1e-9);
+}
+
 // --- between and beyond the numbers of tokens ---
 
 // a is faster up to 700 tokens, b beyond.
@@ -404,7 +420,7 @@ TEST(Tuner, TheBorderIsWhereTheWinnerChanges) {
     FakeLab lab;
     lab.kernels = {"a", {"a", "b"}, {}};
     lab.time = CrossAt(crossover);
-    const Tuned tuned = Tune(&lab, {512, 1024});
+    const TunerResult tuned = Tune(&lab, {512, 1024});
     int64_t border = 0;
     for (const TunedRange& range : tuned.ranges) {
       border = range.tactic == "a" ? range.last : border;
@@ -428,7 +444,7 @@ TEST(Tuner, AnUntunedChoiceBetweenTwoWinnersIsMeasuredThere) {
   lab.time = [](const std::string& kernel, int64_t tokens, int) {
     return kernel == "c" ? 50.0 : (kernel == "a") == (tokens < 800) ? 60.0 : 70.0;
   };
-  const Tuned tuned = Tune(&lab, {512, 1024});
+  const TunerResult tuned = Tune(&lab, {512, 1024});
   const auto middle = std::find_if(tuned.ranges.begin(), tuned.ranges.end(),
                                    [](const TunedRange& range) { return range.tokens == 768; });
   ASSERT_NE(middle, tuned.ranges.end());
@@ -439,14 +455,14 @@ TEST(Tuner, TheLargestWinnerIsMeasuredBeyond) {
   FakeLab lab;
   lab.kernels = {"a", {"a", "b"}, {}};
   lab.time = TimesOf({{"a", 50}, {"b", 40}});
-  const Tuned wins = Tune(&lab, {8, 16});
+  const TunerResult wins = Tune(&lab, {8, 16});
   EXPECT_EQ(wins.ranges.back().last, 32) << Shown(wins);
   EXPECT_EQ(wins.ranges.back().tactic, "b");
 
   lab.time = [](const std::string& kernel, int64_t tokens, int) {
     return kernel == "b" && tokens <= 1400 ? 40.0 : kernel == "b" ? 60.0 : 50.0;
   };
-  const Tuned loses = Tune(&lab, {512, 1024});
+  const TunerResult loses = Tune(&lab, {512, 1024});
   EXPECT_EQ(loses.ranges.back().last, 2048) << Shown(loses);
   EXPECT_EQ(loses.ranges.back().tactic, "a");
   EXPECT_EQ(loses.ranges[1].tactic, "b");
@@ -462,14 +478,14 @@ TEST(Tuner, WithoutMemoryBeyondTheLargestItsOwnIsTheLast) {
   lab.kernels = {"a", {"a", "b"}, {}};
   lab.time = TimesOf({{"a", 50}, {"b", 40}});
   lab.memory_for = 20;
-  const Tuned tuned = Tune(&lab, {8, 16});
+  const TunerResult tuned = Tune(&lab, {8, 16});
   EXPECT_EQ(tuned.ranges.back().last, 16);
   EXPECT_THAT(Shown(tuned), HasSubstr("a at 32: 32 tokens need too much"));
 }
 
 TEST(Tuner, WhatAPlanWouldTakeAnywayIsNotMeasuredBeyond) {
   FakeLab lab;
-  const Tuned tuned = Tune(&lab, {8, 16});
+  const TunerResult tuned = Tune(&lab, {8, 16});
   for (const auto& [tokens, tactic] : lab.runs) {
     EXPECT_LE(tokens, 16);
   }
@@ -483,7 +499,7 @@ TEST(Tuner, NeighboursKeepAWinner) {
   lab.time = [](const std::string& kernel, int64_t tokens, int) {
     return kernel == "a" ? 100.0 : kernel == "b" ? (tokens == 1 ? 95.0 : 90.2) : 90.0;
   };
-  const Tuned tuned = Tune(&lab, {1, 2, 4});
+  const TunerResult tuned = Tune(&lab, {1, 2, 4});
   for (const TunedRange& range : tuned.ranges) {
     EXPECT_EQ(range.tactic, "c");
   }
