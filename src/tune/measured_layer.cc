@@ -2,6 +2,8 @@
 #include "tune/measured_layer.h"
 
 #include <algorithm>
+#include <functional>
+#include <iterator>
 #include <numeric>
 
 #include "core/error.h"
@@ -79,7 +81,8 @@ void MeasuredLayer::CheckMemory(int64_t workspace_bytes, int64_t flush_bytes) co
   const int64_t slots = spec.slots_per_token();
   const bool ids = task_.workload.mode() != RoutingInput::kLogits;
   const bool logits = task_.workload.mode() != RoutingInput::kUnpacked;
-  const int64_t routing = (logits ? 4 * spec.num_experts : 0) + (ids ? 8 * spec.top_k : 0);
+  const int64_t routing =
+      (logits ? int64_t{4} * spec.num_experts : 0) + (ids ? int64_t{8} * spec.top_k : 0);
   const int64_t calls = int64_t{task_.workload.kinds()} * sets_;
   const int64_t output =
       task_.options.path.unfinalised ? slots * (2 * spec.hidden_size + 4) : 2 * spec.hidden_size;
@@ -160,9 +163,8 @@ void MeasuredLayer::Prepare(const std::string& tactic) {
   const device::Flush flush{flush_.data(), flush_.bytes()};
   for (const std::vector<MoeInputs>& sets : inputs_) {
     std::vector<device::Call> calls;
-    for (const MoeInputs& inputs : sets) {
-      calls.push_back(CallOf(made.plan, inputs));
-    }
+    std::transform(sets.begin(), sets.end(), std::back_inserter(calls),
+                   [&](const MoeInputs& inputs) { return CallOf(made.plan, inputs); });
     const int threads = task_.options.num_threads > 0 ? task_.options.num_threads : MaxThreads();
     made.kinds.push_back(
         task_.device.kind == DeviceKind::kCpu

@@ -155,6 +155,20 @@ std::vector<Race::Runner> Race::Line(const std::vector<std::string>& tactics, do
   return runners;
 }
 
+void Race::RunOnce(int kind, Runner* runner) {
+  if (failed_.count(runner->tactic) > 0) {
+    return;
+  }
+  try {
+    runner->times[static_cast<size_t>(kind)].push_back(bench_->Run(runner->tactic, kind));
+  } catch (const std::exception&) {
+    if (runner->tactic == reference_) {
+      throw;
+    }
+    FailWithCurrentException(runner->tactic);
+  }
+}
+
 // Every round begins with another runner and goes the other way than the one before: nobody always
 // runs behind the same neighbour, or first after a pause.
 void Race::RunRound(size_t round, std::vector<Runner>* runners) {
@@ -162,18 +176,7 @@ void Race::RunRound(size_t round, std::vector<Runner>* runners) {
   for (int kind = 0; kind < lab_->kinds(); ++kind) {
     for (size_t step = 0; step < count && end_ == RaceEnd::kNone; ++step) {
       const size_t place = round % 2 == 0 ? step : count - 1 - step;
-      Runner& runner = (*runners)[(round + place) % count];
-      if (failed_.count(runner.tactic) > 0) {
-        continue;
-      }
-      try {
-        runner.times[static_cast<size_t>(kind)].push_back(bench_->Run(runner.tactic, kind));
-      } catch (const std::exception&) {
-        if (runner.tactic == reference_) {
-          throw;
-        }
-        FailWithCurrentException(runner.tactic);
-      }
+      RunOnce(kind, &(*runners)[(round + place) % count]);
     }
   }
   runners->erase(

@@ -84,6 +84,7 @@ class Race {
   void FailWithCurrentException(const std::string& tactic);
   // The reference, then those of `tactics` that enter.
   [[nodiscard]] std::vector<Runner> Line(const std::vector<std::string>& tactics, double deadline);
+  void RunOnce(int kind, Runner* runner);
   // One more round of every runner; those that fail leave.
   void RunRound(size_t round, std::vector<Runner>* runners);
   [[nodiscard]] Standing StandingOf(const Runner& runner, const Runner& reference) const;

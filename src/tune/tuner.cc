@@ -212,7 +212,7 @@ std::string Tuner::StandIn(const Field& field, int64_t tokens) {
   const std::vector<std::string> alone = {std::string()};
   for (const std::string& first : field.gemm1) {
     for (const std::string& second : field.gemm2.empty() ? alone : field.gemm2) {
-      const std::string tactic = Join(first, second);
+      std::string tactic = Join(first, second);
       if (Admit(tactic, tokens)) {
         return tactic;
       }
