@@ -86,8 +86,8 @@ void MeasuredLayer::CheckMemory(int64_t workspace_bytes, int64_t flush_bytes) co
   const int64_t calls = int64_t{task_.workload.kinds()} * sets_;
   const int64_t output =
       task_.options.path.unfinalised ? slots * (2 * spec.hidden_size + 4) : 2 * spec.hidden_size;
-  const int64_t per_token =
-      2 * spec.hidden_size + calls * routing + 4 * spec.shared.count + output + 2 * spec.top_k;
+  const int64_t per_token = 2 * spec.hidden_size + calls * routing +
+                            int64_t{4} * spec.shared.count + output + int64_t{2} * spec.top_k;
   const int64_t need = tokens_ * per_token + workspace_bytes + flush_bytes;
   HOPYARD_CHECK(need <= task_.max_bytes, kOutOfMemory)
       << tokens_ << " tokens need " << need << " bytes for inputs, outputs and workspace; "
