@@ -128,9 +128,9 @@ class TuningTable {
 };
 
 // Tables that plans of this process look into when they are made, after PlanOptions::tuning and
-// before those that come with the library; the last one given first. The file that the environment's
-// HOPYARD_TUNING_FILE names, read by the first plan, comes after all of them. A table of another
-// machine is never found; that is reported once per table (TuningStats::ignored).
+// before those that come with the library; the last one given first. The file that the
+// environment's HOPYARD_TUNING_FILE names, read by the first plan, comes after all of them. A table
+// of another machine is never found; that is reported once per table (TuningStats::ignored).
 void UseTuning(const TuningTable& table);
 void ForgetTuning();  // those that UseTuning has given
 
