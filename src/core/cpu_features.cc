@@ -85,7 +85,9 @@ Isa BestIsa() {
   return isa;
 }
 
-std::string CpuModel() {
+namespace {
+
+std::string ReadCpuModel() {
   std::ifstream file("/proc/cpuinfo");
   std::string line;
   while (std::getline(file, line)) {
@@ -96,6 +98,13 @@ std::string CpuModel() {
     }
   }
   return "unknown";
+}
+
+}  // namespace
+
+std::string CpuModel() {
+  static const std::string model = ReadCpuModel();
+  return model;
 }
 
 }  // namespace hopyard

@@ -42,14 +42,11 @@ std::vector<Reasoned> ByName(const PlanOptions& options, std::optional<Isa> name
 
 Reasoned Measured(const MoeSpec& spec, const TunedRange& range, int64_t first, int64_t last) {
   const bool runs = HasCpuTactic(spec, range.tactic);
-  std::string reason =
-      runs ? tune::ReasonOf(range)
-           : "widest instruction set; the measured " + range.tactic + " does not run here";
-  if (last > range.last) {
-    reason += fmt::format(" (larger batches than {} were not measured)", range.last);
-  }
   return {{last, runs ? *IsaOf(spec, range.tactic) : BestIsa()},
-          fmt::format("{} .. {} tokens: {}", first, last, reason)};
+          fmt::format("{} .. {} tokens: {}", first, last,
+                      runs ? "tuned: " + tune::MeasuredText(range)
+                           : "widest instruction set; the measured " + range.tactic +
+                                 " does not run here")};
 }
 
 std::vector<Reasoned> ByMeasurement(const MoeSpec& spec, const PlanOptions& options,

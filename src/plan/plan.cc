@@ -70,7 +70,7 @@ struct Decision {
   std::vector<IsaRange> isas;  // CPU
 };
 
-// Says of every kernel that measurements chose how they were made otherwise.
+// Says of every kernel that measurements chose what they do not cover.
 void AddRemark(const std::string& remark, Explanation* explanation) {
   for (Candidate& candidate : explanation->candidates) {
     if (candidate.chosen && !remark.empty() &&
@@ -92,7 +92,7 @@ Decision Decide(const MoeSpec& spec, Device device, const PlanOptions& options) 
   }
   out.tuned = tune::FindTuned(spec, device, options);
   if (device.kind == DeviceKind::kCuda) {
-    out.explanation = sm90::FindBackend()->Choose(spec, options);
+    out.explanation = sm90::FindBackend()->Choose(spec, options, out.tuned.ranges);
   } else {
     CpuChoice choice = ChooseCpu(spec, options, out.tuned.ranges);
     out.explanation = std::move(choice.explanation);
@@ -110,9 +110,12 @@ PlanOptions ResolvedOptions(PlanOptions options) {
 }
 
 // Measured tactics that the plan cannot run.
-int64_t CountStale(const MoeSpec& spec, const std::vector<TunedRange>& ranges) {
-  return std::count_if(ranges.begin(), ranges.end(),
-                       [&](const TunedRange& range) { return !HasCpuTactic(spec, range.tactic); });
+int64_t CountStale(const Plan::Impl& plan, const std::vector<TunedRange>& ranges) {
+  return std::count_if(ranges.begin(), ranges.end(), [&](const TunedRange& range) {
+    return plan.device.kind == DeviceKind::kCuda
+               ? !sm90::FindBackend()->HasTactic(plan.spec, plan.options, range.tactic)
+               : !HasCpuTactic(plan.spec, range.tactic);
+  });
 }
 
 int ThreadsOf(const PlanOptions& options) {
@@ -130,7 +133,7 @@ struct Sizing {
       return MakeWorkspaceLayout(spec, tokens, ThreadsOf(options)).bytes;
     }
     const sm90::Backend* const backend = sm90::FindBackend();
-    return backend->WorkspaceBytes(*backend->MakePlan(spec, options, tokens));
+    return backend->WorkspaceBytes(*backend->MakePlan(spec, options, {}, tokens));
   }
 };
 
@@ -264,13 +267,13 @@ Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {
   impl->tokens_per_chunk = TokensPerChunk(sizing);
   if (device.kind == DeviceKind::kCuda) {
     const sm90::Backend* const backend = sm90::FindBackend();
-    impl->sm90 = backend->MakePlan(spec, options, impl->tokens_per_chunk);
+    impl->sm90 = backend->MakePlan(spec, options, decision.tuned.ranges, impl->tokens_per_chunk);
     impl->workspace_bytes = backend->WorkspaceBytes(*impl->sm90);
   } else {
     PlanForCpu(impl.get());
   }
   tune::CountPlan(KeyOf(spec, impl->options), decision.tuned,
-                  CountStale(spec, decision.tuned.ranges));
+                  CountStale(*impl, decision.tuned.ranges));
   Plan plan;
   plan.impl_ = std::move(impl);
   return plan;

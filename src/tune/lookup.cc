@@ -128,19 +128,22 @@ bool Serves(const Source& source, const TuningMachine& mine) {
   return false;
 }
 
-// How the key of a layer that FindFor took differs.
-std::string RemarkOf(const TuningKey& found, const TuningKey& wanted) {
+// How the layer that FindFor took differs from the plan's.
+std::string RemarkOf(const TunedLayer& found, const TuningKey& wanted, int64_t max_tokens) {
   std::string text;
-  if (!(found.routing == wanted.routing)) {
-    text = "another routing rule";
+  const auto add = [&](const std::string& remark) { text += (text.empty() ? "" : "; ") + remark; };
+  if (!(found.key.routing == wanted.routing)) {
+    add("measured with another routing rule");
   }
-  if (!(found.path == wanted.path)) {
-    text += fmt::format("{}{}, {}, {}", text.empty() ? "" : " and ",
-                        found.path.ids ? "given ids" : "logits",
-                        found.path.unfinalised ? "unfinalised" : "finalised",
-                        found.path.replay ? "with replay" : "no replay");
+  if (const CallPath& path = found.key.path; !(path == wanted.path)) {
+    add(fmt::format("measured with {}, {}, {}", path.ids ? "given ids" : "logits",
+                    path.unfinalised ? "unfinalised" : "finalised",
+                    path.replay ? "with replay" : "no replay"));
   }
-  return text.empty() ? text : "measured with " + text;
+  if (!found.ranges.empty() && max_tokens > found.ranges.back().last) {
+    add(fmt::format("more than {} tokens were not measured", found.ranges.back().last));
+  }
+  return text;
 }
 
 }  // namespace
@@ -186,15 +189,18 @@ Tuned FindTuned(const MoeSpec& spec, Device device, const PlanOptions& options) 
     if (layer != nullptr && !tuned.found) {
       tuned.found = true;
       tuned.ranges = layer->ranges;
-      tuned.remark = RemarkOf(layer->key, key);
+      tuned.remark = RemarkOf(*layer, key, options.max_tokens);
     }
   }
   return tuned;
 }
 
-std::string ReasonOf(const TunedRange& range) {
-  return fmt::format("tuned: {:.1f} us at {} tokens, untuned {} {:.1f} us", range.us, range.tokens,
-                     range.untuned, range.untuned_us);
+std::string MeasuredText(const TunedRange& range) {
+  std::string text = fmt::format("{:.1f} us at {} tokens", range.us, range.tokens);
+  if (range.tactic != range.untuned) {
+    text += fmt::format(", untuned {} {:.1f} us", range.untuned, range.untuned_us);
+  }
+  return text;
 }
 
 void CountPlan(const TuningKey& key, const Tuned& tuned, int64_t stale) {

@@ -104,7 +104,7 @@ TEST_F(Lookup, RangesChooseByNumberOfTokens) {
   EXPECT_THAT(ReasonFor(plan.Explain(), BestKernel()),
               HasSubstr("17 .. 64 tokens: tuned: 30.0 us at 24 tokens"));
   EXPECT_THAT(ReasonFor(plan.Explain(), BestKernel()),
-              HasSubstr("larger batches than 32 were not measured"));
+              HasSubstr("(more than 32 tokens were not measured)"));
   const TuningStats stats = GetTuningStats();
   EXPECT_EQ(stats.hits, 1);
   EXPECT_EQ(stats.misses, 0);
@@ -205,7 +205,8 @@ TEST_F(Lookup, LayersOfOtherPathsAndRoutingsServeAndSaySo) {
   spec.routing = RoutingRule::Sigmoid();
   const Plan plan = MakePlan(spec, Device{}, options);
   EXPECT_THAT(ReasonFor(plan.Explain(), kScalar),
-              HasSubstr("(measured with another routing rule and logits, finalised, no replay)"));
+              HasSubstr("(measured with another routing rule; measured with logits, finalised, no "
+                        "replay; more than 32 tokens were not measured)"));
   EXPECT_EQ(GetTuningStats().hits, 1);
   spec.top_k = 1;
   std::ignore = MakePlan(spec, Device{}, options);

@@ -9,6 +9,7 @@
 #include "checkpoint/text.h"
 #include "core/cpu_features.h"
 #include "core/parallel.h"
+#include "plan/backend_sm90.h"
 
 namespace hopyard {
 namespace {
@@ -27,7 +28,7 @@ TuningMachine MachineOf(Device device, int num_threads) {
     machine.units = num_threads > 0 ? num_threads : MaxThreads();
     machine.isa = ToString(BestIsa());
   } else if (device.index < CountGpus()) {
-    const GpuInfo gpu = GpuInfoOf(device.index);
+    const GpuInfo gpu = sm90::NeedBackend().ModelOf(device.index);
     machine.device = gpu.name;
     machine.units = gpu.multiprocessors;
   } else {
