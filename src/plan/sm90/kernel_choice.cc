@@ -14,6 +14,7 @@
 #include "plan/backend_sm90.h"
 #include "plan/sm90/explain_choice.h"
 #include "plan/sm90/kernel_roles.h"
+#include "tune/lookup.h"
 
 namespace hopyard::sm90 {
 namespace {
@@ -197,15 +198,6 @@ std::vector<TileChoice> CheapestTiles(const MoeSpec& spec, const std::vector<Rol
   return choices;
 }
 
-// How a measured choice was found to be the fastest.
-std::string MeasuredString(const TunedRange& range) {
-  std::string text = fmt::format("{:.1f} us at {} tokens", range.us, range.tokens);
-  if (range.tactic != range.untuned) {
-    text += fmt::format(", untuned {} {:.1f} us", range.untuned, range.untuned_us);
-  }
-  return text;
-}
-
 // The kernels that the range names, with those for the other roles that the model takes at its
 // number of tokens; none where this build lacks one, or they do not fit each other.
 std::optional<TileChoice> MeasuredChoice(const MoeSpec& spec, const std::vector<Role>& roles,
@@ -219,7 +211,7 @@ std::optional<TileChoice> MeasuredChoice(const MoeSpec& spec, const std::vector<
     return std::nullopt;
   }
   TileChoice choice = ChoiceOf(pick, roles);
-  choice.measured = MeasuredString(range);
+  choice.measured = tune::MeasuredText(range);
   return choice;
 }
 
