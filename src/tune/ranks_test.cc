@@ -33,7 +33,7 @@ constexpr double kSeconds = 60.0;
 TunedLayer MeasuredBy(int rank, int number) {
   FakeLab lab;
   lab.noise = 0.05;
-  lab.seed = static_cast<uint64_t>(100 * rank + number + 1);
+  lab.seed = 100 * static_cast<uint64_t>(rank) + static_cast<uint64_t>(number) + 1;
   lab.time = [](const std::string& kernel, int64_t /*tokens*/, int /*kind*/) {
     return kernel == "a" || kernel == "x" ? 50.0 : 49.0;
   };
