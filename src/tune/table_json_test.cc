@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Text that is no table is refused, and says why.
+#include <fstream>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -30,7 +32,7 @@ TEST(TableJson, RoundTrip) {
   }
 }
 
-TEST(TableJson, IsWhatTheDocumentationShows) {
+TEST(TableJson, IsReadable) {
   TuningTable table(AMachine());
   TunedLayer layer = ALayer(0);
   table.Put(layer);
@@ -66,6 +68,20 @@ TEST(TableJson, IsWhatTheDocumentationShows) {
 )");
 }
 
+// Tests run in the root of the sources.
+TEST(TableJson, TheDocumentedExample) {
+  std::ifstream file("docs/tuning.md");
+  std::ostringstream page;
+  page << file.rdbuf();
+  const std::string text = page.str();
+  const std::string fence = "```json\n";
+  const size_t begin = text.find(fence);
+  ASSERT_NE(begin, std::string::npos);
+  const size_t first = begin + fence.size();
+  const std::string example = text.substr(first, text.find("```", first) - first);
+  EXPECT_EQ(TuningTable::FromJson(example).ToJson(), example);
+}
+
 TEST(TableJson, BytesThatAreNoTextDoNotStopIt) {
   TunedLayer layer = ALayer(1);
   layer.faults[0].reason = "driver said \xFF\xFE";
@@ -86,7 +102,7 @@ TEST(TableJson, TruncatedAnywhere) {
 
 TEST(TableJson, OfALaterFormat) {
   ExpectError(ErrorKind::kInvalidArgument,
-              {"version 2", "this library knows 1", "use the newer library"}, [] {
+              {"version 2; this library knows 1", "use the newer library"}, [] {
                 // What it holds beside the version is not looked at.
                 std::ignore = TuningTable::FromJson(
                     R"({"format": "hopyard tuning table", "version": 2, "other": []})");
