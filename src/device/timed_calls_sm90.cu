@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 
 #include "device/launch.cuh"
+#include "device/memory.h"
 #include "device/timed_calls.h"
 
 namespace hopyard::device {
@@ -105,10 +106,17 @@ class Capture {
   bool capturing_ = false;
 };
 
+int CurrentIndex() {
+  int index = 0;
+  HOPYARD_CUDA(cudaGetDevice(&index));
+  return index;
+}
+
 class GraphCalls : public TimedCalls {
  public:
   GraphCalls(void* stream, const std::vector<Call>& calls, const Flush& flush)
       : stream_(static_cast<cudaStream_t>(stream)),
+        device_(CurrentIndex()),
         count_(calls.size()),
         events_(2 * calls.size()) {
     Capture capture;
@@ -134,6 +142,8 @@ class GraphCalls : public TimedCalls {
   ~GraphCalls() override { static_cast<void>(cudaGraphExecDestroy(exec_)); }
 
   double Run() override {
+    // A null stream is the current device's.
+    const CurrentDevice current(device_);
     HOPYARD_CUDA(cudaGraphLaunch(exec_, stream_));
     HOPYARD_CUDA(cudaStreamSynchronize(stream_));
     double sum = 0.0;
@@ -147,6 +157,7 @@ class GraphCalls : public TimedCalls {
 
  private:
   cudaStream_t stream_;
+  int device_;
   size_t count_;
   Events events_;
   cudaGraphExec_t exec_ = nullptr;
