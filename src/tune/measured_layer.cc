@@ -2,6 +2,7 @@
 #include "tune/measured_layer.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <iterator>
 #include <numeric>
@@ -17,9 +18,12 @@
 namespace hopyard::tune {
 namespace {
 
-// A round of calls with more tokens than this has half as many: they take milliseconds, and read
-// all experts whatever the routing.
+// A round of calls with more tokens than this has a quarter as many: they take milliseconds, and
+// read all experts whatever the routing.
 constexpr int64_t kFewTokens = 1024;
+// A round has no more calls than take about so long: longer ones are steady enough, and a layer
+// whose calls take milliseconds from few tokens on is tuned within a minute.
+constexpr double kRoundMicroseconds = 3000.0;
 // Weights of so many times the last cache push each other out of it as the routings change.
 constexpr int64_t kColdCaches = 3;
 // What is read between calls otherwise: a cache does not drop the oldest line first.
@@ -52,7 +56,8 @@ Plan LayerTask::MakePlan(const std::string& tactic, int64_t tokens) const {
 MeasuredLayer::MeasuredLayer(const LayerTask& task, const std::string& untuned, int64_t tokens)
     : task_(task),
       tokens_(tokens),
-      sets_(tokens <= kFewTokens ? task.sets : std::max(task.sets / 2, 1)) {
+      sets_(tokens <= kFewTokens ? task.sets : std::max(task.sets / 4, 1)),
+      calls_(sets_) {
   const int64_t workspace_bytes = task.MakePlan(untuned, tokens).workspace_bytes();
   const int64_t flush_bytes = FlushBytes();
   CheckMemory(workspace_bytes, flush_bytes);
@@ -62,7 +67,8 @@ MeasuredLayer::MeasuredLayer(const LayerTask& task, const std::string& untuned, 
   MakeOutputs();
 }
 
-// 0 where the weights that each kind of routing reads are too many for the caches.
+// 0 where the weights that a round reads are too many for the caches with each kind of routing:
+// every call then finds them filled with others', as it does in a model.
 int64_t MeasuredLayer::FlushBytes() const {
   if (!task_.cold) {
     return 0;
@@ -72,7 +78,11 @@ int64_t MeasuredLayer::FlushBytes() const {
     fewest = std::min(fewest, task_.workload.ExpertsTouched(kind, tokens_));
   }
   const int64_t cache = LastCache(task_.device);
-  const int64_t touched = (fewest + task_.spec.shared.count) * task_.weights.bytes_per_expert();
+  // Each of the calls misses so many of the experts.
+  const auto local = static_cast<double>(task_.spec.num_local_experts());
+  const double missed = std::pow(1.0 - static_cast<double>(fewest) / local, sets_);
+  const auto experts = static_cast<int64_t>(local * (1.0 - missed)) + task_.spec.shared.count;
+  const int64_t touched = experts * task_.weights.bytes_per_expert();
   return touched >= kColdCaches * cache ? 0 : kFlushCaches * cache;
 }
 
@@ -158,12 +168,26 @@ device::Call MeasuredLayer::CallOf(const Plan& plan, const MoeInputs& inputs) co
 }
 
 void MeasuredLayer::Prepare(const std::string& tactic) {
+  Tactic made = Record(tactic);
+  if (tactics_.empty() && calls_ > 1) {
+    static_cast<void>(made.kinds.front()->Run());
+    const double us = made.kinds.front()->Run();
+    const double fitting = std::ceil(kRoundMicroseconds / std::max(us, 1e-3));
+    if (fitting < calls_) {
+      calls_ = static_cast<int>(fitting);
+      made = Record(tactic);
+    }
+  }
+  tactics_[tactic] = std::move(made);
+}
+
+MeasuredLayer::Tactic MeasuredLayer::Record(const std::string& tactic) const {
   Tactic made;
   made.plan = task_.MakePlan(tactic, tokens_);
   const device::Flush flush{flush_.data(), flush_.bytes()};
   for (const std::vector<MoeInputs>& sets : inputs_) {
     std::vector<device::Call> calls;
-    std::transform(sets.begin(), sets.end(), std::back_inserter(calls),
+    std::transform(sets.begin(), sets.begin() + calls_, std::back_inserter(calls),
                    [&](const MoeInputs& inputs) { return CallOf(made.plan, inputs); });
     const int threads = task_.options.num_threads > 0 ? task_.options.num_threads : MaxThreads();
     made.kinds.push_back(
@@ -171,7 +195,7 @@ void MeasuredLayer::Prepare(const std::string& tactic) {
             ? HostCalls(std::move(calls), flush, threads)
             : sm90::NeedBackend().Capture(task_.device.index, task_.stream.handle, calls, flush));
   }
-  tactics_[tactic] = std::move(made);
+  return made;
 }
 
 double MeasuredLayer::Run(const std::string& tactic, int kind) {

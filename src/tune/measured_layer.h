@@ -48,6 +48,7 @@ class MeasuredLayer : public Bench {
     std::vector<std::unique_ptr<device::TimedCalls>> kinds;
   };
 
+  [[nodiscard]] Tactic Record(const std::string& tactic) const;
   [[nodiscard]] int64_t FlushBytes() const;
   void CheckMemory(int64_t workspace_bytes, int64_t flush_bytes) const;
   [[nodiscard]] TensorView Allocate(DType dtype, std::initializer_list<int64_t> shape);
@@ -65,6 +66,7 @@ class MeasuredLayer : public Bench {
   const LayerTask& task_;
   int64_t tokens_;
   int sets_;
+  int calls_;  // of a round, as many as the sets or fewer
   std::vector<DeviceMemory> memory_;
   std::vector<std::vector<MoeInputs>> inputs_;  // [kind][set]
   MoeOutputs outputs_;

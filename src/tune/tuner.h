@@ -44,8 +44,11 @@ class Tuner {
   void MeasureBuckets();
   // Beyond the largest bucket its winner has not been measured yet.
   void ValidateAbove();
+  // On both sides of a change of the untuned choice that a winner stands beside.
+  void ValidateChanges();
   // Where the same tactic won at two numbers of tokens far from each other.
   void ValidateBetween();
+  [[nodiscard]] bool MeasureMore(int64_t tokens, const std::vector<std::string>& among);
   void RefineBorders();
   void RefineBorder(int64_t low, int64_t high);
   // Races at `tokens`: of `among` if given, else of the whole field. False where there is no

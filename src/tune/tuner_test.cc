@@ -458,6 +458,25 @@ TEST(Tuner, AWinnerOnBothSidesIsMeasuredBetweenThem) {
   EXPECT_EQ(tactic_at(8000), "b") << Shown(tuned);
 }
 
+TEST(Tuner, BothSidesOfAChangeOfTheUntunedChoiceAreMeasured) {
+  FakeLab lab;
+  lab.kernels_at = [](int64_t tokens) {
+    return tokens < 1000 ? Kernels{"a", {"a", "b"}, {}} : Kernels{"c", {"b", "c"}, {}};
+  };
+  // b wins where c would run, and loses to a until then.
+  lab.time = [](const std::string& kernel, int64_t tokens, int) {
+    return kernel == "b" ? 60.0 : kernel == "c" || tokens >= 1000 ? 70.0 : 50.0;
+  };
+  const TunerResult tuned = Tune(&lab, {512, 1024});
+  const auto border = std::find_if(tuned.ranges.begin(), tuned.ranges.end(),
+                                   [](const TunedRange& range) { return range.tactic == "b"; });
+  ASSERT_NE(border, tuned.ranges.begin()) << Shown(tuned);
+  ASSERT_NE(border, tuned.ranges.end()) << Shown(tuned);
+  EXPECT_EQ(border->tokens, 1000) << Shown(tuned);
+  EXPECT_EQ(std::prev(border)->last, 999) << Shown(tuned);
+  EXPECT_EQ(std::prev(border)->tactic, "a") << Shown(tuned);
+}
+
 TEST(Tuner, TheUntunedChoiceOnBothSidesIsNotMeasuredBetweenThem) {
   FakeLab lab;
   lab.kernels = {"a", {"a", "b"}, {}};
