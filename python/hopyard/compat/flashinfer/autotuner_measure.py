@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hopyard.compat.flashinfer.autotuner_log import LOG, warn_once
@@ -25,6 +25,8 @@ from hopyard.compat.flashinfer.autotuner_log import LOG, warn_once
 # Turns that a decision needs: below it a median says little.
 MIN_ROUNDS = 3
 _ROUNDS = 5
+# The fastest ones meet the fallback once more, alone, and that many at most.
+_DUEL_ROUNDS, _DUELS = 11, 2
 # A sample on the host is at least this long, so that the clock's steps (~50 ns) and a call of
 # Python (~1 us) weigh below a percent of it.
 _SAMPLE_SECONDS = 2e-4
@@ -84,7 +86,8 @@ class Candidate:
         samples: milliseconds a call, one for each turn.
         fault: the error that took it out of the race.
         dropped: it cannot win and is measured no more.
-        replay: runs a sample's calls from a captured graph.
+        calls: that a sample consists of.
+        replay: runs them from a captured graph.
     """
 
     runner: int
@@ -93,6 +96,7 @@ class Candidate:
     samples: list[float] = field(default_factory=list)
     fault: BaseException | None = None
     dropped: bool = False
+    calls: int = 0
     replay: Callable[[], None] | None = None
 
     @property
@@ -147,9 +151,25 @@ def check_timer() -> None:
 class _Stopwatch:
     """Milliseconds that calls of one candidate take, on the host's or the GPU's clock."""
 
-    def __init__(self, timing: Timing) -> None:
+    def __init__(self, timing: Timing, calls: int = 0) -> None:
         self._timing = timing
-        self.calls = max(timing.repeat // _ROUNDS, 1)
+        self.calls = calls or max(timing.repeat // _ROUNDS, 1)
+
+    def attempt(self, candidate: Candidate, action: Callable[[], Any]) -> Any:
+        """Run a step of a candidate; an error takes it out of the race.
+
+        No memory is everybody's error, and passed on.
+        """
+        try:
+            return action()
+        except Exception as error:
+            recover(self._timing.device)
+            if out_of_memory(error):
+                raise
+            candidate.fault = error
+            LOG.debug("[Autotuner]: tactic %s failed: %s", candidate.tactic, error)
+            LOG.debug("[Autotuner]: the error in full", exc_info=error)
+            return None
 
     def warm_up(self, candidate: Candidate, fastest: float) -> float:
         """Run a candidate the first times; seconds of its fastest call.
@@ -209,20 +229,6 @@ class _Stopwatch:
         return float(start.elapsed_time(end)) / self.calls
 
 
-def _attempt(candidate: Candidate, timing: Timing, action: Callable[[], Any]) -> Any:
-    """Run a step of a candidate; an error takes it out of the race. Out of memory is passed on."""
-    try:
-        return action()
-    except Exception as error:
-        recover(timing.device)
-        if out_of_memory(error):
-            raise
-        candidate.fault = error
-        LOG.debug("[Autotuner]: tactic %s failed: %s", candidate.tactic, error)
-        LOG.debug("[Autotuner]: the error in full", exc_info=error)
-        return None
-
-
 def _drop_hopeless(candidates: Sequence[Candidate], fallback: Candidate) -> None:
     best = min(c.median for c in candidates)
     for candidate in candidates:
@@ -230,14 +236,24 @@ def _drop_hopeless(candidates: Sequence[Candidate], fallback: Candidate) -> None
             candidate.dropped = candidate is not fallback
 
 
-def _warm_up(
-    candidates: Sequence[Candidate], timing: Timing, watch: _Stopwatch, drop: bool
+def _turns(
+    candidates: Sequence[Candidate], watch: _Stopwatch, rounds: int, drop: bool = False
 ) -> None:
+    """Measure every candidate that is running once in each round."""
+    with _measuring():
+        for turn in range(rounds):
+            for candidate in (c for c in candidates if c.running):
+                sample = watch.attempt(candidate, lambda c=candidate, t=turn: watch.sample(c, t))
+                if sample is not None:
+                    candidate.samples.append(sample)
+            if drop and turn >= 1:
+                _drop_hopeless(candidates, candidates[0])
+
+
+def _warm_up(candidates: Sequence[Candidate], watch: _Stopwatch, drop: bool) -> None:
     took, fastest = {}, math.inf
     for place, candidate in enumerate(candidates):
-        seconds = _attempt(
-            candidate, timing, lambda c=candidate, best=fastest: watch.warm_up(c, best)
-        )
+        seconds = watch.attempt(candidate, lambda c=candidate, best=fastest: watch.warm_up(c, best))
         if seconds is not None:
             took[place], fastest = seconds, min(fastest, seconds)
     for place, seconds in took.items():
@@ -259,20 +275,13 @@ def race(candidates: Sequence[Candidate], timing: Timing, *, drop: bool = True) 
     check_timer()
     watch = _Stopwatch(timing)
     with _measuring():
-        _warm_up(candidates, timing, watch, drop)
-        if timing.use_graph and timing.on_gpu:
-            for candidate in candidates:
-                if candidate.running:
-                    _attempt(candidate, timing, lambda c=candidate: watch.capture(c))
-        for turn in range(_ROUNDS):
-            for candidate in candidates:
-                if not candidate.running:
-                    continue
-                sample = _attempt(candidate, timing, lambda c=candidate, t=turn: watch.sample(c, t))
-                if sample is not None:
-                    candidate.samples.append(sample)
-            if drop and turn >= 1:
-                _drop_hopeless(candidates, candidates[0])
+        _warm_up(candidates, watch, drop)
+        for candidate in candidates:
+            if timing.use_graph and timing.on_gpu and candidate.running:
+                watch.attempt(candidate, lambda c=candidate: watch.capture(c))
+    for candidate in candidates:
+        candidate.calls = watch.calls
+    _turns(candidates, watch, _ROUNDS, drop)
 
 
 def _noise(ratios: Sequence[float]) -> float:
@@ -283,12 +292,9 @@ def _noise(ratios: Sequence[float]) -> float:
     return 1.4826 * 1.2533 * spread / math.sqrt(len(ratios))
 
 
-def beats(candidate: Candidate, fallback: Candidate, margin: float) -> bool:
-    """Whether a candidate is faster than the fallback by more than chance."""
-    if fallback.median == math.inf:
-        return True
-    pairs = zip(candidate.samples, fallback.samples, strict=False)
-    ratios = [mine / max(its, 1e-12) for mine, its in pairs]
+def beats(mine: Sequence[float], fallback: Sequence[float], margin: float) -> bool:
+    """Whether samples are below the fallback's of the same turns by more than chance."""
+    ratios = [a / max(b, 1e-12) for a, b in zip(mine, fallback, strict=False)]
     if len(ratios) < MIN_ROUNDS:
         return False
     return 1 - statistics.median(ratios) > max(margin, 2 * _noise(ratios))
@@ -300,12 +306,32 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def decide(candidates: Sequence[Candidate], margin: float) -> Candidate | None:
-    """The fastest that beats the fallback (the first), else the fallback; None if all failed."""
-    measured = ranked(candidates)
-    if not measured:
-        return None
+    """By the samples of a race: the fastest that beats the fallback (the first), else the fallback.
+
+    None if all failed.
+    """
     fallback = candidates[0]
-    for candidate in measured:
-        if candidate is fallback or beats(candidate, fallback, margin):
+    for candidate in ranked(candidates):
+        if candidate is fallback or fallback.median == math.inf:
+            return candidate
+        if beats(candidate.samples, fallback.samples, margin):
             return candidate
     return None
+
+
+def confirmed(candidates: Sequence[Candidate], timing: Timing, margin: float) -> Candidate | None:
+    """`decide` by measuring once more: who was fastest of many was also lucky.
+
+    The fastest ones meet the fallback alone, and what was measured before does not count.
+    """
+    fallback = candidates[0]
+    if fallback.median == math.inf:
+        return next(iter(ranked(candidates)), None)
+    enough = fallback.median * (1 - margin)
+    for candidate in [c for c in ranked(candidates) if c.median < enough][:_DUELS]:
+        duel = [replace(c, samples=[], dropped=False) for c in (fallback, candidate)]
+        _turns(duel, _Stopwatch(timing, duel[0].calls), _DUEL_ROUNDS)
+        candidate.fault = duel[1].fault
+        if candidate.fault is None and beats(duel[1].samples, duel[0].samples, margin):
+            return candidate
+    return fallback

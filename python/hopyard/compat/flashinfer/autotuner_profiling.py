@@ -27,6 +27,7 @@ from hopyard.compat.flashinfer.autotuner_measure import (
     MIN_ROUNDS,
     Candidate,
     Timing,
+    confirmed,
     decide,
     out_of_memory,
     race,
@@ -225,19 +226,23 @@ class Profiler:
         )
         try:
             race(candidates, timing, drop=not ranking)
+            winner = confirmed(candidates, timing, self.how.margin)
         except KeyboardInterrupt:
             running = [c for c in candidates if c.running]
             if min((len(c.samples) for c in running), default=0) >= MIN_ROUNDS:
-                self._finish(call, profile, candidates, ranking)
+                winner = decide(candidates, self.how.margin)
+                self._finish(call, profile, candidates, winner)
             raise
-        self._finish(call, profile, candidates, ranking)
+        self._finish(call, profile, candidates, winner)
+        if ranking:
+            self.keep_ranking(call, profile, [c.tactic for c in ranked(candidates[1:])])
 
     def _finish(
         self,
         call: Call,
         profile: OptimizationProfile,
         candidates: list[Candidate],
-        ranking: bool,
+        winner: Candidate | None,
     ) -> None:
         """Count the failures, and store the choice."""
         failed = [c for c in candidates if c.fault is not None]
@@ -250,14 +255,11 @@ class Profiler:
                 len(failed),
                 call.op,
             )
-        winner = decide(candidates, self.how.margin)
         if winner is None:
             return
         good = self.stats.tuned_op_successful_configs
         good[call.op] = good.get(call.op, 0) + 1
         self.keep(call, profile, winner.runner, winner.tactic)
-        if ranking:
-            self.keep_ranking(call, profile, [c.tactic for c in ranked(candidates[1:])])
 
     def _count_failure(
         self, call: Call, profile: OptimizationProfile, place: int, tactic: Any
