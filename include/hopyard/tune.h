@@ -148,6 +148,13 @@ void ResetTuningStats();
 // to 4096, then powers of two, and `max_tokens` (spec 6.8). Ascending.
 [[nodiscard]] std::vector<int64_t> TokenBuckets(int64_t max_tokens);
 
+// The median time of a call.
+struct TuningTime {
+  std::string tactic;
+  int64_t tokens = 0;
+  double us = 0.0;
+};
+
 // What a tuning run reports as it goes.
 struct TuneProgress {
   int64_t done = 0;  // numbers of tokens; of `total`
@@ -174,6 +181,8 @@ struct TuneOptions {
   uint64_t seed = 1;
   // Called between measurements; false ends the run and keeps what was measured.
   std::function<bool(const TuneProgress&)> progress;
+  // Called with every candidate that was measured to the end, when a number of tokens is done.
+  std::function<void(const TuningTime&)> measured;
 };
 
 // Measures the kernels of the plan's layer, on its device with these weights, and returns a table

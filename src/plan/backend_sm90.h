@@ -5,11 +5,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "hopyard/device.h"
 #include "hopyard/forward.h"
 #include "hopyard/routing.h"
+#include "hopyard/tune.h"
 
 #include "gemm/slice_write.h"
 #include "plan/plan_impl.h"
@@ -50,6 +52,19 @@ struct RouteCall {
   void* stream = nullptr;  // cudaStream_t
 };
 
+// The kernels that run each GEMM of a layer exactly as its formats ask, at a number of tokens;
+// cheapest first by the cost model, the pass that rounds for a kernel included. Not every two fit
+// each other: see HasTactic.
+struct RankedTactics {
+  struct Entry {
+    std::string kernel;
+    double us = 0.0;  // expected of the GEMM
+  };
+  std::string untuned;  // GEMM1+GEMM2 of a plan that nothing was measured for
+  std::vector<Entry> gemm1;
+  std::vector<Entry> gemm2;
+};
+
 class Backend {
  public:
   Backend() = default;
@@ -57,13 +72,23 @@ class Backend {
   Backend& operator=(const Backend&) = delete;
   virtual ~Backend() = default;
 
-  // Kernels of a valid spec, whatever the workspace. Needs no GPU, like all of a plan.
-  [[nodiscard]] virtual Explanation Choose(const MoeSpec& spec,
-                                           const PlanOptions& options) const = 0;
+  // Kernels of a valid spec, whatever the workspace. Needs no GPU, like all of a plan. `tuned`
+  // ascends; its tactics take the place of the cost model's for their numbers of tokens, the last
+  // one's also for more, unless options.tactic names one. Those that HasTactic denies do not.
+  [[nodiscard]] virtual Explanation Choose(const MoeSpec& spec, const PlanOptions& options,
+                                           const std::vector<TunedRange>& tuned) const = 0;
+  // Whether `tactic` names kernels of this build that run a valid spec exactly as its formats ask,
+  // and fit each other.
+  [[nodiscard]] virtual bool HasTactic(const MoeSpec& spec, const PlanOptions& options,
+                                       const std::string& tactic) const = 0;
+  // Precondition: Choose supports the spec.
+  [[nodiscard]] virtual RankedTactics Rank(const MoeSpec& spec, const PlanOptions& options,
+                                           int64_t tokens) const = 0;
   // The plan of passes over up to `tokens` tokens. Precondition: Choose supports the spec.
-  [[nodiscard]] virtual std::shared_ptr<const LayerPlan> MakePlan(const MoeSpec& spec,
-                                                                  const PlanOptions& options,
-                                                                  int64_t tokens) const = 0;
+  // WorkspaceBytes depends on neither options.tactic nor `tuned`.
+  [[nodiscard]] virtual std::shared_ptr<const LayerPlan> MakePlan(
+      const MoeSpec& spec, const PlanOptions& options, const std::vector<TunedRange>& tuned,
+      int64_t tokens) const = 0;
   [[nodiscard]] virtual int64_t WorkspaceBytes(const LayerPlan& plan) const = 0;
   // What describes `weights` to the kernels. Error{kUnsupported} names a layout they cannot read.
   [[nodiscard]] virtual std::shared_ptr<const DeviceWeights> MakeWeights(

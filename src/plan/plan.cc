@@ -110,7 +110,7 @@ Explanation ChooseKernel(const MoeSpec& spec, Device device, const PlanOptions& 
     return out;
   }
   if (device.kind == DeviceKind::kCuda) {
-    return backend->Choose(spec, options);
+    return backend->Choose(spec, options, {});
   }
   ChooseCpuKernel(spec, options, out);
   return out;
@@ -131,7 +131,7 @@ struct Sizing {
       return MakeWorkspaceLayout(spec, tokens, ThreadsOf(options)).bytes;
     }
     const sm90::Backend* const backend = sm90::FindBackend();
-    return backend->WorkspaceBytes(*backend->MakePlan(spec, options, tokens));
+    return backend->WorkspaceBytes(*backend->MakePlan(spec, options, {}, tokens));
   }
 };
 
@@ -263,7 +263,7 @@ Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {
   impl->tokens_per_chunk = TokensPerChunk(sizing);
   if (device.kind == DeviceKind::kCuda) {
     const sm90::Backend* const backend = sm90::FindBackend();
-    impl->sm90 = backend->MakePlan(spec, options, impl->tokens_per_chunk);
+    impl->sm90 = backend->MakePlan(spec, options, {}, impl->tokens_per_chunk);
     impl->workspace_bytes = backend->WorkspaceBytes(*impl->sm90);
   } else {
     PlanForCpu(impl.get());

@@ -145,6 +145,33 @@ TEST(GpuPlan, WorkspaceIsMonotoneAndCapped) {
   }
 }
 
+// Ranks that tuned differently share one size, and a table may change without a new workspace.
+TEST(GpuPlan, WorkspaceDoesNotDependOnTheTactic) {
+  int tactics = 0;
+  for (const FormatPair& pair : SupportedPairs()) {
+    for (const ActivationKind kind : {ActivationKind::kSwiGlu, ActivationKind::kRelu2}) {
+      MoeSpec spec = SmallSpec(pair.weights, pair.activations);
+      spec.activation.kind = kind;
+      spec.shared = {1, false, 0.5F, spec.weights};
+      // Either may need the more memory: what is rounded apart, or y.
+      spec.intermediate_size = kind == ActivationKind::kSwiGlu ? 2 * spec.hidden_size : 128;
+      for (const int64_t tokens : {1, 17, 5000}) {
+        PlanOptions options = OptionsFor(tokens);
+        const Plan untuned = MakePlan(spec, kGpu, options);
+        for (const Candidate& candidate : untuned.Explain().candidates) {
+          options.tactic = candidate.kernel;
+          if (Explain(spec, kGpu, options).supported) {
+            EXPECT_EQ(MakePlan(spec, kGpu, options).workspace_bytes(), untuned.workspace_bytes())
+                << ToString(pair) << ", " << tokens << " tokens, " << candidate.kernel;
+            ++tactics;
+          }
+        }
+      }
+    }
+  }
+  EXPECT_GT(tactics, 100);
+}
+
 TEST(GpuDevices, WeightsAndPlansAreOfOneDevice) {
   HOPYARD_NEEDS_GPU();
   WeightSource source;

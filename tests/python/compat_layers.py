@@ -333,7 +333,10 @@ def make(mode, sizes=None, activation="swiglu", seed=0, device="cpu", weights=st
     gate, up = split(d1, gated)
     layer = ref.Layer(gate, up, d2, activation)
     g_mid = torch.tensor(64.0) if mode in ("per_tensor", "nvfp4", "mxfp4_e4m3") else None
-    layer.round_mid = rounding(mode, g_mid)
+    round_mid = rounding(mode, g_mid)
+    # On a GPU the activation is BF16 before it is rounded to GEMM2's operand (docs/hopper.md).
+    on_gpu = torch.device(device).type == "cuda"
+    layer.round_mid = (lambda v, e: round_mid(ref.bf16(v), e)) if on_gpu else round_mid
     arguments = {**hidden, **arrays, "intermediate_size": s.inter}
     if "fp4" in mode:
         arguments |= dict.fromkeys(name for name in OPTIONAL_FP4 if name not in arguments)

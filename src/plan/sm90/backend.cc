@@ -48,20 +48,32 @@ route::RouteSm90Args RouteArgsOf(const RouteCall& call) {
 
 class HopperBackend : public Backend {
  public:
-  [[nodiscard]] Explanation Choose(const MoeSpec& spec, const PlanOptions& options) const override {
-    return ChooseKernels(spec, options).explanation;
+  [[nodiscard]] Explanation Choose(const MoeSpec& spec, const PlanOptions& options,
+                                   const std::vector<TunedRange>& tuned) const override {
+    return ChooseKernels(spec, options, tuned).explanation;
+  }
+
+  [[nodiscard]] bool HasTactic(const MoeSpec& spec, const PlanOptions& /*options*/,
+                               const std::string& tactic) const override {
+    return sm90::HasTactic(spec, tactic);
+  }
+
+  [[nodiscard]] RankedTactics Rank(const MoeSpec& spec, const PlanOptions& options,
+                                   int64_t tokens) const override {
+    return RankTactics(spec, options, tokens);
   }
 
   [[nodiscard]] std::shared_ptr<const LayerPlan> MakePlan(const MoeSpec& spec,
                                                           const PlanOptions& options,
+                                                          const std::vector<TunedRange>& tuned,
                                                           int64_t tokens) const override {
     device::PrepareRanges();
     auto plan = std::make_shared<LayerPlan>();
-    KernelChoice choice = ChooseKernels(spec, options);
+    KernelChoice choice = ChooseKernels(spec, options, tuned);
     plan->routed = FormatsOf(spec, spec.weights, choice.rounded);
     plan->shared =
         spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights, choice.rounded) : plan->routed;
-    plan->layout = MakeLayout(spec, choice, tokens);
+    plan->layout = MakeLayout(spec, choice.rounded, tokens);
     plan->tiles = std::move(choice.tiles);
     return plan;
   }

@@ -1,116 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstdint>
-#include <limits>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <fmt/format.h>
+
 #include "core/error.h"
-#include "gemm/sm90/cost.h"
-#include "plan/sm90/layer_plan.h"
+#include "plan/backend_sm90.h"
+#include "plan/sm90/explain_choice.h"
+#include "plan/sm90/kernel_roles.h"
 
 namespace hopyard::sm90 {
 namespace {
 
 using gemm::sm90::KernelAt;
-using gemm::sm90::KernelInfo;
-using gemm::sm90::MnMajorTwin;
-using gemm::sm90::NumKernels;
-using gemm::sm90::RowFormat;
-
-constexpr int64_t kAnyTokens = std::numeric_limits<int64_t>::max();
-
-// One of the GEMMs of a pass, as the kernel table and the cost model see it.
-struct Role {
-  const char* name = "";
-  RowFormat rows;
-  bool gated = false;
-  gemm::sm90::GemmShape shape;  // of the local experts that rows are routed to
-  int64_t shared_experts = 0;   // beside them, with every token's rows
-  // GEMM1's output must be rounded for GEMM2, which kernels that can (`fused`) do themselves.
-  bool rounded = false;
-  bool fused = false;
-  std::vector<int> kernels;  // that run it, by index
-  int forced = -1;           // the kernel that options.tactic names
-};
-
-// Kernels for K-major weights; those for MN-major ones stand in for them when a call brings such.
-std::vector<int> KernelsThatRun(const Role& role) {
-  std::vector<int> kernels;
-  for (int i = 0; i < NumKernels(); ++i) {
-    if (!KernelAt(i).mn_major && gemm::sm90::Runs(i, role.shape.weights, role.rows, role.gated)) {
-      kernels.push_back(i);
-    }
-  }
-  return kernels;
-}
-bool Fits(int index, const Role& role) {
-  return std::find(role.kernels.begin(), role.kernels.end(), index) != role.kernels.end();
-}
-bool HasName(int index, const std::string& name) {
-  return index >= 0 && KernelAt(index).name == name;
-}
-
-// GEMM1 and GEMM2 of a group of experts.
-void AddRoles(const MoeSpec& spec, const GroupFormats& formats, bool shared,
-              std::vector<Role>* roles) {
-  Role first;
-  first.name = shared ? "GEMM1 of shared experts" : "GEMM1";
-  first.rows = formats.operands.x;
-  first.gated = IsGated(spec.activation.kind);
-  first.rounded = formats.operands.h.format != Format::kBf16;
-  first.fused = formats.operands.fused_h;
-  first.shape = {formats.weights, spec.hidden_size, spec.intermediate_size,
-                 shared ? 0 : spec.num_local_experts()};
-  first.shared_experts = shared ? spec.shared.count : 0;
-  Role second;
-  second.name = shared ? "GEMM2 of shared experts" : "GEMM2";
-  second.rows = formats.operands.h;
-  second.shape = {formats.weights, spec.intermediate_size, spec.hidden_size, first.shape.experts};
-  second.shared_experts = first.shared_experts;
-  for (Role* role : {&first, &second}) {
-    role->kernels = KernelsThatRun(*role);
-    roles->push_back(std::move(*role));
-  }
-}
-
-// GEMM1, GEMM2, and the same of shared experts where their weights have another format.
-std::vector<Role> RolesOf(const MoeSpec& spec, bool rounded) {
-  std::vector<Role> roles;
-  AddRoles(spec, FormatsOf(spec, spec.weights, rounded), false, &roles);
-  if (spec.shared.count > 0 && spec.shared.weights != spec.weights) {
-    AddRoles(spec, FormatsOf(spec, spec.shared.weights, rounded), true, &roles);
-  } else {
-    roles[0].shared_experts = spec.shared.count;
-    roles[1].shared_experts = spec.shared.count;
-  }
-  return roles;
-}
-
-// Whether a plan may name kernels that round what the formats do not ask to be rounded.
-bool HasRounding(const MoeSpec& spec) {
-  return gemm::sm90::RoundedOperandsOf(spec.weights, spec.activations).has_value();
-}
-const char* RoundingOf(const MoeSpec& spec) {
-  return spec.weights == WeightFormat::kNvFp4 ? "rounds weights to e4m3"
-                                              : "rounds activations to e4m3 in blocks of 128";
-}
-
-// Index of the role's kernel of that name, its own or its MN-major twin's, or -1.
-int FindKernel(const Role& role, const std::string& name) {
-  for (int i = 0; i < NumKernels(); ++i) {
-    const bool named = HasName(i, name) || HasName(MnMajorTwin(i, false), name) ||
-                       HasName(MnMajorTwin(i, true), name);
-    if (Fits(i, role) && named) {
-      return i;
-    }
-  }
-  return -1;
-}
 
 // Marks the kernels that "gemm1" or "gemm1+gemm2" names; empty, or why it names none.
 std::string ForceTactic(const std::string& tactic, std::vector<Role>* roles) {
@@ -134,36 +42,6 @@ std::string ForceTactic(const std::string& tactic, std::vector<Role>* roles) {
     reason += ' ' + std::string(KernelAt(kernel).name);
   }
   return reason;
-}
-
-// A number of tokens, uniformly routed.
-struct Batch {
-  gemm::sm90::RowSpread routed;
-  gemm::sm90::RowSpread shared;
-
-  Batch(const MoeSpec& spec, int64_t tokens)
-      : routed(tokens, static_cast<double>(spec.top_k) / spec.num_experts), shared(tokens, 1.0) {}
-};
-
-bool RoundsApart(int index, const Role& role) {
-  return role.rounded && !(role.fused && KernelAt(index).rounds);
-}
-
-// What the cost model expects of kernel `index` in a role.
-double Microseconds(int index, const Role& role, const Batch& batch) {
-  double sum = 0.0;
-  gemm::sm90::GemmShape shape = role.shape;
-  for (const gemm::sm90::RowSpread* rows : {&batch.routed, &batch.shared}) {
-    if (shape.experts > 0) {
-      sum += EstimateMicroseconds(index, shape, *rows);
-      if (RoundsApart(index, role)) {
-        sum += gemm::sm90::EstimateRounding(rows->average() * static_cast<double>(shape.experts),
-                                            shape.features);
-      }
-    }
-    shape.experts = role.shared_experts;
-  }
-  return sum;
 }
 
 // A kernel for each role, with tiles of as many rows.
@@ -291,169 +169,82 @@ std::vector<TileChoice> CheapestTiles(const MoeSpec& spec, const std::vector<Rol
   return choices;
 }
 
-int KernelOf(const TileChoice& choice, size_t role) {
-  const GroupKernels& kernels = role < 2 ? choice.routed : choice.shared;
-  return role % 2 == 0 ? kernels.gemm1 : kernels.gemm2;
-}
-
-std::string RangeString(int64_t first, int64_t last) {
-  return "tokens " + std::to_string(first) +
-         (last == kAnyTokens ? " and more" : ".." + std::to_string(last));
-}
-
-// What the model expects of a kernel at some numbers of tokens: "12 us at 1, 95 us at 37".
-std::string TimesString(int index, const Role& role, const MoeSpec& spec,
-                        const std::set<int64_t>& tokens) {
-  std::string text;
-  for (const int64_t count : tokens) {
-    text += (text.empty() ? "about " : ", ") +
-            std::to_string(std::lround(Microseconds(index, role, Batch(spec, count)))) + " us at " +
-            std::to_string(count);
+// How a measured choice was found to be the fastest.
+std::string MeasuredString(const TunedRange& range) {
+  std::string text = fmt::format("{:.1f} us at {} tokens", range.us, range.tokens);
+  if (range.tactic != range.untuned) {
+    text += fmt::format(", untuned {} {:.1f} us", range.untuned, range.untuned_us);
   }
   return text;
 }
 
-// What became of the kernels in a role that they fit.
-class Judge {
- public:
-  Judge(const MoeSpec& spec, const PlanOptions& options, const std::vector<TileChoice>& tiles)
-      : spec_(spec), options_(options), tiles_(tiles) {}
-
-  struct Verdict {
-    bool chosen = false;
-    std::string reason;
-  };
-  [[nodiscard]] Verdict Of(int index, const Role& role, size_t number) const {
-    if (role.forced >= 0 && role.forced != index) {
-      return {false, "tactic " + options_.tactic + " was asked for"};
-    }
-    const std::string tile = "tiles of " + std::to_string(KernelAt(index).tokens) + " rows";
-    if (tiles_.empty()) {
-      return {false, "not every GEMM of this layer has a kernel with " + tile};
-    }
-    std::vector<Range> ranges;
-    int64_t first = 1;
-    for (const TileChoice& choice : tiles_) {
-      if (KernelOf(choice, number) == index) {
-        if (!ranges.empty() && ranges.back().last + 1 == first) {
-          ranges.back().last = choice.max_tokens;
-        } else {
-          ranges.push_back({first, choice.max_tokens});
-        }
-      }
-      first = choice.max_tokens == kAnyTokens ? kAnyTokens : choice.max_tokens + 1;
-    }
-    return ranges.empty() ? NotTaken(index, role, number) : Taken(index, role, ranges);
+// The kernels that the range names, with those for the other roles that the model takes at its
+// number of tokens; none where this build lacks one, or they do not fit each other.
+std::optional<TileChoice> MeasuredChoice(const MoeSpec& spec, const std::vector<Role>& roles,
+                                         const TunedRange& range) {
+  std::vector<Role> forced = roles;
+  if (range.tactic.empty() || !ForceTactic(range.tactic, &forced).empty()) {
+    return std::nullopt;
   }
-
- private:
-  struct Range {
-    int64_t first;
-    int64_t last;
-  };
-  [[nodiscard]] Verdict NotTaken(int index, const Role& role, size_t number) const {
-    const int64_t tokens = options_.max_tokens;
-    const int instead = KernelOf(ChoiceFor(tiles_, tokens), number);
-    return {false, TimesString(index, role, spec_, {tokens}) + " tokens, " +
-                       std::string(KernelAt(instead).name) + " " +
-                       TimesString(instead, role, spec_, {tokens}) +
-                       "; not taken for any number of tokens: ask for it by name"};
+  const Pick pick = CheapestPick(forced, Batch(spec, std::max<int64_t>(1, range.tokens)));
+  if (pick.kernels.empty()) {
+    return std::nullopt;
   }
-  [[nodiscard]] Verdict Taken(int index, const Role& role, const std::vector<Range>& ranges) const {
-    const KernelInfo info = KernelAt(index);
-    const std::string tile = "tiles of " + std::to_string(info.tokens) + " rows, blocks of " +
-                             std::to_string(info.features) + " features, ";
-    std::string all;
-    std::string text;
-    std::set<int64_t> tokens;
-    for (const Range& range : ranges) {
-      all += (all.empty() ? "" : " and ") + RangeString(range.first, range.last);
-      if (range.first <= options_.max_tokens) {
-        const int64_t last = std::min(range.last, options_.max_tokens);
-        tokens.insert({range.first, last});
-        text += (text.empty() ? "" : " and ") + RangeString(range.first, last);
+  TileChoice choice = ChoiceOf(pick, roles);
+  choice.measured = MeasuredString(range);
+  return choice;
+}
+
+// The part of `choices` for numbers of tokens from `first` to `last`.
+void AddPart(const std::vector<TileChoice>& choices, int64_t first, int64_t last,
+             std::vector<TileChoice>* out) {
+  for (const TileChoice& choice : choices) {
+    if (choice.max_tokens >= first) {
+      out->push_back(choice);
+      out->back().max_tokens = std::min(choice.max_tokens, last);
+      if (choice.max_tokens >= last) {
+        return;
       }
     }
-    if (text.empty()) {
-      return {false, all + ": max_tokens=" + std::to_string(options_.max_tokens) + " stays below"};
-    }
-    const std::string times = TimesString(index, role, spec_, tokens);
-    if (role.forced >= 0) {
-      return {true, "asked for by name; runs every number of tokens, " + times};
-    }
-    if (tiles_.size() == 1) {
-      text = options_.batch_invariant ? "every batch, as batch_invariant asks"
-                                      : "every number of tokens";
-    }
-    return {true, text + ": " + tile + times};
   }
+}
 
-  const MoeSpec& spec_;
-  const PlanOptions& options_;
-  const std::vector<TileChoice>& tiles_;
-};
-
-std::vector<Candidate> ListCandidates(const std::vector<Role>& roles, const Judge& judge) {
-  std::vector<Candidate> candidates;
-  for (int i = 0; i < NumKernels(); ++i) {
-    Candidate candidate;
-    candidate.kernel = KernelAt(i).name;
-    for (size_t r = 0; r < roles.size(); ++r) {
-      if (Fits(i, roles[r])) {
-        const Judge::Verdict verdict = judge.Of(i, roles[r], r);
-        candidate.chosen = candidate.chosen || verdict.chosen;
-        candidate.reason += (candidate.reason.empty() ? "" : "; ") + std::string(roles[r].name) +
-                            ", " + verdict.reason;
-      }
-    }
-    if (candidate.reason.empty()) {
+// `cheapest` where nothing was measured. Above the last range its kernels hold.
+std::vector<TileChoice> WithMeasured(const MoeSpec& spec, const std::vector<Role>& roles,
+                                     const std::vector<TileChoice>& cheapest,
+                                     const std::vector<TunedRange>& tuned) {
+  std::vector<TileChoice> choices;
+  int64_t first = 1;
+  for (const TunedRange& range : tuned) {
+    const int64_t last = &range == &tuned.back() ? kAnyTokens : range.last;
+    if (last < first) {
       continue;
     }
-    candidates.push_back(candidate);
-    for (const bool interleaved : {false, true}) {
-      const int twin = MnMajorTwin(i, interleaved);
-      if (twin >= 0) {
-        candidates.push_back({std::string(KernelAt(twin).name), false,
-                              "takes the place of " + candidate.kernel +
-                                  " in a GEMM whose weights are MN-major" +
-                                  (interleaved ? ", gate and up in alternate columns" : "")});
-      }
+    if (std::optional<TileChoice> choice = MeasuredChoice(spec, roles, range)) {
+      choice->max_tokens = last;
+      choices.push_back(*std::move(choice));
+    } else {
+      AddPart(cheapest, first, last, &choices);
     }
+    first = last == kAnyTokens ? last : last + 1;
   }
-  return candidates;
+  return choices;
 }
 
-// Kernels that a plan takes only if it names one of them, beside those of `roles`.
-void ListByNameOnly(const MoeSpec& spec, const std::vector<Role>& roles,
-                    std::vector<Candidate>* candidates) {
-  const std::vector<Role> rounded = RolesOf(spec, true);
-  for (int i = 0; i < NumKernels(); ++i) {
-    Candidate candidate{std::string(KernelAt(i).name), false, {}};
-    for (size_t r = 0; r < 2; ++r) {
-      if (Fits(i, rounded[r]) && !Fits(i, roles[r])) {
-        candidate.reason += std::string(candidate.reason.empty() ? "" : "; ") + rounded[r].name +
-                            ", by name only: " + RoundingOf(spec);
-      }
-    }
-    if (!candidate.reason.empty()) {
-      candidates->push_back(candidate);
-    }
-  }
+std::string TacticOf(const TileChoice& choice) {
+  return fmt::format("{}+{}", KernelAt(choice.routed.gemm1).name,
+                     KernelAt(choice.routed.gemm2).name);
 }
 
-std::string NoTileReason(const MoeSpec& spec, const std::vector<Role>& roles,
-                         const PlanOptions& options) {
-  for (const Role& role : roles) {
-    if (role.kernels.empty()) {
-      return "this build has no GPU kernel for " + std::string(role.name) + " of " +
-             std::string(ToString(role.shape.weights)) + " weights with " +
-             std::string(ToString(spec.activations)) + " activations; plan for the CPU";
-    }
+// The kernels of a role, cheapest first.
+std::vector<RankedTactics::Entry> RankRole(const Role& role, const Batch& batch) {
+  std::vector<RankedTactics::Entry> entries;
+  for (const int kernel : role.kernels) {
+    entries.push_back({std::string(KernelAt(kernel).name), Microseconds(kernel, role, batch)});
   }
-  return options.tactic.empty()
-             ? "no tile size has a GPU kernel for every GEMM of this layer; plan for the CPU"
-             : "tactic '" + options.tactic +
-                   "': the other GEMMs have no kernel with tiles of as many rows; name another";
+  std::stable_sort(entries.begin(), entries.end(),
+                   [](const auto& one, const auto& other) { return one.us < other.us; });
+  return entries;
 }
 
 // The roles that the tactic means: those of exact products, or, where it names a kernel that
@@ -486,7 +277,8 @@ std::string SpecReason(const MoeSpec& spec) {
 
 }  // namespace
 
-KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options) {
+KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options,
+                           const std::vector<TunedRange>& tuned) {
   KernelChoice out;
   Explanation& explanation = out.explanation;
   explanation.reason = SpecReason(spec);
@@ -502,6 +294,9 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options) {
   if (out.tiles.empty()) {
     explanation.reason = NoTileReason(spec, roles, options);
   } else {
+    if (options.tactic.empty() && !tuned.empty()) {
+      out.tiles = WithMeasured(spec, roles, out.tiles, tuned);
+    }
     // One choice for all batches; a tactic that names one GEMM's kernel fixes the other's, too.
     if (options.batch_invariant || !options.tactic.empty()) {
       out.tiles = {ChoiceFor(out.tiles, options.max_tokens)};
@@ -509,11 +304,25 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options) {
     }
     explanation.supported = true;
   }
-  explanation.candidates = ListCandidates(roles, Judge(spec, options, out.tiles));
-  if (!out.rounded && HasRounding(spec)) {
-    ListByNameOnly(spec, roles, &explanation.candidates);
-  }
+  explanation.candidates = ListCandidates(spec, options, roles, out);
   return out;
+}
+
+bool HasTactic(const MoeSpec& spec, const std::string& tactic) {
+  std::vector<Role> roles = RolesOf(spec, false);
+  return !tactic.empty() && SpecReason(spec).empty() && ForceTactic(tactic, &roles).empty() &&
+         !CheapestPick(roles, Batch(spec, 1)).kernels.empty();
+}
+
+RankedTactics RankTactics(const MoeSpec& spec, const PlanOptions& options, int64_t tokens) {
+  PlanOptions untuned = options;
+  untuned.tactic.clear();
+  const KernelChoice choice = ChooseKernels(spec, untuned, {});
+  HOPYARD_CHECK(choice.explanation.supported, kUnsupported) << choice.explanation.reason;
+  const std::vector<Role> roles = RolesOf(spec, false);
+  const Batch batch(spec, tokens);
+  return {TacticOf(ChoiceFor(choice.tiles, tokens)), RankRole(roles[0], batch),
+          RankRole(roles[1], batch)};
 }
 
 const TileChoice& ChoiceFor(const std::vector<TileChoice>& tiles, int64_t tokens) {

@@ -4,15 +4,20 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <string>
 #include <vector>
 
 #include "hopyard/permute.h"
 #include "hopyard/plan.h"
+#include "hopyard/tune.h"
 
 #include "gemm/sm90/operands.h"
 #include "plan/routing_layout.h"
 
 namespace hopyard::sm90 {
+
+struct RankedTactics;  // plan/backend_sm90.h
 
 // How a group of experts (routed or shared) reads its rows.
 struct GroupFormats {
@@ -29,12 +34,15 @@ struct GroupKernels {
   bool rounds_apart = false;
 };
 
+inline constexpr int64_t kAnyTokens = std::numeric_limits<int64_t>::max();
+
 // Kernels of passes with at most `max_tokens` tokens.
 struct TileChoice {
   int tile = 0;  // rows of a tile, for all GEMMs of a pass
   int64_t max_tokens = 0;
   GroupKernels routed;
   GroupKernels shared;
+  std::string measured;  // times that it was taken for; empty: the cost model's choice
 };
 
 struct KernelChoice {
@@ -42,7 +50,15 @@ struct KernelChoice {
   std::vector<TileChoice> tiles;  // ascending; the last takes any number of tokens
   bool rounded = false;           // the tactic named a kernel of RoundedOperandsOf
 };
-[[nodiscard]] KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options);
+// `tuned` ascends; its kernels are taken where this build has them and they fit, unless a tactic
+// names some. Empty: by the cost model alone.
+[[nodiscard]] KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options,
+                                         const std::vector<TunedRange>& tuned);
+// Whether a TunedRange may name the tactic.
+[[nodiscard]] bool HasTactic(const MoeSpec& spec, const std::string& tactic);
+// Backend::Rank. Precondition: ChooseKernels supports the spec.
+[[nodiscard]] RankedTactics RankTactics(const MoeSpec& spec, const PlanOptions& options,
+                                        int64_t tokens);
 
 // The choice for a pass over `tokens` tokens.
 [[nodiscard]] const TileChoice& ChoiceFor(const std::vector<TileChoice>& tiles, int64_t tokens);
@@ -57,15 +73,18 @@ struct Layout : RoutingLayout {
   int64_t shared_x_bytes = 0;
   int64_t x_block_scales = 0;  // f32 [tokens, ceil(hidden / 128)]
   int64_t x_row_scales = 0;    // f32 [tokens]
-  int64_t activation = 0;      // bf16 [rows, activation_pitch], where h is rounded apart
-  int64_t activation_pitch = 0;
-  int64_t h = 0;  // [slots] rows of h_bytes, in the formats of their groups
+  int64_t h = 0;               // [slots] rows of h_bytes, in the formats of their groups
   int64_t h_bytes = 0;
   int64_t h_block_scales = 0;  // f32 [slots, ceil(intermediate / 128)]
   int64_t h_row_scales = 0;    // f32 [slots]
   int64_t y = 0;               // bf16 [slots, hidden]
+  // bf16 [slots, activation_pitch]: what is rounded apart to h, in y's memory, which GEMM2 writes
+  // after.
+  int64_t activation = 0;
+  int64_t activation_pitch = 0;
 };
-[[nodiscard]] Layout MakeLayout(const MoeSpec& spec, const KernelChoice& choice, int64_t tokens);
+// As large whichever kernels run. `rounded`: of KernelChoice.
+[[nodiscard]] Layout MakeLayout(const MoeSpec& spec, bool rounded, int64_t tokens);
 
 [[nodiscard]] PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice);
 

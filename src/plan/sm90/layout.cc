@@ -19,63 +19,30 @@ int64_t RowBytes(const RowFormat& rows, int64_t cols) {
   return RoundUp(cols, unit) * SizeOf(rows.dtype);
 }
 
-// The most tiles that a pass over 1 .. `tokens` tokens lists, whichever kernels it takes.
-int64_t MostTiles(const MoeSpec& spec, const std::vector<TileChoice>& tiles, int64_t tokens) {
-  int64_t most = 0;
-  int64_t first = 1;
-  for (const TileChoice& choice : tiles) {
-    if (first > tokens) {
-      break;
-    }
-    const int64_t last = std::min(choice.max_tokens, tokens);
-    most = std::max(most, MaxTiles(last * spec.slots_per_token(), PermuteOptionsFor(spec, choice)));
-    first = last + 1;
-  }
-  return most;
-}
-
-// The most tokens of a pass, of at most `tokens`, whose intermediate is rounded in a pass of its
-// own.
-int64_t TokensRoundedApart(const std::vector<TileChoice>& tiles, int64_t tokens) {
-  int64_t most = 0;
-  for (const TileChoice& choice : tiles) {
-    if (choice.routed.rounds_apart) {
-      most = std::max(most, std::min(choice.max_tokens, tokens));
-    }
-  }
-  return most;
-}
-
-}  // namespace
-
-GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights, bool rounded) {
-  GroupFormats formats;
-  formats.weights = weights;
-  formats.operands = gemm::sm90::OperandsOf(weights, spec.activations);
-  if (rounded) {
-    formats.operands =
-        gemm::sm90::RoundedOperandsOf(weights, spec.activations).value_or(formats.operands);
-  }
-  return formats;
-}
-
-PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice) {
+// Without tiles.
+PermuteOptions SegmentsOf(const MoeSpec& spec) {
   PermuteOptions options;
   options.num_local_experts = spec.num_local_experts() + spec.shared.count;
-  options.tile = choice.tile;
-  for (const GroupKernels& kernels : {choice.routed, choice.shared}) {
-    for (const int kernel : {kernels.gemm1, kernels.gemm2}) {
-      options.cluster = std::max<int64_t>(options.cluster, gemm::sm90::KernelAt(kernel).cluster);
-    }
-  }
   return options;
 }
 
-Layout MakeLayout(const MoeSpec& spec, const KernelChoice& choice, int64_t tokens) {
-  const std::vector<TileChoice>& tiles = choice.tiles;
-  const GroupFormats routed = FormatsOf(spec, spec.weights, choice.rounded);
+// The most tiles that a pass over up to `slots` slots lists, whichever kernels it takes.
+int64_t MostTiles(const MoeSpec& spec, int64_t slots) {
+  int64_t most = 0;
+  PermuteOptions options = SegmentsOf(spec);
+  for (int i = 0; i < gemm::sm90::NumKernels(); ++i) {
+    const gemm::sm90::KernelInfo info = gemm::sm90::KernelAt(i);
+    options.tile = info.tokens;
+    options.cluster = info.cluster;
+    most = std::max(most, MaxTiles(slots, options));
+  }
+  return most;
+}
+
+Layout LayoutOf(const MoeSpec& spec, bool rounded, int64_t tokens) {
+  const GroupFormats routed = FormatsOf(spec, spec.weights, rounded);
   const GroupFormats shared =
-      spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights, choice.rounded) : routed;
+      spec.shared.count > 0 ? FormatsOf(spec, spec.shared.weights, rounded) : routed;
   Layout layout;
   layout.x_bytes = RowBytes(routed.operands.x, spec.hidden_size);
   layout.shared_x_bytes = RowBytes(shared.operands.x, spec.hidden_size);
@@ -91,23 +58,54 @@ Layout MakeLayout(const MoeSpec& spec, const KernelChoice& choice, int64_t token
   const bool h_blocks = routed.operands.h.format == Format::kFp8Block1x128;
   const bool per_token = spec.activations == ActivationFormat::kNvFp4PerToken;
   const bool x_rows = per_token || routed.operands.x.format == Format::kFp8PerRow;
-  layout.TakeRouting(spec, tokens, MostTiles(spec, tiles, tokens));
+  layout.TakeRouting(spec, tokens, MostTiles(spec, tokens * spec.slots_per_token()));
   layout.num_tokens = layout.Take(4);
-  layout.permute_scratch = layout.Take(
-      4 * permute::PermuteScratchInts(layout.slots, PermuteOptionsFor(spec, tiles.front())));
+  layout.permute_scratch =
+      layout.Take(4 * permute::PermuteScratchInts(layout.slots, SegmentsOf(spec)));
   layout.x = layout.Take(tokens * layout.x_bytes);
   layout.shared_x = routed.operands.x == shared.operands.x
                         ? layout.x
                         : layout.Take(tokens * layout.shared_x_bytes);
   layout.x_block_scales = layout.Take(x_blocks ? tokens * CeilDiv(spec.hidden_size, 128) * 4 : 0);
   layout.x_row_scales = layout.Take(x_rows ? tokens * 4 : 0);
-  layout.activation = layout.Take(TokensRoundedApart(tiles, tokens) * spec.slots_per_token() *
-                                  layout.activation_pitch * 2);
   layout.h = layout.Take(layout.slots * layout.h_bytes);
   layout.h_block_scales =
       layout.Take(h_blocks ? layout.slots * CeilDiv(spec.intermediate_size, 128) * 4 : 0);
   layout.h_row_scales = layout.Take(per_token ? layout.slots * 4 : 0);
-  layout.y = layout.Take(layout.slots * spec.hidden_size * 2);
+  const bool rounds =
+      routed.operands.h.format != Format::kBf16 || shared.operands.h.format != Format::kBf16;
+  layout.y = layout.Take(layout.slots *
+                         std::max(spec.hidden_size, rounds ? layout.activation_pitch : 0) * 2);
+  layout.activation = layout.y;
+  return layout;
+}
+}  // namespace
+
+GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights, bool rounded) {
+  GroupFormats formats;
+  formats.weights = weights;
+  formats.operands = gemm::sm90::OperandsOf(weights, spec.activations);
+  if (rounded) {
+    formats.operands =
+        gemm::sm90::RoundedOperandsOf(weights, spec.activations).value_or(formats.operands);
+  }
+  return formats;
+}
+
+PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice) {
+  PermuteOptions options = SegmentsOf(spec);
+  options.tile = choice.tile;
+  for (const GroupKernels& kernels : {choice.routed, choice.shared}) {
+    for (const int kernel : {kernels.gemm1, kernels.gemm2}) {
+      options.cluster = std::max<int64_t>(options.cluster, gemm::sm90::KernelAt(kernel).cluster);
+    }
+  }
+  return options;
+}
+
+Layout MakeLayout(const MoeSpec& spec, bool rounded, int64_t tokens) {
+  Layout layout = LayoutOf(spec, rounded, tokens);
+  layout.bytes = std::max(layout.bytes, LayoutOf(spec, !rounded, tokens).bytes);
   return layout;
 }
 

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+// Measured ranges in plans for a GPU, made without one: which kernels they replace, and what the
+// tuner is told of the others.
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "bench/shapes.h"
+#include "plan/backend_sm90.h"
+#include "tests/forward_runner.h"
+
+namespace hopyard::sm90 {
+namespace {
+
+const Backend& Hopper() {
+  return *FindBackend();
+}
+
+PlanOptions OptionsFor(int64_t max_tokens) {
+  PlanOptions options;
+  options.max_tokens = max_tokens;
+  return options;
+}
+
+// GEMM1+GEMM2 for so many tokens alone.
+std::string PickAt(const MoeSpec& spec, int64_t tokens, const std::vector<TunedRange>& tuned) {
+  PlanOptions options = OptionsFor(tokens);
+  options.batch_invariant = true;
+  std::string names;
+  for (const Candidate& candidate : Hopper().Choose(spec, options, tuned).candidates) {
+    names += candidate.chosen ? (names.empty() ? "" : "+") + candidate.kernel : "";
+  }
+  return names;
+}
+
+TunedRange RangeOf(int64_t last, int64_t tokens, const std::string& tactic) {
+  TunedRange range;
+  range.last = last;
+  range.tokens = tokens;
+  range.tactic = tactic;
+  range.us = 95.123;
+  range.untuned = "some_gemm1+some_gemm2";
+  range.untuned_us = 97.2;
+  return range;
+}
+
+// A pair that fits and is not what an untuned plan takes at that number of tokens.
+std::string OtherTactic(const MoeSpec& spec, int64_t tokens) {
+  const RankedTactics ranked = Hopper().Rank(spec, OptionsFor(tokens), tokens);
+  for (auto one = ranked.gemm1.rbegin(); one != ranked.gemm1.rend(); ++one) {
+    for (const RankedTactics::Entry& two : ranked.gemm2) {
+      const std::string tactic = one->kernel + '+' + two.kernel;
+      if (tactic != ranked.untuned && Hopper().HasTactic(spec, OptionsFor(tokens), tactic)) {
+        return tactic;
+      }
+    }
+  }
+  return {};
+}
+
+std::string ReasonOf(const Explanation& explanation, const std::string& kernel) {
+  for (const Candidate& candidate : explanation.candidates) {
+    if (candidate.kernel == kernel) {
+      return candidate.reason;
+    }
+  }
+  return "no such candidate";
+}
+
+MoeSpec Spec() {
+  return bench::FindShape("qwen3-30b-a3b")->spec;
+}
+
+TEST(TunedChoice, RangesReplaceTheModelsKernelsAndTheLastOneHoldsAbove) {
+  const MoeSpec spec = Spec();
+  const std::string low = OtherTactic(spec, 8);
+  const std::string high = OtherTactic(spec, 4096);
+  ASSERT_NE(low, high);
+  const std::vector<TunedRange> tuned = {RangeOf(8, 8, low), RangeOf(64, 32, "gone+gone"),
+                                         RangeOf(100, 100, high)};
+  for (const int64_t tokens : {1, 5, 8}) {
+    EXPECT_EQ(PickAt(spec, tokens, tuned), low) << tokens;
+  }
+  for (const int64_t tokens : {9, 17, 40, 64}) {
+    EXPECT_EQ(PickAt(spec, tokens, tuned), PickAt(spec, tokens, {})) << tokens;
+  }
+  for (const int64_t tokens : {65, 100, 101, 8192, 1000000}) {
+    EXPECT_EQ(PickAt(spec, tokens, tuned), high) << tokens;
+  }
+  // A plan for all of them has the choices of each, and says so.
+  std::string chosen;
+  for (const Candidate& candidate : Hopper().Choose(spec, OptionsFor(8192), tuned).candidates) {
+    chosen += candidate.chosen ? candidate.kernel + ' ' : "";
+  }
+  for (const std::string& tactic : {low, high, PickAt(spec, 9, {})}) {
+    EXPECT_NE(chosen.find(tactic.substr(0, tactic.find('+'))), std::string::npos) << chosen;
+    EXPECT_NE(chosen.find(tactic.substr(tactic.find('+') + 1)), std::string::npos) << chosen;
+  }
+}
+
+TEST(TunedChoice, AMissingLastRangeLeavesTheModelsKernelsAbove) {
+  const MoeSpec spec = Spec();
+  const std::vector<TunedRange> tuned = {RangeOf(8, 8, OtherTactic(spec, 8)),
+                                         RangeOf(64, 64, "gone+gone")};
+  for (const int64_t tokens : {9, 64, 65, 8192}) {
+    EXPECT_EQ(PickAt(spec, tokens, tuned), PickAt(spec, tokens, {})) << tokens;
+  }
+}
+
+// The other GEMM's kernel is the model's at the measured number of tokens.
+TEST(TunedChoice, ATacticOfOneKernelIsCompleted) {
+  const MoeSpec spec = Spec();
+  const std::string tactic = OtherTactic(spec, 8);
+  const std::string first = tactic.substr(0, tactic.find('+'));
+  const std::string pick = PickAt(spec, 4, {RangeOf(64, 8, first)});
+  EXPECT_EQ(pick.substr(0, pick.find('+')), first);
+  EXPECT_TRUE(Hopper().HasTactic(spec, OptionsFor(8), pick)) << pick;
+  EXPECT_TRUE(Hopper().HasTactic(spec, OptionsFor(8), first));
+}
+
+TEST(TunedChoice, ReasonsSayWhatWasMeasured) {
+  const MoeSpec spec = Spec();
+  const std::string tactic = OtherTactic(spec, 8);
+  const std::string first = tactic.substr(0, tactic.find('+'));
+  TunedRange same = RangeOf(64, 64, tactic);
+  same.untuned = tactic;
+  const std::vector<TunedRange> tuned = {RangeOf(8, 8, tactic), same};
+  const std::string reason = ReasonOf(Hopper().Choose(spec, OptionsFor(64), tuned), first);
+  EXPECT_NE(reason.find("GEMM1, tokens 1..64: tiles of "), std::string::npos) << reason;
+  EXPECT_NE(reason.find("tuned: 95.1 us at 8 tokens, untuned some_gemm1+some_gemm2 97.2 us, "
+                        "95.1 us at 64 tokens"),
+            std::string::npos)
+      << reason;
+  // Nothing of ranges that no batch reaches.
+  const std::string small = ReasonOf(Hopper().Choose(spec, OptionsFor(8), tuned), first);
+  EXPECT_EQ(small.find("at 64 tokens"), std::string::npos) << small;
+  EXPECT_EQ(ReasonOf(Hopper().Choose(spec, OptionsFor(8), {}), first).find("tuned"),
+            std::string::npos);
+}
+
+TEST(TunedChoice, ANamedTacticWins) {
+  const MoeSpec spec = Spec();
+  PlanOptions options = OptionsFor(8);
+  options.tactic = Hopper().Rank(spec, options, 8).untuned;
+  const std::vector<TunedRange> tuned = {RangeOf(64, 8, OtherTactic(spec, 8))};
+  EXPECT_EQ(Hopper().Choose(spec, options, tuned).candidates,
+            Hopper().Choose(spec, options, {}).candidates);
+}
+
+// Kernels that round more than the formats ask come from no table.
+TEST(TunedChoice, NoTableNamesAKernelThatRoundsMore) {
+  const MoeSpec spec = test::SmallSpec(WeightFormat::kMxFp4, ActivationFormat::kMxFp8);
+  int by_name = 0;
+  for (const Candidate& candidate : Hopper().Choose(spec, OptionsFor(64), {}).candidates) {
+    PlanOptions named = OptionsFor(64);
+    named.tactic = candidate.kernel;
+    if (candidate.reason.find("GEMM1, by name only") == std::string::npos) {
+      continue;
+    }
+    ++by_name;
+    EXPECT_TRUE(Hopper().Choose(spec, named, {}).supported) << candidate.kernel;
+    EXPECT_FALSE(Hopper().HasTactic(spec, OptionsFor(64), candidate.kernel));
+    EXPECT_EQ(PickAt(spec, 64, {RangeOf(64, 64, candidate.kernel)}), PickAt(spec, 64, {}));
+  }
+  EXPECT_GT(by_name, 0);
+}
+
+TEST(TunedChoice, HasTacticDeniesWhatDoesNotRun) {
+  const MoeSpec spec = Spec();
+  const RankedTactics ranked = Hopper().Rank(spec, OptionsFor(8), 8);
+  EXPECT_TRUE(Hopper().HasTactic(spec, OptionsFor(8), ranked.untuned));
+  for (const std::string& tactic :
+       {std::string(), std::string("gone"), ranked.gemm1[0].kernel + "+gone",
+        ranked.gemm1[0].kernel + '+', ranked.gemm2[0].kernel,
+        ranked.gemm2[0].kernel + '+' + ranked.gemm1[0].kernel}) {
+    EXPECT_FALSE(Hopper().HasTactic(spec, OptionsFor(8), tactic)) << tactic;
+  }
+  MoeSpec odd = spec;
+  odd.hidden_size = 252;
+  EXPECT_FALSE(Hopper().HasTactic(odd, OptionsFor(8), ranked.untuned));
+}
+
+TEST(TunedChoice, RanksEveryKernelOfEachGemmCheapestFirst) {
+  for (const bench::ModelShape& model : bench::ModelShapes()) {
+    for (const int64_t tokens : {1, 64, 4096}) {
+      const RankedTactics ranked = Hopper().Rank(model.spec, OptionsFor(8192), tokens);
+      EXPECT_EQ(ranked.untuned, PickAt(model.spec, tokens, {})) << model.name;
+      for (const auto* entries : {&ranked.gemm1, &ranked.gemm2}) {
+        ASSERT_FALSE(entries->empty());
+        EXPECT_TRUE(
+            std::is_sorted(entries->begin(), entries->end(),
+                           [](const auto& one, const auto& other) { return one.us < other.us; }));
+        EXPECT_GT(entries->front().us, 0.0);
+      }
+      for (const RankedTactics::Entry& entry : ranked.gemm1) {
+        EXPECT_TRUE(Hopper().HasTactic(model.spec, OptionsFor(8192), entry.kernel))
+            << model.name << ' ' << entry.kernel;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hopyard::sm90
