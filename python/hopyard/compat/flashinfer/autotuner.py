@@ -47,7 +47,6 @@ from hopyard.compat.flashinfer.autotuner_config import (
     profiles_of,
     shapes_of,
 )
-from hopyard.compat.flashinfer.autotuner_file import Loaded
 from hopyard.compat.flashinfer.autotuner_group import Choices, Group, Winner
 from hopyard.compat.flashinfer.autotuner_inputs import (
     ValueProfileArena,
@@ -461,7 +460,7 @@ def autotune(
     tuner = AutoTuner.get()
     if cache is not None:
         with tuner._lock:
-            tuner.store.file = Loaded()
+            tuner.store.forget_file()
             with contextlib.suppress(FileNotFoundError):
                 tuner.load_configs(cache)
     try:

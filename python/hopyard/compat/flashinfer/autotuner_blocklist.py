@@ -90,6 +90,10 @@ class TacticsBlocklist:
             return list(tactics)
         return [tactic for tactic in tactics if hashable(tactic) not in blocked]
 
+    def tactics(self, scope: str) -> set[Any]:
+        """The tactics of "op::Runner" that are blocked."""
+        return set(self._blocked.get(scope, ()))
+
     def summary(self) -> dict[str, int]:
         """Number of tactics by "op::Runner"."""
         return {scope: len(tactics) for scope, tactics in self._blocked.items()}

@@ -21,6 +21,8 @@ METADATA_KEY = "_metadata"
 RECORDS_KEY = "_records"
 GENERATION_KEY = "_generation"
 _RESERVED = (METADATA_KEY, RECORDS_KEY, GENERATION_KEY)
+# What the library's own tables say of themselves (src/tune/table_json.cc).
+_TABLE_FORMAT = "hopyard tuning table"
 _UNKNOWN = (None, "unknown", "None")
 _WILDCARD = "*"
 
@@ -102,7 +104,7 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no file.
         json.JSONDecodeError: it is no JSON.
-        ValueError: it is no object.
+        ValueError: it is no object, or a table of the library's.
     """
     try:
         document = json.loads(path.read_bytes().decode("utf-8", errors="replace"))
@@ -112,6 +114,11 @@ def read_document(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds a {type(document).__name__}, wanted a JSON object")
+    if document.get("format") == _TABLE_FORMAT:
+        raise ValueError(
+            f"{path} is a table of hopyard.autotune, wanted a file of this tuner: "
+            "give another name here, and the table to hopyard.use_tuning"
+        )
     return document
 
 
@@ -204,7 +211,7 @@ def load(path: Path) -> Loaded:
     Raises:
         FileNotFoundError: there is no file.
         json.JSONDecodeError: it is no JSON.
-        ValueError: it is no object.
+        ValueError: it is no object, or a table of the library's.
     """
     document = read_document(path)
     generation = generation_of(document)

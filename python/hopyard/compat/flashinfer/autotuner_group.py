@@ -36,12 +36,12 @@ class Choices:
 
     Attributes:
         call: what was tuned, profile by profile: must be the same on every rank.
-        winners: for each profile, None where there is none.
+        winners: for each profile, None where there is none; or a record.
         error: why there is nothing.
     """
 
     call: tuple[tuple[Any, ...], ...]
-    winners: tuple[Winner | None, ...] = ()
+    winners: tuple[Any, ...] = ()
     error: str = ""
 
     @property
@@ -49,7 +49,7 @@ class Choices:
         """Whether tactics are wanted in order; the last word of each profile."""
         return bool(self.call and self.call[0][-1])
 
-    def of(self, winners: tuple[Winner | None, ...]) -> Choices:
+    def of(self, winners: tuple[Any, ...]) -> Choices:
         """The same call with its winners."""
         return replace(self, winners=winners)
 

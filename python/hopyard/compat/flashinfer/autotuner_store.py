@@ -28,6 +28,7 @@ class ChoiceStore:
         file: what the cache file holds.
         mergers: of records that several processes write.
         dirty: whether there is something that no file has.
+        version: another number whenever records have changed.
     """
 
     def __init__(self) -> None:
@@ -35,15 +36,21 @@ class ChoiceStore:
         self.file = files.Loaded()
         self.mergers: dict[str, files.Merger] = {}
         self.dirty = False
+        self.version = 0
         self._published: dict[str, dict[str, Any]] = {}
         self._bundled: files.Configs | None = None
         self._reported: set[Any] = set()
 
     def clear(self) -> None:
         """Forget everything but how records are merged."""
-        mergers = self.mergers
+        mergers, version = self.mergers, self.version
         self.__init__()  # type: ignore[misc]
-        self.mergers = mergers
+        self.mergers, self.version = mergers, version + 1
+
+    def forget_file(self) -> None:
+        """Forget what files said."""
+        self.file = files.Loaded()
+        self.version += 1
 
     # --- files
 
@@ -53,6 +60,7 @@ class ChoiceStore:
         self.file.configs |= loaded.configs
         self.file.records |= loaded.records
         self.file.generation = loaded.generation
+        self.version += 1
         return loaded.accepted
 
     def save(self, path: str | os.PathLike[str]) -> bool:
@@ -79,11 +87,15 @@ class ChoiceStore:
             raise TypeError(f"records is a {type(records).__name__}, wanted a dict")
         self._published[namespace] = json.loads(json.dumps(records))
         self.dirty = True
+        self.version += 1
 
     def record(self, namespace: str) -> dict[str, Any]:
-        """An object as published here, else as loaded, else empty."""
+        """An object as published here, else as loaded, else empty; both merged where possible."""
         files.check_namespace(namespace)
-        records = self._published.get(namespace, self.file.records.get(namespace, {}))
+        loaded = self.file.records.get(namespace, {})
+        records = self._published.get(namespace, loaded)
+        if namespace in self.mergers and records is not loaded and loaded:
+            records = self.mergers[namespace](loaded, records)
         copied: dict[str, Any] = json.loads(json.dumps(records))
         return copied
 
