@@ -55,7 +55,7 @@ class Head {
         weights_(slots_),
         slot_weights_(slots_),
         local_slots_(slots_),
-        chunk_counts_(permute::PermuteScratchInts(slots_, options_)),
+        chunk_counts_(permute::PermuteScratchInts(slots_, options_.num_local_experts)),
         maps_(2 * (options_.num_local_experts + 1) + 3 * slots_ + 3 * max_tiles_ + 2),
         x_(tokens * spec.hidden_size),
         rounded_(tokens * pitch() * SizeOf(to_.dtype)),
@@ -118,7 +118,7 @@ class Head {
       return begin;
     };
     permute::PermuteSm90Args args;
-    args.options = options_;
+    args.segments = options_.num_local_experts;
     args.max_tokens = tokens_;
     args.slots_per_token = spec_.slots_per_token();
     args.local_slots = local_slots_.get();
@@ -128,10 +128,7 @@ class Head {
     args.slot_to_row = take(slots_);
     args.row_to_slot = take(slots_);
     args.row_to_token = take(slots_);
-    args.tile_expert = take(max_tiles_);
-    args.tile_row_begin = take(max_tiles_);
-    args.tile_row_end = take(max_tiles_);
-    args.num_tiles = take(1);
+    args.tiles[0] = {kTile, 1, take(max_tiles_), take(max_tiles_), take(max_tiles_), take(1)};
     args.num_rows = take(1);
     return args;
   }

@@ -7,7 +7,8 @@ if(HOPYARD_CUDA)
 else()
   list(FILTER hopyard_sources EXCLUDE REGEX "/src/plan/sm90/")
 endif()
-add_library(hopyard ${hopyard_sources})
+include(hopyard_tables)
+add_library(hopyard ${hopyard_sources} ${hopyard_tables_source})
 add_library(hopyard::hopyard ALIAS hopyard)
 target_include_directories(
   hopyard

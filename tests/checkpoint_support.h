@@ -15,45 +15,18 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
-#include <unistd.h>
 
 #include "hopyard/checkpoint.h"
 #include "hopyard/error.h"
 
 #include "formats/codes.h"
+#include "tests/temporary_directory.h"
 
 namespace hopyard::checkpoint_test {
 
 using Json = nlohmann::ordered_json;
 
-// A directory that vanishes with the object.
-class TemporaryDirectory {
- public:
-  TemporaryDirectory() {
-    std::string pattern =
-        (std::filesystem::temp_directory_path() / "hopyard_checkpoint_XXXXXX").string();
-    const char* made = ::mkdtemp(pattern.data());
-    if (made == nullptr) {
-      std::abort();
-    }
-    path_ = made;
-  }
-  ~TemporaryDirectory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-
-  [[nodiscard]] const std::string& path() const { return path_; }
-  [[nodiscard]] std::string operator/(const std::string& name) const { return path_ + "/" + name; }
-  void Write(const std::string& name, const std::string& bytes) const {
-    std::ofstream(*this / name, std::ios::binary) << bytes;
-  }
-
- private:
-  std::string path_;
-};
+using test::TemporaryDirectory;
 
 // Bytes of a safetensors file with this header text, whatever it says.
 inline std::string RawFile(const std::string& header, const std::string& data) {

@@ -91,7 +91,7 @@ class Plan {
 Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options);
 
 // The same decision without throwing for unsupported specs and too small a workspace_cap; needs no
-// device. On a GPU a candidate's reason says for which numbers of tokens it is taken.
+// device. A candidate's reason says for which numbers of tokens it is taken.
 Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& options);
 
 }  // namespace hopyard

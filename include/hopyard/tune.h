@@ -97,11 +97,11 @@ class TuningTable {
   [[nodiscard]] const std::vector<TunedLayer>& layers() const { return layers_; }  // by key
   // The layer of this key; null where there is none.
   [[nodiscard]] const TunedLayer* Find(const TuningKey& key) const;
-  // That of a plan's layer: of its key, else the first whose key differs in `path` or `routing`
-  // alone: the same kernels run it.
+  // That of a plan's layer: of its key, else the first whose key differs in `routing` alone, else
+  // in `path`, too: the same kernels run it.
   [[nodiscard]] const TunedLayer* FindFor(const TuningKey& key) const;
   // Adds a layer, or replaces the one of its key. Error{kInvalidArgument} for ranges that do not
-  // ascend.
+  // ascend, and for numbers that are not finite.
   void Put(TunedLayer layer);
   bool Erase(const TuningKey& key);
   // Puts all layers of `other`. Error{kInvalidArgument} where it is of another machine.
@@ -117,6 +117,7 @@ class TuningTable {
   // Merges into what the file holds (this table's layers win) and replaces it in one step, also
   // beside other writers: a reader sees the old file or the new one. Error{kInvalidArgument} where
   // the file is of another machine or no table, or cannot be written: it stays as it is.
+  // Error{kTimeout} where another writer does not end. Leaves `path`.lock, which writers wait for.
   void Save(const std::string& path) const;
 
   friend bool operator==(const TuningTable&, const TuningTable&) = default;
@@ -127,15 +128,16 @@ class TuningTable {
 };
 
 // Tables that plans of this process look into when they are made, after PlanOptions::tuning and
-// before those that come with the library. A table of a machine that is none of this process's
-// devices is never found; that is reported once per table (TuningStats::ignored).
+// before those that come with the library; the last one given first. The file that the
+// environment's HOPYARD_TUNING_FILE names, read by the first plan, comes after all of them. A table
+// of another machine is never found; that is reported once per table (TuningStats::ignored).
 void UseTuning(const TuningTable& table);
-void ForgetTuning();
+void ForgetTuning();  // those that UseTuning has given
 
 // Since the process began, or ResetTuningStats.
 struct TuningStats {
   int64_t hits = 0;      // plans that found their layer
-  int64_t misses = 0;    // plans that did not, where tables were to be looked into
+  int64_t misses = 0;    // plans that did not; named tactics and PlanOptions::untuned look none up
   int64_t stale = 0;     // tactics found that this build does not have: the untuned choice ran
   int64_t measured = 0;  // candidates measured
   std::vector<std::string> missed;   // keys of the misses, once each
@@ -195,7 +197,7 @@ struct TuneOptions {
                                const TuneOptions& options = {}, Stream stream = {});
 
 // The layer of this key out of a file that another process writes: looks until it is there.
-// Error{kTimeout} after `seconds`.
+// Error{kTimeout} after `seconds`, Error{kInvalidArgument} for a file that is no table.
 [[nodiscard]] TunedLayer WaitForTuning(const std::string& path, const TuningKey& key,
                                        double seconds);
 

@@ -21,6 +21,22 @@ from hopyard.formats import Format, Quantized, dequantize, quantize
 from hopyard.layer import CallOptions, Candidate, Explanation, MoeLayer, PlanOptions, explain
 from hopyard.routing import fused_topk_deepseek, route
 from hopyard.spec import Activation, ExpertMap, MoeSpec, RoutingRule, SharedExperts
+from hopyard.tuning import (
+    CallPath,
+    TunedLayer,
+    TunedRange,
+    TuningFault,
+    TuningKey,
+    TuningMachine,
+    TuningStats,
+    TuningTable,
+    forget_tuning,
+    reset_tuning_stats,
+    token_buckets,
+    tuning_stats,
+    use_tuning,
+    wait_for_tuning,
+)
 from hopyard.weights import ExpertWeights, Matrix, Weights
 
 __version__ = "0.1.0"
@@ -29,6 +45,7 @@ __all__ = [
     "Activation",
     "Array",
     "CallOptions",
+    "CallPath",
     "Candidate",
     "Checkpoint",
     "ExpertMap",
@@ -44,15 +61,28 @@ __all__ = [
     "Quantized",
     "RoutingRule",
     "SharedExperts",
+    "TunedLayer",
+    "TunedRange",
+    "TuningFault",
+    "TuningKey",
+    "TuningMachine",
+    "TuningStats",
+    "TuningTable",
     "Weights",
     "dequantize",
     "explain",
+    "forget_tuning",
     "from_bf16",
     "fused_topk_deepseek",
     "load_layer",
     "quantize",
+    "reset_tuning_stats",
     "route",
     "to_bf16",
+    "token_buckets",
+    "tuning_stats",
+    "use_tuning",
+    "wait_for_tuning",
 ]
 
 # Functions that need transformers, which the package imports when one of them is used.

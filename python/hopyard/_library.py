@@ -76,5 +76,7 @@ for _function in (
     lib.update_weights,
     lib.new_tensor,
     lib.copy_tensor,
-):  # what computes, copies, or waits for a GPU
+    lib.save_tuning_table,
+    lib.wait_for_tuning,
+):  # what computes, copies, or waits for a GPU or another process
     _function.release_gil = True  # whatever the environment's default is

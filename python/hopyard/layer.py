@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from hopyard._library import call_layer, lib
 from hopyard.arrays import (
@@ -24,6 +24,9 @@ from hopyard.spec import MoeSpec, spec_to_map
 from hopyard.weights import Weights
 from hopyard.workspace import Workspaces
 
+if TYPE_CHECKING:
+    from hopyard.tuning import TuningTable
+
 
 class PlanOptions(TypedDict, total=False):
     """Options of a layer.
@@ -36,6 +39,12 @@ class PlanOptions(TypedDict, total=False):
         num_threads: 0 = all that OpenMP gives when the layer is made.
         overlap_launches: GPU: a call's kernels may be scheduled before the work ahead of them has
             ended. Off by default; the environment's HOPYARD_OVERLAP_LAUNCHES=0 keeps it off.
+        given_ids: calls give experts and weights; else logits. This and the next two choose among
+            measurements; a layer runs calls of every kind.
+        unfinalised: calls get the rows instead of the output.
+        records_replay: calls record the selected ids.
+        tuning: a table to look into before those that `hopyard.use_tuning` has given.
+        untuned: choose kernels without any measurements.
     """
 
     max_tokens: int
@@ -44,6 +53,18 @@ class PlanOptions(TypedDict, total=False):
     workspace_cap: int
     num_threads: int
     overlap_launches: bool
+    given_ids: bool
+    unfinalised: bool
+    records_replay: bool
+    tuning: TuningTable | None
+    untuned: bool
+
+
+def options_to_map(options: PlanOptions) -> dict[str, Any]:
+    """Options as the extension reads them."""
+    fields: dict[str, Any] = dict(options)
+    tuning = fields.get("tuning")
+    return {**fields, "tuning": getattr(tuning, "_handle", tuning)}
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,9 @@ def explain(spec: MoeSpec, device: Device = "cpu", **options: Unpack[PlanOptions
     Raises:
         ValueError: the spec means nothing. An unsupported spec is an answer, not an error.
     """
-    answer = lib.explain(spec_to_map(spec), {"max_tokens": 1, **options}, parse_device(device))
+    answer = lib.explain(
+        spec_to_map(spec), options_to_map({"max_tokens": 1, **options}), parse_device(device)
+    )
     return Explanation(
         supported=bool(answer["supported"]),
         reason=str(answer["reason"]),
@@ -151,7 +174,7 @@ class MoeLayer:
         self._weights = weights
         self._options: PlanOptions = {**options, "max_tokens": max_tokens}
         self._device = parse_device(weights.device if device is None else device, weights._device)
-        self._plan = lib.make_plan(spec_to_map(spec), dict(self._options), self._device)
+        self._plan = lib.make_plan(spec_to_map(spec), options_to_map(self._options), self._device)
         self._require_fit(weights)
         self._workspaces = Workspaces(self.workspace_bytes, self._device)
 

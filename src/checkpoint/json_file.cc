@@ -128,26 +128,35 @@ int64_t FieldReader::IntOr(const std::string& name, IntRange range, int64_t fall
   return Has(name) ? Int(name, range) : fallback;
 }
 
-bool FieldReader::BoolOr(const std::string& name, bool fallback) const {
-  if (!Has(name)) {
-    return fallback;
-  }
+bool FieldReader::Bool(const std::string& name) const {
   const nlohmann::json& value = Required(name);
   HOPYARD_CHECK(value.is_boolean(), kInvalidArgument)
       << Where(name) << " is " << ValueText(value) << "; true or false is wanted";
   return value.get<bool>();
 }
 
-float FieldReader::FloatOr(const std::string& name, float fallback) const {
-  if (!Has(name)) {
-    return fallback;
-  }
+bool FieldReader::BoolOr(const std::string& name, bool fallback) const {
+  return Has(name) ? Bool(name) : fallback;
+}
+
+double FieldReader::Number(const std::string& name) const {
+  const nlohmann::json& value = Required(name);
+  HOPYARD_CHECK(value.is_number(), kInvalidArgument)
+      << Where(name) << " is " << ValueText(value) << "; a number is wanted";
+  return value.get<double>();
+}
+
+float FieldReader::Float(const std::string& name) const {
   const nlohmann::json& value = Required(name);
   const double number = value.is_number() ? value.get<double>() : 0.0;
   HOPYARD_CHECK(value.is_number() && std::abs(number) <= std::numeric_limits<float>::max(),
                 kInvalidArgument)
       << Where(name) << " is " << ValueText(value) << "; a finite number is wanted";
   return static_cast<float>(number);
+}
+
+float FieldReader::FloatOr(const std::string& name, float fallback) const {
+  return Has(name) ? Float(name) : fallback;
 }
 
 std::string FieldReader::String(const std::string& name) const {

@@ -36,7 +36,10 @@ class FieldReader {
   [[nodiscard]] bool Has(const std::string& name) const;
   [[nodiscard]] int64_t Int(const std::string& name, IntRange range) const;
   [[nodiscard]] int64_t IntOr(const std::string& name, IntRange range, int64_t fallback) const;
+  [[nodiscard]] bool Bool(const std::string& name) const;
   [[nodiscard]] bool BoolOr(const std::string& name, bool fallback) const;
+  [[nodiscard]] double Number(const std::string& name) const;
+  [[nodiscard]] float Float(const std::string& name) const;                    // finite
   [[nodiscard]] float FloatOr(const std::string& name, float fallback) const;  // finite
   [[nodiscard]] std::string String(const std::string& name) const;
   [[nodiscard]] std::string StringOr(const std::string& name, const std::string& fallback) const;

@@ -1,51 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checkpoint/mapped_file.h"
 
-#include <cerrno>
-#include <system_error>
 #include <utility>
 
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include "checkpoint/text.h"
 #include "core/error.h"
+#include "core/file_descriptor.h"
 
 namespace hopyard::checkpoint {
-namespace {
-
-class FileDescriptor {
- public:
-  explicit FileDescriptor(int fd) : fd_(fd) {}
-  ~FileDescriptor() {
-    if (fd_ >= 0) {
-      ::close(fd_);
-    }
-  }
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-  [[nodiscard]] int get() const { return fd_; }
-
- private:
-  int fd_;
-};
-
-std::string ErrorText() {
-  return std::generic_category().message(errno);
-}
-
-}  // namespace
-
 MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
   // O_NONBLOCK: opening a FIFO must fail below, not wait for a writer.
   const FileDescriptor file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   HOPYARD_CHECK(file.get() >= 0, kInvalidArgument)
-      << Printable(path_) << ": cannot be opened: " << ErrorText();
+      << Printable(path_) << ": cannot be opened: " << SystemErrorText();
   struct stat status {};
   HOPYARD_CHECK(::fstat(file.get(), &status) == 0, kInvalidArgument)
-      << Printable(path_) << ": cannot be examined: " << ErrorText();
+      << Printable(path_) << ": cannot be examined: " << SystemErrorText();
   HOPYARD_CHECK(S_ISREG(status.st_mode), kInvalidArgument)
       << Printable(path_) << ": is not a regular file";
   size_ = static_cast<size_t>(status.st_size);
@@ -54,7 +28,7 @@ MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
   }
   void* mapping = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
   HOPYARD_CHECK(mapping != MAP_FAILED, kOutOfMemory)
-      << Printable(path_) << ": " << size_ << " bytes cannot be mapped: " << ErrorText();
+      << Printable(path_) << ": " << size_ << " bytes cannot be mapped: " << SystemErrorText();
   data_ = static_cast<const uint8_t*>(mapping);
 }
 

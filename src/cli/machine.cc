@@ -17,9 +17,9 @@
 namespace hopyard::cli {
 namespace {
 
-// Value behind "key ... :" of a /proc file; empty when absent.
-std::string ProcValue(const std::string& path, std::string_view key) {
-  std::ifstream file(path);
+// Value behind "key:" of /proc/meminfo; empty when absent.
+std::string MemoryValue(std::string_view key) {
+  std::ifstream file("/proc/meminfo");
   std::string line;
   while (std::getline(file, line)) {
     const size_t colon = line.find(':');
@@ -32,7 +32,7 @@ std::string ProcValue(const std::string& path, std::string_view key) {
 }
 
 int64_t ProcKilobytes(std::string_view key) {
-  const std::string value = ProcValue("/proc/meminfo", key);
+  const std::string value = MemoryValue(key);
   return value.empty() ? 0 : std::strtoll(value.c_str(), nullptr, 10) * 1024;
 }
 
@@ -66,10 +66,7 @@ int64_t LastLevelCache() {
 
 Machine DescribeMachine() {
   Machine machine;
-  machine.cpu_model = ProcValue("/proc/cpuinfo", "model name");
-  if (machine.cpu_model.empty()) {
-    machine.cpu_model = "unknown";
-  }
+  machine.cpu_model = CpuModel();
   machine.logical_cpus = static_cast<int>(std::thread::hardware_concurrency());
   machine.threads = MaxThreads();
   machine.memory_bytes = ProcKilobytes("MemTotal");

@@ -2,6 +2,7 @@
 #include "core/cpu_features.h"
 
 #include <cstdlib>
+#include <fstream>
 #include <string>
 
 #if defined(__x86_64__)
@@ -82,6 +83,28 @@ std::string_view ToString(Isa isa) {
 Isa BestIsa() {
   static const Isa isa = ChooseIsa();
   return isa;
+}
+
+namespace {
+
+std::string ReadCpuModel() {
+  std::ifstream file("/proc/cpuinfo");
+  std::string line;
+  while (std::getline(file, line)) {
+    const size_t colon = line.find(':');
+    if (colon != std::string::npos && line.rfind("model name", 0) == 0) {
+      const size_t begin = line.find_first_not_of(" \t", colon + 1);
+      return begin == std::string::npos ? "unknown" : line.substr(begin);
+    }
+  }
+  return "unknown";
+}
+
+}  // namespace
+
+std::string CpuModel() {
+  static const std::string model = ReadCpuModel();
+  return model;
 }
 
 }  // namespace hopyard

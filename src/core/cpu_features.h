@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <string>
 #include <string_view>
 
 namespace hopyard {
@@ -13,5 +14,8 @@ enum class Isa { kScalar, kAvx2, kAvx512 };
 // The best set that this machine and operating system run. HOPYARD_CPU_ISA=scalar|avx2|avx512, read
 // once, lowers it; a value above what the machine has, or an unknown one, is an error.
 [[nodiscard]] Isa BestIsa();
+
+// As the operating system names it; "unknown" where it does not.
+[[nodiscard]] std::string CpuModel();
 
 }  // namespace hopyard

@@ -12,6 +12,8 @@ namespace hopyard::device {
 // 0 where the driver shows none, or there is no driver.
 [[nodiscard]] int Count();
 [[nodiscard]] GpuInfo InfoOf(int index);
+// Its name and multiprocessors alone: takes none of the device's memory, as InfoOf does.
+[[nodiscard]] GpuInfo ModelOf(int index);
 
 // Makes `index` the current device; the caller's comes back at the end.
 class CurrentDevice {

@@ -35,6 +35,15 @@ GpuInfo InfoOf(int index) {
   return info;
 }
 
+GpuInfo ModelOf(int index) {
+  cudaDeviceProp properties{};
+  HOPYARD_CUDA(cudaGetDeviceProperties(&properties, index));
+  GpuInfo info;
+  info.name = properties.name;
+  info.multiprocessors = properties.multiProcessorCount;
+  return info;
+}
+
 CurrentDevice::CurrentDevice(int index) {
   HOPYARD_CUDA(cudaGetDevice(&previous_));
   if (previous_ != index) {

@@ -2,6 +2,8 @@
 // The functions of the extension module. Python (python/hopyard) is their only caller: it
 // fills in defaults and converts arrays, so a field that is missing here is a field left out there.
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <tvm/ffi/function.h>
 
@@ -156,6 +158,99 @@ void DequantizeFn(const Dict& source, const ffi::Tensor& destination) {
   Guarded([&] { Dequantize(QuantizedOf(Fields(source)), ViewOf(destination, "destination")); });
 }
 
+TuningTableRef NewTuningTableFn(int device, int num_threads) {
+  return Guarded(
+      [&] { return TuningTableRef(TuningTable(MachineOf(DeviceOf(device), num_threads))); });
+}
+
+TuningTableRef ReadTuningTableFn(const ffi::String& text) {
+  return Guarded([&] { return TuningTableRef(TuningTable::FromJson(std::string(text))); });
+}
+
+ffi::String TuningTableTextFn(const TuningTableRef& table) {
+  return Guarded([&] { return ffi::String(table->table->ToJson()); });
+}
+
+TuningTableRef LoadTuningTableFn(const ffi::String& path) {
+  return Guarded([&] { return TuningTableRef(TuningTable::Load(path)); });
+}
+
+void SaveTuningTableFn(const TuningTableRef& table, const ffi::String& path) {
+  Guarded([&] { table->table->Save(path); });
+}
+
+TuningTableRef MergeTuningTablesFn(const TuningTableRef& table, const TuningTableRef& other) {
+  return Guarded([&] {
+    TuningTable merged = *table->table;
+    merged.Merge(*other->table);
+    return TuningTableRef(std::move(merged));
+  });
+}
+
+// A table with the one layer that a plan would take, or none.
+TuningTableRef FindTuningFn(const TuningTableRef& table, const Dict& spec, const Dict& options) {
+  return Guarded([&] {
+    TuningTable found(table->table->machine());
+    const TuningKey key = KeyOf(SpecOf(Fields(spec)), PlanOptionsOf(Fields(options)));
+    if (const TunedLayer* const layer = table->table->FindFor(key)) {
+      found.Put(*layer);
+    }
+    return TuningTableRef(std::move(found));
+  });
+}
+
+// A table with the one layer.
+TuningTableRef WaitForTuningFn(const ffi::String& path, const Dict& spec, const Dict& options,
+                               double seconds) {
+  return Guarded([&] {
+    const TuningKey key = KeyOf(SpecOf(Fields(spec)), PlanOptionsOf(Fields(options)));
+    TuningTable found;
+    found.Put(WaitForTuning(path, key, seconds));
+    return TuningTableRef(std::move(found));
+  });
+}
+
+void UseTuningFn(const TuningTableRef& table) {
+  Guarded([&] { UseTuning(*table->table); });
+}
+
+void ForgetTuningFn() {
+  Guarded([] { ForgetTuning(); });
+}
+
+Dict TuningStatsFn() {
+  return Guarded([] {
+    const TuningStats stats = GetTuningStats();
+    const auto strings = [](const std::vector<std::string>& texts) {
+      ffi::Array<ffi::String> list;
+      for (const std::string& text : texts) {
+        list.push_back(ffi::String(text));
+      }
+      return list;
+    };
+    return Dict{{"hits", stats.hits},
+                {"misses", stats.misses},
+                {"stale", stats.stale},
+                {"measured", stats.measured},
+                {"missed", strings(stats.missed)},
+                {"ignored", strings(stats.ignored)}};
+  });
+}
+
+void ResetTuningStatsFn() {
+  Guarded([] { ResetTuningStats(); });
+}
+
+ffi::Array<int64_t> TokenBucketsFn(int64_t max_tokens) {
+  return Guarded([&] {
+    ffi::Array<int64_t> buckets;
+    for (const int64_t bucket : TokenBuckets(max_tokens)) {
+      buckets.push_back(bucket);
+    }
+    return buckets;
+  });
+}
+
 CheckpointRef OpenCheckpointFn(const ffi::String& directory) {
   return Guarded([&] { return CheckpointRef(Checkpoint::Open(directory)); });
 }
@@ -198,6 +293,19 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy_tensor, CopyTensorFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(format_shape, FormatShapeFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize, QuantizeFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dequantize, DequantizeFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(new_tuning_table, NewTuningTableFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(read_tuning_table, ReadTuningTableFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(tuning_table_text, TuningTableTextFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_tuning_table, LoadTuningTableFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(save_tuning_table, SaveTuningTableFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(merge_tuning_tables, MergeTuningTablesFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(find_tuning, FindTuningFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(wait_for_tuning, WaitForTuningFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_tuning, UseTuningFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forget_tuning, ForgetTuningFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(tuning_stats, TuningStatsFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(reset_tuning_stats, ResetTuningStatsFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(token_buckets, TokenBucketsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(open_checkpoint, OpenCheckpointFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(checkpoint_layer, CheckpointLayerFn);
 

@@ -4,11 +4,13 @@
 #include <array>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
 
 #include <tvm/ffi/dtype.h>
+#include <tvm/ffi/optional.h>
 #include <tvm/ffi/reflection/registry.h>
 
 namespace hopyard::binding {
@@ -303,6 +305,14 @@ PlanOptions PlanOptionsOf(const Fields& fields) {
   options.workspace_cap = fields.Get<int64_t>("workspace_cap", 0);
   options.num_threads = fields.Get<int>("num_threads", 0);
   options.overlap_launches = fields.Get<bool>("overlap_launches", false);
+  options.path.ids = fields.Get<bool>("given_ids", false);
+  options.path.unfinalised = fields.Get<bool>("unfinalised", false);
+  options.path.replay = fields.Get<bool>("records_replay", false);
+  options.untuned = fields.Get<bool>("untuned", false);
+  const auto tuning = fields.Get<ffi::Optional<TuningTableRef>>("tuning", std::nullopt);
+  if (tuning) {
+    options.tuning = (*tuning)->table;
+  }
   return options;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 
 #include <tvm/ffi/object.h>
@@ -48,6 +49,24 @@ class WeightsRef : public tvm::ffi::ObjectRef {
   explicit WeightsRef(Weights weights)
       : tvm::ffi::ObjectRef(tvm::ffi::make_object<WeightsObj>(std::move(weights))) {}
   TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(WeightsRef, tvm::ffi::ObjectRef, WeightsObj);
+};
+
+class TuningTableObj : public tvm::ffi::Object {
+ public:
+  explicit TuningTableObj(TuningTable value)
+      : table(std::make_shared<const TuningTable>(std::move(value))) {}
+
+  std::shared_ptr<const TuningTable> table;  // plans share it
+
+  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("hopyard.TuningTable", TuningTableObj, tvm::ffi::Object);
+};
+
+class TuningTableRef : public tvm::ffi::ObjectRef {
+ public:
+  explicit TuningTableRef(TuningTable table)
+      : tvm::ffi::ObjectRef(tvm::ffi::make_object<TuningTableObj>(std::move(table))) {}
+  TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(TuningTableRef, tvm::ffi::ObjectRef,
+                                                TuningTableObj);
 };
 
 class CheckpointObj : public tvm::ffi::Object {

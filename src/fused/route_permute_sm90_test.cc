@@ -3,7 +3,9 @@
 // CPU: every output bit for bit, and what lies beyond the live tokens untouched.
 #include "fused/route_permute_sm90.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
 #include <memory>
 #include <vector>
@@ -12,6 +14,7 @@
 
 #include "core/shape.h"
 #include "stages/1_route/route_testing.h"
+#include "stages/2_permute/permute.h"
 #include "tests/gpu/device_array.h"
 
 namespace hopyard::fused {
@@ -57,8 +60,10 @@ struct Problem {
   std::vector<int> targets;  // of roundings, indices into kTargets
   bool natural = true;       // their order
   int64_t hidden = 264;
-  PermuteOptions options;
+  // The tiles of GEMM1, and those of GEMM2 where it has its own.
+  std::vector<PermuteOptions> lists;
 
+  [[nodiscard]] int segments() const { return lists[0].num_local_experts; }
   [[nodiscard]] int slots() const { return top_k + shared; }
   [[nodiscard]] int64_t max_slots() const { return tokens * slots(); }
   [[nodiscard]] bool routes() const {
@@ -154,6 +159,19 @@ class Outputs {
     arrays_.push_back(
         std::make_unique<DeviceArray<uint8_t>>(count * static_cast<int64_t>(sizeof(T))));
     return static_cast<T*>(static_cast<void*>(arrays_.back()->get()));
+  }
+  // What stands where Take said.
+  [[nodiscard]] std::vector<int32_t> IntsAt(const int32_t* begin) const {
+    for (const auto& array : arrays_) {
+      if (static_cast<const void*>(array->get()) == begin) {
+        const std::vector<uint8_t> bytes = array->Download();
+        std::vector<int32_t> ints(bytes.size() / sizeof(int32_t));
+        std::memcpy(ints.data(), bytes.data(), bytes.size());
+        return ints;
+      }
+    }
+    ADD_FAILURE() << "no such output";
+    return {};
   }
   [[nodiscard]] std::vector<std::vector<uint8_t>> Download() const {
     std::vector<std::vector<uint8_t>> all;
@@ -268,32 +286,63 @@ RoutePermuteArgs Bind(const Problem& p, const Inputs& in, Outputs* out) {
   } else {
     BindRecords(p, out, &args.place);
   }
-  const int64_t rows = MaxRows(p.max_slots(), p.options);
-  const int64_t tiles = MaxTiles(p.max_slots(), p.options);
+  const int64_t rows = p.max_slots();
   permute::PermuteSm90Args& permute = args.permute;
-  permute.options = p.options;
+  permute.segments = p.segments();
   permute.max_tokens = p.tokens;
   permute.slots_per_token = p.slots();
   permute.num_tokens = args.place.num_tokens;
   permute.local_slots = args.place.local_slots;
-  permute.expert_offsets = out->Take<int32_t>(p.options.num_local_experts + 1);
-  permute.expert_counts = out->Take<int32_t>(p.options.num_local_experts);
+  permute.expert_offsets = out->Take<int32_t>(p.segments() + 1);
+  permute.expert_counts = out->Take<int32_t>(p.segments());
   permute.slot_to_row = out->Take<int32_t>(p.max_slots());
   permute.row_to_slot = out->Take<int32_t>(rows);
   permute.row_to_token = out->Take<int32_t>(rows);
-  permute.tile_expert = out->Take<int32_t>(tiles);
-  permute.tile_row_begin = out->Take<int32_t>(tiles);
-  permute.tile_row_end = out->Take<int32_t>(tiles);
-  permute.num_tiles = out->Take<int32_t>(1);
+  for (size_t i = 0; i < p.lists.size(); ++i) {
+    const int64_t tiles = MaxTiles(p.max_slots(), p.lists[i]);
+    permute.tiles[i] = {static_cast<int>(p.lists[i].tile), static_cast<int>(p.lists[i].cluster),
+                        out->Take<int32_t>(tiles),         out->Take<int32_t>(tiles),
+                        out->Take<int32_t>(tiles),         out->Take<int32_t>(1)};
+  }
   permute.num_rows = out->Take<int32_t>(1);
   return args;
+}
+
+// Each list by its invariants alone.
+void CheckLists(const Problem& p, const RoutePermuteArgs& args, const Outputs& outputs) {
+  const permute::PermuteSm90Args& permute = args.permute;
+  for (size_t i = 0; i < p.lists.size(); ++i) {
+    const permute::TileListSm90& list = permute.tiles[i];
+    std::vector<std::vector<int32_t>> arrays;
+    for (const int32_t* array : {permute.expert_offsets, permute.expert_counts, permute.slot_to_row,
+                                 permute.row_to_slot, permute.row_to_token, list.expert,
+                                 list.row_begin, list.row_end, list.num_tiles, permute.num_rows}) {
+      arrays.push_back(outputs.IntsAt(array));
+    }
+    PermuteOutputs out;
+    TensorView* const views[] = {&out.expert_offsets, &out.expert_counts, &out.slot_to_row,
+                                 &out.row_to_slot,    &out.row_to_token,  &out.tile_expert,
+                                 &out.tile_row_begin, &out.tile_row_end,  &out.num_tiles,
+                                 &out.num_rows};
+    for (size_t a = 0; a < arrays.size(); ++a) {
+      *views[a] = TensorView::Contiguous(arrays[a].data(), DType::kInt32,
+                                         {static_cast<int64_t>(arrays[a].size())});
+    }
+    const std::vector<int32_t> local = outputs.IntsAt(args.place.local_slots);
+    const int64_t live = p.live < 0 ? p.tokens : std::min(p.live, p.tokens);
+    EXPECT_EQ(permute::CheckPermutation(
+                  TensorView::Contiguous(local.data(), DType::kInt32, {live, p.slots()}),
+                  p.lists[i], out),
+              "")
+        << "list " << i << " of " << p.lists.size();
+  }
 }
 
 // Runs both ways, with overlapping launches and without; returns the way that is not kApart, if
 // there is one.
 RoutePermuteWay ExpectTheSameBits(const Problem& p, Random* random) {
   const Inputs in(p, random);
-  const DeviceArray<int32_t> scratch(permute::PermuteScratchInts(p.max_slots(), p.options));
+  const DeviceArray<int32_t> scratch(permute::PermuteScratchInts(p.max_slots(), p.segments()));
   std::vector<std::vector<uint8_t>> want;
   RoutePermuteWay taken = RoutePermuteWay::kApart;
   for (const bool overlap : {false, true}) {
@@ -312,6 +361,9 @@ RoutePermuteWay ExpectTheSameBits(const Problem& p, Random* random) {
       }
       // The poison of num_rows is gone: outputs are not equal for want of a kernel.
       EXPECT_NE(got.back(), std::vector<uint8_t>(4, 0xFF));
+      if (!apart) {
+        CheckLists(p, args, outputs);
+      }
     }
   }
   EXPECT_TRUE(scratch.GuardsIntact());
@@ -363,8 +415,11 @@ Problem Draw(const Shape& shape, const RoutingRule& rule, int64_t tokens, Random
   p.natural = random->Below(2) == 0;
   p.hidden = int64_t{8} * (1 + random->Below(70));
   const bool all = p.local.kind == ExpertMap::Kind::kAll;
-  p.options = {(all ? shape.experts : p.local.count) + p.shared, int64_t{16} << random->Below(4),
-               1 + random->Below(2), 1};
+  const int segments = (all ? shape.experts : p.local.count) + p.shared;
+  const int lists = 1 + random->Below(2);
+  for (int i = 0; i < lists; ++i) {
+    p.lists.push_back({segments, int64_t{16} << random->Below(4), 1 + random->Below(2), 1});
+  }
   return p;
 }
 

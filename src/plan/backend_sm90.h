@@ -106,6 +106,8 @@ class Backend {
   // What hopyard/device.h has, for GPUs.
   [[nodiscard]] virtual int CountGpus() const = 0;
   [[nodiscard]] virtual GpuInfo GpuInfoOf(int index) const = 0;
+  // The name and multiprocessors alone, without a CUDA context.
+  [[nodiscard]] virtual GpuInfo ModelOf(int index) const = 0;
   [[nodiscard]] virtual std::shared_ptr<void> Allocate(int index, int64_t bytes) const = 0;
   virtual void Copy(int index, void* to, const void* from, int64_t bytes) const = 0;
   virtual void Synchronize(int index, void* stream) const = 0;

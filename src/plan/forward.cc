@@ -41,7 +41,7 @@ void PermuteSlots(const ForwardPass& pass) {
 RowGroups GroupRows(const ForwardPass& pass) {
   const WorkspaceLayout& layout = pass.plan->layout;
   RowGroups groups;
-  groups.kernels = &gemm::cpu::Kernels(pass.plan->isa);
+  groups.kernels = &gemm::cpu::Kernels(pass.plan->IsaFor(pass.tokens));
   groups.experts = pass.weights->experts.data();
   groups.expert_offsets = pass.At<int32_t>(layout.expert_offsets);
   groups.row_to_slot = pass.At<int32_t>(layout.row_to_slot);

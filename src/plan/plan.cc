@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <limits>
 #include <sstream>
+#include <utility>
+#include <vector>
 
 #include "hopyard/permute.h"
 
@@ -13,21 +15,16 @@
 #include "core/shape.h"
 #include "gemm/cpu/dot.h"
 #include "plan/backend_sm90.h"
+#include "plan/cpu_choice.h"
 #include "spec/validate.h"
 #include "stages/3_gemm1/gemm1.h"
+#include "tune/lookup.h"
 
 namespace hopyard {
 namespace {
 
 // The CPU's GEMMs walk segments, not tiles: the largest tile makes the shortest list.
 constexpr int64_t kPermuteTile = 65536;
-constexpr Isa kAllIsas[] = {Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
-
-std::string KernelName(Isa isa, WeightFormat weights) {
-  std::ostringstream name;
-  name << "cpu_" << ToString(isa) << '_' << ToString(weights);
-  return name.str();
-}
 
 void CheckOptions(const PlanOptions& options) {
   HOPYARD_CHECK(options.struct_size == sizeof(PlanOptions), kInvalidArgument)
@@ -41,45 +38,6 @@ void CheckOptions(const PlanOptions& options) {
       << "num_threads=" << options.num_threads << "; wanted 0 (all) or more";
 }
 
-// Fills the candidates; the chosen one, if any, is marked.
-void ChooseCpuKernel(const MoeSpec& spec, const PlanOptions& options, Explanation& out) {
-  const Isa best = BestIsa();
-  bool chosen = false;
-  bool tactic_known = options.tactic.empty();
-  for (const Isa isa : kAllIsas) {
-    Candidate candidate;
-    candidate.kernel = KernelName(isa, spec.weights);
-    tactic_known = tactic_known || candidate.kernel == options.tactic;
-    if (isa > best) {
-      candidate.reason = "needs " + std::string(ToString(isa)) +
-                         "; this machine (or HOPYARD_CPU_ISA)"
-                         " offers " +
-                         std::string(ToString(best));
-    } else if (!options.tactic.empty() && candidate.kernel != options.tactic) {
-      candidate.reason = "tactic " + options.tactic + " was asked for";
-    } else if (chosen) {
-      candidate.reason = "a wider instruction set is available";
-    } else {
-      candidate.chosen = true;
-      candidate.reason = options.tactic.empty()
-                             ? "widest instruction set of this machine; runs every"
-                               " number of tokens"
-                             : "asked for by name";
-      chosen = true;
-    }
-    out.candidates.push_back(candidate);
-  }
-  if (!tactic_known) {
-    out.reason = "tactic '" + options.tactic + "' is no kernel of this layer on the CPU; known:";
-    for (const Candidate& candidate : out.candidates) {
-      out.reason += ' ' + candidate.kernel;
-    }
-  } else if (!chosen) {
-    out.reason = "tactic '" + options.tactic + "' does not run on this machine";
-  }
-  out.supported = chosen && tactic_known;
-}
-
 void CheckDevice(Device device) {
   HOPYARD_CHECK(device.kind <= DeviceKind::kCuda, kInvalidArgument)
       << "device.kind=" << static_cast<int>(device.kind) << " is not a DeviceKind; wanted 0 .. "
@@ -88,32 +46,76 @@ void CheckDevice(Device device) {
       << "device.index=" << device.index << "; wanted 0 or more, CUDA's number of the GPU";
 }
 
+// Why no backend on the device runs a valid spec with these options; empty where one may.
+std::string DeviceReason(const MoeSpec& spec, Device device, const PlanOptions& options) {
+  std::string reason = spec::UnsupportedReason(spec);
+  if (!reason.empty()) {
+    return reason;
+  }
+  if (device.kind == DeviceKind::kCuda && sm90::FindBackend() == nullptr) {
+    return sm90::kNoBackend;
+  }
+  if (options.max_tokens > std::numeric_limits<int32_t>::max() / spec.slots_per_token()) {
+    return "max_tokens " + std::to_string(options.max_tokens) + " x " +
+           std::to_string(spec.slots_per_token()) +
+           " slots pass 2^31 rows; split the batch over several calls";
+  }
+  return {};
+}
+
 // The decision without the workspace cap.
-Explanation ChooseKernel(const MoeSpec& spec, Device device, const PlanOptions& options) {
+struct Decision {
+  Explanation explanation;
+  tune::Tuned tuned;
+  std::vector<IsaRange> isas;  // CPU
+};
+
+// Says of every kernel that measurements chose what they do not cover.
+void AddRemark(const std::string& remark, Explanation* explanation) {
+  for (Candidate& candidate : explanation->candidates) {
+    if (candidate.chosen && !remark.empty() &&
+        candidate.reason.find("tuned: ") != std::string::npos) {
+      candidate.reason += " (" + remark + ")";
+    }
+  }
+}
+
+// `options` as ResolvedOptions left them.
+Decision Decide(const MoeSpec& spec, Device device, const PlanOptions& options) {
   CheckOptions(options);
   CheckDevice(device);
   spec::ValidateSpec(spec);
-  Explanation out;
-  out.reason = spec::UnsupportedReason(spec);
-  if (!out.reason.empty()) {
+  Decision out;
+  out.explanation.reason = DeviceReason(spec, device, options);
+  if (!out.explanation.reason.empty()) {
     return out;
   }
-  const sm90::Backend* const backend = sm90::FindBackend();
-  if (device.kind == DeviceKind::kCuda && backend == nullptr) {
-    out.reason = sm90::kNoBackend;
-    return out;
-  }
-  if (options.max_tokens > std::numeric_limits<int32_t>::max() / spec.slots_per_token()) {
-    out.reason = "max_tokens " + std::to_string(options.max_tokens) + " x " +
-                 std::to_string(spec.slots_per_token()) +
-                 " slots pass 2^31 rows; split the batch over several calls";
-    return out;
-  }
+  out.tuned = tune::FindTuned(spec, device, options);
   if (device.kind == DeviceKind::kCuda) {
-    return backend->Choose(spec, options, {});
+    out.explanation = sm90::FindBackend()->Choose(spec, options, out.tuned.ranges);
+  } else {
+    CpuChoice choice = ChooseCpu(spec, options, out.tuned.ranges);
+    out.explanation = std::move(choice.explanation);
+    out.isas = std::move(choice.ranges);
   }
-  ChooseCpuKernel(spec, options, out);
+  AddRemark(out.tuned.remark, &out.explanation);
   return out;
+}
+
+// As the environment leaves them.
+PlanOptions ResolvedOptions(PlanOptions options) {
+  options.overlap_launches =
+      EnvironmentSwitch("HOPYARD_OVERLAP_LAUNCHES") && options.overlap_launches;
+  return options;
+}
+
+// Measured tactics that the plan cannot run.
+int64_t CountStale(const Plan::Impl& plan, const std::vector<TunedRange>& ranges) {
+  return std::count_if(ranges.begin(), ranges.end(), [&](const TunedRange& range) {
+    return plan.device.kind == DeviceKind::kCuda
+               ? !sm90::FindBackend()->HasTactic(plan.spec, plan.options, range.tactic)
+               : !HasCpuTactic(plan.spec, range.tactic);
+  });
 }
 
 int ThreadsOf(const PlanOptions& options) {
@@ -164,7 +166,7 @@ int64_t TokensPerChunk(const Sizing& sizing) {
 }  // namespace
 
 Explanation Explain(const MoeSpec& spec, Device device, const PlanOptions& options) {
-  Explanation out = ChooseKernel(spec, device, options);
+  Explanation out = Decide(spec, device, ResolvedOptions(options)).explanation;
   const std::string reason = out.supported ? CapReason({spec, device, options}) : std::string();
   if (reason.empty()) {
     return out;
@@ -206,6 +208,15 @@ WorkspaceLayout MakeWorkspaceLayout(const MoeSpec& spec, int64_t tokens, int num
   return layout;
 }
 
+Isa Plan::Impl::IsaFor(int64_t tokens) const {
+  for (const IsaRange& range : isas) {
+    if (tokens <= range.last) {
+      return range.isa;
+    }
+  }
+  return isas.back().isa;
+}
+
 Plan::Plan() = default;
 
 const MoeSpec& Plan::spec() const {
@@ -235,13 +246,6 @@ namespace {
 
 void PlanForCpu(Plan::Impl* impl) {
   impl->num_threads = ThreadsOf(impl->options);
-  for (const Isa isa : kAllIsas) {
-    for (const Candidate& candidate : impl->explanation.candidates) {
-      if (candidate.chosen && candidate.kernel == KernelName(isa, impl->spec.weights)) {
-        impl->isa = isa;
-      }
-    }
-  }
   impl->layout = MakeWorkspaceLayout(impl->spec, impl->tokens_per_chunk, impl->num_threads);
   impl->workspace_bytes = impl->layout.bytes;
 }
@@ -250,24 +254,26 @@ void PlanForCpu(Plan::Impl* impl) {
 
 Plan MakePlan(const MoeSpec& spec, Device device, const PlanOptions& options) {
   auto impl = std::make_shared<Plan::Impl>();
-  impl->explanation = ChooseKernel(spec, device, options);
-  HOPYARD_CHECK(impl->explanation.supported, kUnsupported) << impl->explanation.reason;
+  impl->spec = spec;
+  impl->options = ResolvedOptions(options);
+  impl->device = device;
+  Decision decision = Decide(spec, device, impl->options);
+  HOPYARD_CHECK(decision.explanation.supported, kUnsupported) << decision.explanation.reason;
   const Sizing sizing = {spec, device, options};
   const std::string cap_reason = CapReason(sizing);
   HOPYARD_CHECK(cap_reason.empty(), kInvalidArgument) << cap_reason;
-  impl->spec = spec;
-  impl->options = options;
-  impl->options.overlap_launches =
-      EnvironmentSwitch("HOPYARD_OVERLAP_LAUNCHES") && options.overlap_launches;
-  impl->device = device;
+  impl->explanation = std::move(decision.explanation);
+  impl->isas = std::move(decision.isas);
   impl->tokens_per_chunk = TokensPerChunk(sizing);
   if (device.kind == DeviceKind::kCuda) {
     const sm90::Backend* const backend = sm90::FindBackend();
-    impl->sm90 = backend->MakePlan(spec, options, {}, impl->tokens_per_chunk);
+    impl->sm90 = backend->MakePlan(spec, options, decision.tuned.ranges, impl->tokens_per_chunk);
     impl->workspace_bytes = backend->WorkspaceBytes(*impl->sm90);
   } else {
     PlanForCpu(impl.get());
   }
+  tune::CountPlan(KeyOf(spec, impl->options), decision.tuned,
+                  CountStale(*impl, decision.tuned.ranges));
   Plan plan;
   plan.impl_ = std::move(impl);
   return plan;

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "hopyard/permute.h"
 #include "hopyard/plan.h"
 
 #include "core/cpu_features.h"
+#include "plan/cpu_choice.h"
 #include "plan/routing_layout.h"
 
 namespace hopyard {
@@ -37,13 +39,16 @@ struct Plan::Impl {
   MoeSpec spec;
   PlanOptions options;
   Device device;
-  Isa isa = Isa::kScalar;
+  std::vector<IsaRange> isas;  // CPU
   int num_threads = 1;
   int64_t tokens_per_chunk = 0;
   int64_t workspace_bytes = 0;
   WorkspaceLayout layout;                       // CPU
   std::shared_ptr<const sm90::LayerPlan> sm90;  // GPU
   Explanation explanation;
+
+  // Of a CPU's pass over 1 .. max_tokens tokens.
+  [[nodiscard]] Isa IsaFor(int64_t tokens) const;
 };
 
 }  // namespace hopyard

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <sstream>
 #include <string>
-#include <string_view>
 
 #include "hopyard/permute.h"
 #include "hopyard/routing.h"
@@ -11,6 +10,7 @@
 #include "core/error.h"
 #include "core/parallel.h"
 #include "plan/backend_sm90.h"
+#include "spec/names.h"
 #include "spec/validate.h"
 #include "spec/validate_route.h"
 #include "stages/1_route/route.h"
@@ -18,44 +18,6 @@
 
 namespace hopyard {
 namespace {
-
-std::string_view Name(RoutingScore score) {
-  switch (score) {
-    case RoutingScore::kLogit:
-      return "logit";
-    case RoutingScore::kSoftmax:
-      return "softmax";
-    case RoutingScore::kSigmoid:
-      return "sigmoid";
-    case RoutingScore::kSqrtSoftplus:
-      return "sqrt_softplus";
-  }
-  return "?";
-}
-
-std::string_view Name(RoutingWeight weight) {
-  switch (weight) {
-    case RoutingWeight::kScore:
-      return "score";
-    case RoutingWeight::kSoftmaxSelected:
-      return "softmax_selected";
-    case RoutingWeight::kSigmoidSelected:
-      return "sigmoid_selected";
-  }
-  return "?";
-}
-
-std::string_view Name(Renormalise renormalise) {
-  switch (renormalise) {
-    case Renormalise::kNone:
-      return "none";
-    case Renormalise::kSumPlusEpsilon:
-      return "sum_plus_epsilon";
-    case Renormalise::kSumAtLeast:
-      return "sum_at_least";
-  }
-  return "?";
-}
 
 RoutingRule MakeRule(RoutingScore score, RoutingWeight weight,
                      Renormalise renormalise = Renormalise::kNone) {
@@ -147,10 +109,10 @@ RoutingRule RoutingRule::SqrtSoftplus(float scaling_factor) {
 
 std::string ToString(const RoutingRule& rule) {
   std::ostringstream text;
-  text << "score=" << Name(rule.score) << " weight=" << Name(rule.weight)
-       << " renormalise=" << Name(rule.renormalise) << " bias=" << (rule.use_bias ? "yes" : "no")
-       << " groups=" << rule.top_groups << '/' << rule.num_groups
-       << " scaling_factor=" << rule.scaling_factor;
+  text << "score=" << spec::NameOf(rule.score) << " weight=" << spec::NameOf(rule.weight)
+       << " renormalise=" << spec::NameOf(rule.renormalise)
+       << " bias=" << (rule.use_bias ? "yes" : "no") << " groups=" << rule.top_groups << '/'
+       << rule.num_groups << " scaling_factor=" << rule.scaling_factor;
   return text.str();
 }
 

@@ -9,6 +9,7 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/gpu/mixed_tactics.h"
 #include "tests/gpu/runner_sm90.h"
 
 namespace hopyard::test {
@@ -119,6 +120,58 @@ TEST_P(GpuForward, EveryKernelMatchesOracle) {
     }
   }
   EXPECT_GT(ran, 0);
+}
+
+// GEMM1 and GEMM2 in tiles of their own: from one launch ahead of them to four, several tiles an
+// expert. What GEMM1 writes does not depend on how GEMM2 takes it.
+TEST_P(GpuForward, EveryKernelBesideOtherTilesMatchesOracle) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  const std::vector<std::string> tactics = MixedTactics(layer.spec());
+  if (tactics.empty()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  for (const int64_t tokens : {3, 200, 1300}) {
+    LayerInputs inputs(layer.spec(), tokens);
+    inputs.Logits();
+    for (const std::string& tactic : tactics) {
+      SCOPED_TRACE(tactic + " for " + std::to_string(tokens) + " tokens");
+      RunOptions mixed;
+      mixed.plan.tactic = tactic;
+      const RunResult got = layer.Run(inputs, mixed);
+      EXPECT_TRUE(
+          MatchesOracle(layer.spec(), layer.cpu(), inputs.get(), got, {0, tokens / 2, tokens - 1}));
+      RunOptions gemm1;
+      gemm1.plan.tactic = tactic.substr(0, tactic.find('+'));
+      const RunResult plain = layer.Run(inputs, gemm1);
+      EXPECT_TRUE(SameBits(got.slot_to_row, plain.slot_to_row));
+      EXPECT_TRUE(SameBits(got.activation, plain.activation));
+    }
+  }
+}
+
+// Chunks of the batch list their tiles one after the other in the same workspace.
+TEST_P(GpuForward, MixedTilesInChunksGiveTheSameBits) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  const std::vector<std::string> tactics = MixedTactics(layer.spec());
+  if (tactics.empty()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  LayerInputs inputs(layer.spec(), 130);
+  inputs.Logits();
+  for (const std::string& tactic : {tactics.front(), tactics.back()}) {
+    RunOptions options;
+    options.plan.tactic = tactic;
+    const RunResult whole = layer.Run(inputs, options);
+    PlanOptions third;
+    third.max_tokens = 44;
+    options.plan.workspace_cap = MakePlan(layer.spec(), kGpu, third).workspace_bytes();
+    for (const bool overlap : {false, true}) {
+      options.plan.overlap_launches = overlap;
+      EXPECT_TRUE(SameBits(layer.Run(inputs, options).output, whole.output)) << tactic;
+    }
+  }
 }
 
 // Codes and scales instead of BF16 hidden states.

@@ -10,6 +10,7 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/gpu/mixed_tactics.h"
 #include "tests/gpu/runner_sm90.h"
 #include "tests/refit.h"
 
@@ -175,6 +176,43 @@ TEST_P(GpuGraph, TakesNewTokensRoutingsAndWeights) {
     }
   }
   EXPECT_TRUE(replayed.Intact() && eager.Intact());
+}
+
+// Each GEMM has its own tiles, which every replay lists anew.
+TEST_P(GpuGraph, TakesNewRoutingsInMixedTiles) {
+  HOPYARD_NEEDS_GPU();
+  const std::vector<std::string> tactics = MixedTactics(source_.spec);
+  if (tactics.empty()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  TwinLayer layer(source_);
+  DeviceMirror mirror;
+  LayerInputs shape(source_.spec, kCapacity);
+  const MoeInputs inputs = mirror.Copy(shape.Logits().NumTokens(0).get());
+  for (const std::string& tactic : {tactics.front(), tactics.back()}) {
+    PlanOptions options = Capacity(kCapacity);
+    options.tactic = tactic;
+    const Plan plan = MakePlan(source_.spec, kGpu, options);
+    const RepeatedCall replayed(plan, layer.gpu(), inputs);
+    const RepeatedCall eager(plan, layer.gpu(), inputs);
+    const CapturedCall graph(replayed);
+    uint64_t seed = 31;
+    for (const int32_t count : {512, 0, 17, 511}) {
+      LayerInputs tokens(source_.spec, kCapacity, seed++);
+      ReplaceInputs(tokens.Logits(), inputs, count);
+      replayed.Poison(0xFF, graph.stream());
+      eager.Poison(0x00, graph.stream());
+      graph.Launch();
+      eager.Run(graph.stream());
+      const std::vector<uint16_t> output = replayed.Output();
+      ASSERT_TRUE(SameBits(output, eager.Output())) << tactic << ", " << count << " tokens";
+      const auto live = static_cast<int64_t>(count) * source_.spec.hidden_size;
+      ASSERT_TRUE(std::none_of(output.begin(), output.begin() + live,
+                               [](uint16_t bits) { return bits == 0xFFFF; }))
+          << tactic << ", " << count << " tokens";
+    }
+    EXPECT_TRUE(replayed.Intact() && eager.Intact());
+  }
 }
 
 // The updated layer is the freshly loaded one.

@@ -6,6 +6,7 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/gpu/mixed_tactics.h"
 #include "tests/gpu/runner_sm90.h"
 
 namespace hopyard::test {
@@ -150,6 +151,29 @@ TEST_P(GpuShared, EveryRankMatchesOracle) {
       SCOPED_TRACE(std::string(rank.name) + " " + std::string(ToString(kind)));
       layer.RunAndJudge(inputs);
     }
+  }
+}
+
+// Routed and shared experts share the tiles of a GEMM, whose kernels may want clusters or not.
+TEST_P(GpuShared, MixedTilesMatchOracle) {
+  HOPYARD_NEEDS_GPU();
+  MoeSpec spec = SmallSpec(GetParam().pair.weights, GetParam().pair.activations);
+  spec.shared = {2, true, 0.75F, GetParam().shared};
+  const std::vector<std::string> tactics = MixedTactics(spec);
+  if (tactics.empty()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  TwinLayer layer(SourceOf(spec));
+  LayerInputs inputs(spec, 300);
+  inputs.Logits().SharedWeights(DType::kFloat32);
+  const RunResult plain = layer.Run(inputs);
+  for (const std::string& tactic : tactics) {
+    RunOptions options;
+    options.plan.tactic = tactic;
+    const RunResult got = layer.Run(inputs, options);
+    SCOPED_TRACE(tactic);
+    EXPECT_TRUE(SameBits(got.slot_to_row, plain.slot_to_row));
+    EXPECT_TRUE(MatchesOracle(spec, layer.cpu(), inputs.get(), got, {0, 150, 299}));
   }
 }
 

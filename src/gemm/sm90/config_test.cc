@@ -67,7 +67,7 @@ std::set<int> Tiles(WeightFormat weights, const RowFormat& x, bool gated, bool d
   return tiles;
 }
 
-// Both GEMMs of a pass take tiles of as many rows.
+// Both GEMMs of a pass may take tiles of as many rows, which are then listed once.
 void ExpectCommonTile(const FormatPair& pair, const LayerOperands& operands, bool gated, bool dev) {
   const std::set<int> gemm1 = Tiles(pair.weights, operands.x, gated, dev);
   const std::set<int> gemm2 = Tiles(pair.weights, operands.h, false, dev);

@@ -113,6 +113,8 @@ class HopperBackend : public Backend {
 
   [[nodiscard]] GpuInfo GpuInfoOf(int index) const override { return device::InfoOf(index); }
 
+  [[nodiscard]] GpuInfo ModelOf(int index) const override { return device::ModelOf(index); }
+
   [[nodiscard]] std::shared_ptr<void> Allocate(int index, int64_t bytes) const override {
     const device::CurrentDevice current(index);
     auto buffer = std::make_shared<device::Buffer>(bytes);

@@ -56,9 +56,8 @@ class Judge {
     if (role.forced >= 0 && role.forced != index) {
       return {false, "tactic " + options_.tactic + " was asked for"};
     }
-    const std::string tile = "tiles of " + std::to_string(KernelAt(index).tokens) + " rows";
     if (tiles_.empty()) {
-      return {false, "not every GEMM of this layer has a kernel with " + tile};
+      return {false, "not every GEMM of this layer has a kernel that fits the others"};
     }
     const std::vector<Range> ranges = RangesOf(index, number);
     return ranges.empty() ? NotTaken(index, role, number) : Taken(index, role, ranges);
@@ -197,8 +196,11 @@ std::string NoTileReason(const MoeSpec& spec, const std::vector<Role>& roles,
     }
   }
   return options.tactic.empty()
-             ? "no tile size has a GPU kernel for every GEMM of this layer; plan for the CPU"
+             ? "no tile size has GPU kernels for a GEMM of routed and of shared experts; plan for "
+               "the CPU"
              : "tactic '" + options.tactic +
-                   "': the other GEMMs have no kernel with tiles of as many rows; name another";
+                   "': the same GEMM of shared experts has no kernel with tiles of as many rows; "
+                   "name another";
 }
+
 }  // namespace hopyard::sm90

@@ -103,7 +103,7 @@ permute::PlaceSm90Args PlaceArgsOf(const Pass& pass) {
 permute::PermuteSm90Args PermuteArgsOf(const Pass& pass) {
   const Layout& layout = pass.layout();
   permute::PermuteSm90Args args;
-  args.options = PermuteOptionsFor(pass.spec(), *pass.choice);
+  args.segments = static_cast<int>(layout.segments);
   args.max_tokens = pass.tokens;
   args.slots_per_token = pass.spec().slots_per_token();
   args.num_tokens = pass.num_tokens;
@@ -114,15 +114,31 @@ permute::PermuteSm90Args PermuteArgsOf(const Pass& pass) {
   args.slot_to_row = pass.At<int32_t>(layout.slot_to_row);
   args.row_to_slot = pass.At<int32_t>(layout.row_to_slot);
   args.row_to_token = pass.At<int32_t>(layout.row_to_token);
-  args.tile_expert = pass.At<int32_t>(layout.tiles);
-  args.tile_row_begin = args.tile_expert + layout.max_tiles;
-  args.tile_row_end = args.tile_row_begin + layout.max_tiles;
-  args.num_tiles = args.tile_row_end + layout.max_tiles;
-  args.num_rows = args.num_tiles + 1;
+  args.tiles[0] = TileListOf(pass, 0);
+  args.num_rows = args.tiles[0].num_tiles + 1;
+  const permute::TileListSm90 second = TileListOf(pass, 1);
+  if (second.expert != args.tiles[0].expert) {
+    args.tiles[1] = second;
+  }
   return args;
 }
 
 }  // namespace
+
+permute::TileListSm90 TileListOf(const Pass& pass, int gemm) {
+  const Layout& layout = pass.layout();
+  const PermuteOptions first = PermuteOptionsFor(pass.spec(), *pass.choice, 0);
+  const PermuteOptions options = PermuteOptionsFor(pass.spec(), *pass.choice, gemm);
+  const bool same = options.tile == first.tile && options.cluster == first.cluster;
+  permute::TileListSm90 list;
+  list.tile = static_cast<int>(options.tile);
+  list.cluster = static_cast<int>(options.cluster);
+  list.expert = pass.At<int32_t>(same ? layout.tiles : layout.gemm2_tiles);
+  list.row_begin = list.expert + layout.max_tiles;
+  list.row_end = list.row_begin + layout.max_tiles;
+  list.num_tiles = list.row_end + layout.max_tiles;
+  return list;
+}
 
 void PrepareRows(const Pass& pass) {
   const device::Range range("route, permute, round hidden states");

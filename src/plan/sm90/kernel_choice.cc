@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <map>
 #include <optional>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +14,7 @@
 #include "plan/backend_sm90.h"
 #include "plan/sm90/explain_choice.h"
 #include "plan/sm90/kernel_roles.h"
+#include "tune/lookup.h"
 
 namespace hopyard::sm90 {
 namespace {
@@ -44,36 +45,89 @@ std::string ForceTactic(const std::string& tactic, std::vector<Role>* roles) {
   return reason;
 }
 
-// A kernel for each role, with tiles of as many rows.
-struct Pick {
-  int tile = 0;
-  std::vector<int> kernels;
-  double us = 0.0;
-};
-
 // The model knows no better: of what costs so little more than the cheapest, the first is taken,
-// smaller tiles and blocks.
+// smaller tiles and blocks; and the same tiles for both GEMMs, which are listed once.
 constexpr double kAsCheap = 1.005;
 constexpr double kAsCheapTile = 1.01;
 
-// The cheapest kernel of the role with tiles of `tile` rows, or the one that was asked for; -1.
-int CheapestKernel(const Role& role, int tile, const Batch& batch) {
-  if (role.forced >= 0) {
-    return KernelAt(role.forced).tokens == tile ? role.forced : -1;
+// Kernels of some roles, and what the model expects of them.
+struct Pick {
+  std::vector<int> kernels;
+  double us = 0.0;
+
+  [[nodiscard]] bool IsCheaper(const Pick& than, double margin) const {
+    return than.kernels.empty() || us * margin < than.us;
   }
-  int best = -1;
-  double best_us = 0.0;
+};
+
+// The cheapest kernel of the role with tiles of `tile` rows, or the one that was asked for.
+Pick CheapestKernel(const Role& role, int tile, const Batch& batch) {
+  Pick best;
   for (const int kernel : role.kernels) {
-    if (KernelAt(kernel).tokens != tile) {
+    if (KernelAt(kernel).tokens != tile || (role.forced >= 0 && role.forced != kernel)) {
       continue;
     }
-    const double us = Microseconds(kernel, role, batch);
-    if (best < 0 || us * kAsCheap < best_us) {
-      best = kernel;
-      best_us = us;
+    Pick pick{{kernel}, Microseconds(kernel, role, batch)};
+    if (pick.IsCheaper(best, kAsCheap)) {
+      best = std::move(pick);
     }
   }
   return best;
+}
+
+// The cheapest kernels of GEMM1 (0) or GEMM2 (1) for each size of tiles. Routed experts and shared
+// ones, roles `gemm` and `gemm` + 2, take the same tiles.
+std::map<int, Pick> PicksByTile(const std::vector<Role>& roles, size_t gemm, const Batch& batch) {
+  std::map<int, Pick> picks;
+  for (const int kernel : roles[gemm].kernels) {
+    picks[KernelAt(kernel).tokens];
+  }
+  for (auto& [tile, pick] : picks) {
+    for (size_t r = gemm; r < roles.size(); r += 2) {
+      const Pick one = CheapestKernel(roles[r], tile, batch);
+      pick.kernels.insert(pick.kernels.end(), one.kernels.begin(), one.kernels.end());
+      pick.us += one.us;
+    }
+  }
+  std::erase_if(picks,
+                [&](const auto& entry) { return entry.second.kernels.size() != roles.size() / 2; });
+  return picks;
+}
+
+// In the order of the roles.
+Pick Join(const Pick& first, const Pick& second) {
+  Pick both;
+  for (size_t group = 0; group < first.kernels.size(); ++group) {
+    both.kernels.insert(both.kernels.end(), {first.kernels[group], second.kernels[group]});
+  }
+  both.us = first.us + second.us;
+  return both;
+}
+
+Pick CheapestOf(const std::map<int, Pick>& picks) {
+  Pick best;
+  for (const auto& [tile, pick] : picks) {
+    best = pick.IsCheaper(best, kAsCheapTile) ? pick : best;
+  }
+  return best;
+}
+
+// A kernel for each role. None where a GEMM of routed and shared experts has no common tile.
+Pick CheapestPick(const std::vector<Role>& roles, const Batch& batch) {
+  const std::map<int, Pick> first = PicksByTile(roles, 0, batch);
+  const std::map<int, Pick> second = PicksByTile(roles, 1, batch);
+  if (first.empty() || second.empty()) {
+    return {};
+  }
+  std::map<int, Pick> equal;
+  for (const auto& [tile, pick] : first) {
+    if (const auto other = second.find(tile); other != second.end()) {
+      equal[tile] = Join(pick, other->second);
+    }
+  }
+  const Pick best = CheapestOf(equal);
+  const Pick mixed = Join(CheapestOf(first), CheapestOf(second));
+  return mixed.IsCheaper(best, kAsCheapTile) ? mixed : best;
 }
 
 double Microseconds(const std::vector<int>& kernels, const std::vector<Role>& roles,
@@ -83,30 +137,6 @@ double Microseconds(const std::vector<int>& kernels, const std::vector<Role>& ro
     sum += Microseconds(kernels[r], roles[r], batch);
   }
   return sum;
-}
-
-// No kernels where no tile has one for every role.
-Pick CheapestPick(const std::vector<Role>& roles, const Batch& batch) {
-  std::set<int> sizes;
-  for (const int kernel : roles.front().kernels) {
-    sizes.insert(KernelAt(kernel).tokens);
-  }
-  Pick best;
-  for (const int tile : sizes) {
-    Pick pick;
-    pick.tile = tile;
-    for (const Role& role : roles) {
-      pick.kernels.push_back(CheapestKernel(role, tile, batch));
-    }
-    if (std::find(pick.kernels.begin(), pick.kernels.end(), -1) != pick.kernels.end()) {
-      continue;
-    }
-    pick.us = Microseconds(pick.kernels, roles, batch);
-    if (best.kernels.empty() || pick.us * kAsCheapTile < best.us) {
-      best = std::move(pick);
-    }
-  }
-  return best;
 }
 
 GroupKernels KernelsOf(const Pick& pick, const std::vector<Role>& roles, size_t first) {
@@ -119,7 +149,6 @@ GroupKernels KernelsOf(const Pick& pick, const std::vector<Role>& roles, size_t 
 
 TileChoice ChoiceOf(const Pick& pick, const std::vector<Role>& roles) {
   TileChoice choice;
-  choice.tile = pick.tile;
   choice.max_tokens = kAnyTokens;
   choice.routed = KernelsOf(pick, roles, 0);
   choice.shared = choice.routed;
@@ -169,15 +198,6 @@ std::vector<TileChoice> CheapestTiles(const MoeSpec& spec, const std::vector<Rol
   return choices;
 }
 
-// How a measured choice was found to be the fastest.
-std::string MeasuredString(const TunedRange& range) {
-  std::string text = fmt::format("{:.1f} us at {} tokens", range.us, range.tokens);
-  if (range.tactic != range.untuned) {
-    text += fmt::format(", untuned {} {:.1f} us", range.untuned, range.untuned_us);
-  }
-  return text;
-}
-
 // The kernels that the range names, with those for the other roles that the model takes at its
 // number of tokens; none where this build lacks one, or they do not fit each other.
 std::optional<TileChoice> MeasuredChoice(const MoeSpec& spec, const std::vector<Role>& roles,
@@ -191,7 +211,7 @@ std::optional<TileChoice> MeasuredChoice(const MoeSpec& spec, const std::vector<
     return std::nullopt;
   }
   TileChoice choice = ChoiceOf(pick, roles);
-  choice.measured = MeasuredString(range);
+  choice.measured = tune::MeasuredText(range);
   return choice;
 }
 

@@ -36,9 +36,9 @@ struct GroupKernels {
 
 inline constexpr int64_t kAnyTokens = std::numeric_limits<int64_t>::max();
 
-// Kernels of passes with at most `max_tokens` tokens.
+// Kernels of passes with at most `max_tokens` tokens. Routed and shared experts take the same tiles
+// in a GEMM; GEMM1 and GEMM2 may take different ones.
 struct TileChoice {
-  int tile = 0;  // rows of a tile, for all GEMMs of a pass
   int64_t max_tokens = 0;
   GroupKernels routed;
   GroupKernels shared;
@@ -67,7 +67,8 @@ struct KernelChoice {
 struct Layout : RoutingLayout {
   int64_t num_tokens = 0;  // i32 [1] live tokens of the pass
   int64_t permute_scratch = 0;
-  int64_t x = 0;  // [tokens] rows of x_bytes
+  int64_t gemm2_tiles = 0;  // as `tiles`, where GEMM2 has its own
+  int64_t x = 0;            // [tokens] rows of x_bytes
   int64_t x_bytes = 0;
   int64_t shared_x = 0;  // the same for shared experts; x where they read the same rows
   int64_t shared_x_bytes = 0;
@@ -86,7 +87,9 @@ struct Layout : RoutingLayout {
 // As large whichever kernels run. `rounded`: of KernelChoice.
 [[nodiscard]] Layout MakeLayout(const MoeSpec& spec, bool rounded, int64_t tokens);
 
-[[nodiscard]] PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice);
+// Rows as GEMM1 (0) or GEMM2 (1) takes them.
+[[nodiscard]] PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice,
+                                               int gemm);
 
 struct LayerPlan {
   GroupFormats routed;

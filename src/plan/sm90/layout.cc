@@ -61,7 +61,8 @@ Layout LayoutOf(const MoeSpec& spec, bool rounded, int64_t tokens) {
   layout.TakeRouting(spec, tokens, MostTiles(spec, tokens * spec.slots_per_token()));
   layout.num_tokens = layout.Take(4);
   layout.permute_scratch =
-      layout.Take(4 * permute::PermuteScratchInts(layout.slots, SegmentsOf(spec)));
+      layout.Take(4 * permute::PermuteScratchInts(layout.slots, static_cast<int>(layout.segments)));
+  layout.gemm2_tiles = layout.Take((3 * layout.max_tiles + 1) * 4);
   layout.x = layout.Take(tokens * layout.x_bytes);
   layout.shared_x = routed.operands.x == shared.operands.x
                         ? layout.x
@@ -92,13 +93,13 @@ GroupFormats FormatsOf(const MoeSpec& spec, WeightFormat weights, bool rounded) 
   return formats;
 }
 
-PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice) {
+PermuteOptions PermuteOptionsFor(const MoeSpec& spec, const TileChoice& choice, int gemm) {
   PermuteOptions options = SegmentsOf(spec);
-  options.tile = choice.tile;
   for (const GroupKernels& kernels : {choice.routed, choice.shared}) {
-    for (const int kernel : {kernels.gemm1, kernels.gemm2}) {
-      options.cluster = std::max<int64_t>(options.cluster, gemm::sm90::KernelAt(kernel).cluster);
-    }
+    const gemm::sm90::KernelInfo info =
+        gemm::sm90::KernelAt(gemm == 0 ? kernels.gemm1 : kernels.gemm2);
+    options.tile = info.tokens;
+    options.cluster = std::max<int64_t>(options.cluster, info.cluster);
   }
   return options;
 }

@@ -46,6 +46,9 @@ struct Pass {
 // All passes of a call.
 void RunLayer(const Call& call);
 
+// The tiles of GEMM1 (0) or GEMM2 (1), in the same memory where they are the same ones.
+[[nodiscard]] permute::TileListSm90 TileListOf(const Pass& pass, int gemm);
+
 // Ids and weights, replay and loads; each slot's weight and segment; rows and tiles; hidden states
 // -> the operands of GEMM1.
 void PrepareRows(const Pass& pass);

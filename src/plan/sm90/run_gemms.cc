@@ -100,19 +100,19 @@ void RunKernel(int chosen, const GroupMatrix& weights, const GroupedGemmArgs& ar
   RunGroupedGemm(index, args, queue);
 }
 
-// Segments and tiles, the same for both GEMMs of a group.
-GroupedGemmArgs TilesOf(const GroupPass& group) {
+// Segments and tiles of GEMM1 (0) or GEMM2 (1).
+GroupedGemmArgs TilesOf(const GroupPass& group, int gemm) {
   const Pass& pass = group.pass;
-  const Layout& layout = pass.layout();
+  const permute::TileListSm90 list = TileListOf(pass, gemm);
   GroupedGemmArgs args;
   args.weights = group.formats.weights;
   args.segment_begin = group.weights.segment_begin;
   args.segment_end = group.weights.segment_end;
-  args.tile_expert = pass.At<const int32_t>(layout.tiles);
-  args.tile_row_begin = args.tile_expert + layout.max_tiles;
-  args.tile_row_end = args.tile_row_begin + layout.max_tiles;
-  args.num_tiles = args.tile_row_end + layout.max_tiles;
-  args.max_tiles = MaxTiles(pass.slots(), PermuteOptionsFor(pass.spec(), *pass.choice));
+  args.tile_expert = list.expert;
+  args.tile_row_begin = list.row_begin;
+  args.tile_row_end = list.row_end;
+  args.num_tiles = list.num_tiles;
+  args.max_tiles = MaxTiles(pass.slots(), PermuteOptionsFor(pass.spec(), *pass.choice, gemm));
   return args;
 }
 
@@ -134,7 +134,7 @@ void RunGemm1(const GroupPass& group) {
   const Layout& layout = pass.layout();
   const RowFormat& x = group.formats.operands.x;
   const RowFormat& h = group.formats.operands.h;
-  GroupedGemmArgs args = TilesOf(group);
+  GroupedGemmArgs args = TilesOf(group, 0);
   args.first = group.weights.first.args;
   args.second = group.weights.second.args;
   args.k = spec.hidden_size;
@@ -199,7 +199,7 @@ void RunGemm2(const GroupPass& group, uint16_t* y) {
   const MoeSpec& spec = pass.spec();
   const Layout& layout = pass.layout();
   const RowFormat& h = group.formats.operands.h;
-  GroupedGemmArgs args = TilesOf(group);
+  GroupedGemmArgs args = TilesOf(group, 1);
   args.first = group.weights.down.args;
   args.k = spec.intermediate_size;
   args.features = spec.hidden_size;

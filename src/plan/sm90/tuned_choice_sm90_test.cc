@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -11,6 +12,7 @@
 #include "bench/shapes.h"
 #include "plan/backend_sm90.h"
 #include "tests/forward_runner.h"
+#include "tests/gpu/mixed_tactics.h"
 
 namespace hopyard::sm90 {
 namespace {
@@ -201,6 +203,79 @@ TEST(TunedChoice, RanksEveryKernelOfEachGemmCheapestFirst) {
       }
     }
   }
+}
+
+// Each GEMM has its own tiles.
+TEST(TunedChoice, EveryPairOfKernelsFits) {
+  for (const test::FormatPair& pair : test::SupportedPairs()) {
+    const MoeSpec spec = test::SmallSpec(pair.weights, pair.activations);
+    const RankedTactics ranked = Hopper().Rank(spec, OptionsFor(64), 64);
+    for (const RankedTactics::Entry& one : ranked.gemm1) {
+      for (const RankedTactics::Entry& two : ranked.gemm2) {
+        PlanOptions options = OptionsFor(64);
+        options.tactic = one.kernel + '+' + two.kernel;
+        EXPECT_TRUE(Hopper().HasTactic(spec, options, options.tactic)) << options.tactic;
+        EXPECT_EQ(PickAt(spec, 64, {RangeOf(64, 64, options.tactic)}), options.tactic);
+        EXPECT_TRUE(Hopper().Choose(spec, options, {}).supported) << options.tactic;
+      }
+    }
+  }
+}
+
+// NVFP4 codes have kernels of small tiles alone, which do not keep GEMM1 from large ones.
+TEST(TunedChoice, TheModelMixesTilesWhereThatIsCheaper) {
+  MoeSpec spec = Spec();
+  spec.weights = WeightFormat::kNvFp4;
+  spec.activations = ActivationFormat::kFp8PerToken;
+  const std::string few = PickAt(spec, 1, {});
+  const std::string many = PickAt(spec, 4096, {});
+  const auto tiles = [](const std::string& tactic) {
+    const size_t plus = tactic.find('+');
+    return std::pair{test::TilesOf(tactic.substr(0, plus)), test::TilesOf(tactic.substr(plus + 1))};
+  };
+  EXPECT_EQ(tiles(few).first, tiles(few).second) << few;
+  if (test::MixedTactics(spec).empty()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  EXPECT_GT(tiles(many).first, tiles(many).second) << many;
+}
+
+// Shared experts of another format take a GEMM's tiles as well.
+TEST(TunedChoice, SharedExpertsTakeTheTilesOfTheirGemm) {
+  MoeSpec spec = Spec();
+  spec.shared = {1, false, 1.0F, WeightFormat::kMxFp4};
+  int fit = 0;
+  int unfit = 0;
+  const RankedTactics ranked = Hopper().Rank(spec, OptionsFor(64), 64);
+  for (const RankedTactics::Entry& one : ranked.gemm1) {
+    for (const RankedTactics::Entry& two : ranked.gemm2) {
+      PlanOptions options = OptionsFor(64);
+      options.tactic = one.kernel + '+' + two.kernel;
+      const Explanation explanation = Hopper().Choose(spec, options, {});
+      EXPECT_EQ(Hopper().HasTactic(spec, options, options.tactic), explanation.supported);
+      if (!explanation.supported) {
+        ++unfit;
+        EXPECT_EQ(explanation.reason, "tactic '" + options.tactic +
+                                          "': the same GEMM of shared experts has no kernel with "
+                                          "tiles of as many rows; name another");
+        continue;
+      }
+      ++fit;
+      for (const Candidate& candidate : explanation.candidates) {
+        const bool of_gemm1 = candidate.reason.find("GEMM1") != std::string::npos;
+        if (candidate.chosen) {
+          EXPECT_EQ(test::TilesOf(candidate.kernel).first,
+                    test::TilesOf(of_gemm1 ? one.kernel : two.kernel).first)
+              << candidate.kernel << " with " << options.tactic;
+        }
+      }
+    }
+  }
+  EXPECT_GT(fit, 0);
+  if (test::MixedTactics(spec).empty()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  EXPECT_GT(unfit, 0) << "MXFP4 has kernels with tiles of 128 rows now: name another format here";
 }
 
 }  // namespace

@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kPermuteThreads, 4)
 
 }  // namespace
 
-int64_t PermuteScratchInts(int64_t num_slots, const PermuteOptions& options) {
-  return std::max<int64_t>(1, CeilDiv(num_slots, kPermuteChunk)) * options.num_local_experts;
+int64_t PermuteScratchInts(int64_t num_slots, int segments) {
+  return std::max<int64_t>(1, CeilDiv(num_slots, kPermuteChunk)) * segments;
 }
 
 void PermuteSm90(const PermuteSm90Args& args, const device::Queue& queue) {

@@ -18,7 +18,7 @@ inline constexpr int kPermuteWarps = kPermuteThreads / 32;
 
 // Of the counters per warp and segment: 32.5 KiB at 2048 routed and 32 shared experts.
 __host__ __device__ inline int PermuteSharedBytes(const PermuteSm90Args& args) {
-  return static_cast<int>(sizeof(uint16_t)) * kPermuteWarps * args.options.num_local_experts;
+  return static_cast<int>(sizeof(uint16_t)) * kPermuteWarps * args.segments;
 }
 
 __device__ __forceinline__ int64_t LiveSlots(const PermuteSm90Args& args) {
@@ -26,7 +26,7 @@ __device__ __forceinline__ int64_t LiveSlots(const PermuteSm90Args& args) {
 }
 
 __device__ __forceinline__ int32_t ValidSegment(const PermuteSm90Args& args, int32_t segment) {
-  return segment >= 0 && segment < args.options.num_local_experts ? segment : -1;
+  return segment >= 0 && segment < args.segments ? segment : -1;
 }
 
 // Segment of a slot, or -1; -1 also beyond the live slots.
@@ -54,7 +54,7 @@ struct WarpRange {
 // segment elect a leader, so no atomics are needed.
 __device__ inline void CountByWarp(const PermuteSm90Args& args, int64_t chunk, int64_t live,
                                    uint16_t* counts) {
-  const int segments = args.options.num_local_experts;
+  const int segments = args.segments;
   for (int i = static_cast<int>(threadIdx.x); i < kPermuteWarps * segments; i += kPermuteThreads) {
     counts[i] = 0;
   }
@@ -76,7 +76,7 @@ __device__ inline void CountByWarp(const PermuteSm90Args& args, int64_t chunk, i
 // Step 1: chunk_counts[chunk][segment], the sums of what CountByWarp left.
 __device__ inline void SumWarps(const PermuteSm90Args& args, int64_t chunk,
                                 const uint16_t* counts) {
-  const int segments = args.options.num_local_experts;
+  const int segments = args.segments;
   for (int s = static_cast<int>(threadIdx.x); s < segments; s += kPermuteThreads) {
     int32_t sum = 0;
     for (int w = 0; w < kPermuteWarps; ++w) {
@@ -87,18 +87,30 @@ __device__ inline void SumWarps(const PermuteSm90Args& args, int64_t chunk,
   __syncthreads();
 }
 
-// Both fit 32 bits, as the outputs do.
+__device__ __forceinline__ bool HasTwoLists(const PermuteSm90Args& args) {
+  return args.tiles[1].expert != nullptr;
+}
+
+// They fit 32 bits, as the outputs do.
 struct RowsAndTiles {
   int32_t rows = 0;
   int32_t tiles = 0;
+  int32_t more_tiles = 0;  // of the second list
+
+  __device__ __forceinline__ void Add(const RowsAndTiles& other) {
+    rows += other.rows;
+    tiles += other.tiles;
+    more_tiles += other.more_tiles;
+  }
 };
 
 // Exclusive prefix sum over the first kPermuteThreads of the block; `total` receives the sums.
 // `warp_sums`, [kPermuteWarps], may be written again once all have met.
-__device__ inline RowsAndTiles BlockScan(const RowsAndTiles& mine, RowsAndTiles* warp_sums,
-                                         RowsAndTiles& total) {
+__device__ inline RowsAndTiles BlockScan(const PermuteSm90Args& args, const RowsAndTiles& mine,
+                                         RowsAndTiles* warp_sums, RowsAndTiles& total) {
   const int lane = sm90::LaneId();
   const int warp = static_cast<int>(threadIdx.x) / sm90::kWarpSize;
+  const bool two_lists = HasTwoLists(args);
   RowsAndTiles sum = mine;
   for (int distance = 1; distance < sm90::kWarpSize; distance *= 2) {
     const int32_t rows = __shfl_up_sync(sm90::kAllLanes, sum.rows, distance);
@@ -106,26 +118,35 @@ __device__ inline RowsAndTiles BlockScan(const RowsAndTiles& mine, RowsAndTiles*
     sum.rows += lane >= distance ? rows : 0;
     sum.tiles += lane >= distance ? tiles : 0;
   }
+  for (int distance = 1; two_lists && distance < sm90::kWarpSize; distance *= 2) {
+    const int32_t tiles = __shfl_up_sync(sm90::kAllLanes, sum.more_tiles, distance);
+    sum.more_tiles += lane >= distance ? tiles : 0;
+  }
   if (lane == sm90::kWarpSize - 1) {
     warp_sums[warp] = sum;
   }
   __syncthreads();
   total = {};
   for (int w = 0; w < kPermuteWarps; ++w) {
-    const RowsAndTiles other = warp_sums[w];
+    const RowsAndTiles& other = warp_sums[w];
     sum.rows += w < warp ? other.rows : 0;
     sum.tiles += w < warp ? other.tiles : 0;
     total.rows += other.rows;
     total.tiles += other.tiles;
   }
-  return {sum.rows - mine.rows, sum.tiles - mine.tiles};
+  for (int w = 0; two_lists && w < kPermuteWarps; ++w) {
+    const int32_t other = warp_sums[w].more_tiles;
+    sum.more_tiles += w < warp ? other : 0;
+    total.more_tiles += other;
+  }
+  return {sum.rows - mine.rows, sum.tiles - mine.tiles, sum.more_tiles - mine.more_tiles};
 }
 
 // Turns the counts of a segment's chunks into what precedes each chunk; returns the total.
 __device__ inline int32_t ScanChunks(const PermuteSm90Args& args, int segment, int64_t chunks) {
   int32_t sum = 0;
   for (int64_t c = 0; c < chunks; ++c) {
-    int32_t* count = args.chunk_counts + c * args.options.num_local_experts + segment;
+    int32_t* count = args.chunk_counts + c * args.segments + segment;
     const int32_t here = *count;
     *count = sum;
     sum += here;
@@ -133,31 +154,41 @@ __device__ inline int32_t ScanChunks(const PermuteSm90Args& args, int segment, i
   return sum;
 }
 
-__device__ inline void WriteTiles(const PermuteSm90Args& args, int segment, int32_t count,
-                                  const RowsAndTiles& begin, int32_t tiles) {
-  const auto tile = static_cast<int32_t>(args.options.tile);
-  int32_t first = begin.rows;
+// The tiles of a segment's `count` rows from row `begin` on, behind `tiles_begin` others.
+__device__ inline void WriteTiles(const TileListSm90& list, int segment, int32_t count,
+                                  int32_t begin, int32_t tiles_begin, int32_t tiles) {
+  int32_t first = begin;
   int32_t left = count;
 #pragma unroll 1
-  for (int32_t i = 0; i < tiles; ++i) {
-    args.tile_expert[begin.tiles + i] = segment;
-    args.tile_row_begin[begin.tiles + i] = first;
+  for (int32_t i = tiles_begin; i < tiles_begin + tiles; ++i) {
+    list.expert[i] = segment;
+    list.row_begin[i] = first;
     // Past the segment's end where nothing is left.
-    args.tile_row_end[begin.tiles + i] = first + min(left, tile);
-    first += tile;
-    left -= tile;
+    list.row_end[i] = first + min(left, list.tile);
+    first += list.tile;
+    left -= list.tile;
   }
 }
 
-// Of a segment with `count` slots. No division where one cluster of tiles holds them.
-__device__ inline RowsAndTiles RowsAndTilesOf(const PermuteOptions& options, int32_t count) {
-  const auto slots = static_cast<uint32_t>(count);
-  const auto unit = static_cast<uint32_t>(options.tile * options.cluster);
-  const uint32_t units = slots <= unit ? (slots > 0 ? 1U : 0U) : (slots + unit - 1) / unit;
-  // Rows are dense, or fill their tiles.
-  const uint32_t rows = options.row_alignment == 1 ? slots : units * unit;
-  return {static_cast<int32_t>(rows),
-          static_cast<int32_t>(units * static_cast<uint32_t>(options.cluster))};
+// Clusters of tiles for `count` rows. No division where one holds them.
+__device__ __forceinline__ int32_t ClustersOf(const TileListSm90& list, int32_t count) {
+  const auto rows = static_cast<uint32_t>(count);
+  const auto unit = static_cast<uint32_t>(list.tile * list.cluster);
+  return static_cast<int32_t>(rows <= unit ? (rows > 0 ? 1U : 0U) : (rows + unit - 1) / unit);
+}
+
+// Of a segment with `count` slots.
+__device__ inline RowsAndTiles RowsAndTilesOf(const PermuteSm90Args& args, int32_t count) {
+  const TileListSm90& list = args.tiles[0];
+  const TileListSm90& more = args.tiles[1];
+  const int32_t clusters = ClustersOf(list, count);
+  RowsAndTiles of_segment;
+  of_segment.rows = args.padded ? clusters * list.tile * list.cluster : count;
+  of_segment.tiles = clusters * list.cluster;
+  if (HasTwoLists(args)) {
+    of_segment.more_tiles = ClustersOf(more, count) * more.cluster;
+  }
+  return of_segment;
 }
 
 // What the segment's place is: `begin` is where its rows and tiles begin, `mine` how many it has.
@@ -166,7 +197,10 @@ __device__ inline void WriteSegment(const PermuteSm90Args& args, int segment, in
                                     const RowsAndTiles& begin, const RowsAndTiles& mine) {
   args.expert_offsets[segment] = begin.rows;
   args.expert_counts[segment] = count;
-  WriteTiles(args, segment, count, begin, mine.tiles);
+  WriteTiles(args.tiles[0], segment, count, begin.rows, begin.tiles, mine.tiles);
+  if (HasTwoLists(args)) {
+    WriteTiles(args.tiles[1], segment, count, begin.rows, begin.more_tiles, mine.more_tiles);
+  }
 #pragma unroll 1
   for (int32_t row = begin.rows + count; row < begin.rows + mine.rows; ++row) {
     args.row_to_slot[row] = -1;
@@ -175,9 +209,12 @@ __device__ inline void WriteSegment(const PermuteSm90Args& args, int segment, in
 }
 
 __device__ inline void WriteTotals(const PermuteSm90Args& args, const RowsAndTiles& total) {
-  args.expert_offsets[args.options.num_local_experts] = total.rows;
+  args.expert_offsets[args.segments] = total.rows;
   *args.num_rows = total.rows;
-  *args.num_tiles = total.tiles;
+  *args.tiles[0].num_tiles = total.tiles;
+  if (HasTwoLists(args)) {
+    *args.tiles[1].num_tiles = total.more_tiles;
+  }
 }
 
 // Slots are counted in 32 bits, as in the maps.
@@ -192,24 +229,21 @@ __device__ __forceinline__ void WriteSlot(const PermuteSm90Args& args, int32_t s
 // Step 2, one block: segments, tiles and totals. Padding rows are marked where rows are aligned.
 __device__ inline void LayOutSegments(const PermuteSm90Args& args, int64_t live,
                                       RowsAndTiles* shared) {
-  const PermuteOptions& options = args.options;
-  const int segments = options.num_local_experts;
+  const int segments = args.segments;
   const int64_t chunks = CeilDiv(live, kPermuteChunk);
   RowsAndTiles base;
   for (int first = 0; first < segments; first += kPermuteThreads) {
     const int segment = first + static_cast<int>(threadIdx.x);
     const bool real = segment < segments;
     const int32_t count = real ? ScanChunks(args, segment, chunks) : 0;
-    const RowsAndTiles mine = RowsAndTilesOf(options, count);
+    const RowsAndTiles mine = RowsAndTilesOf(args, count);
     RowsAndTiles total;
-    RowsAndTiles begin = BlockScan(mine, shared, total);
-    begin.rows += base.rows;
-    begin.tiles += base.tiles;
+    RowsAndTiles begin = BlockScan(args, mine, shared, total);
+    begin.Add(base);
     if (real) {
       WriteSegment(args, segment, count, begin, mine);
     }
-    base.rows += total.rows;
-    base.tiles += total.tiles;
+    base.Add(total);
     __syncthreads();
   }
   if (threadIdx.x == 0) {
@@ -222,7 +256,7 @@ __device__ inline void LayOutSegments(const PermuteSm90Args& args, int64_t live,
 // left.
 __device__ inline void RankCounted(const PermuteSm90Args& args, int64_t chunk, int64_t live,
                                    uint16_t* counts) {
-  const int segments = args.options.num_local_experts;
+  const int segments = args.segments;
   for (int s = static_cast<int>(threadIdx.x); s < segments; s += kPermuteThreads) {
     uint16_t before = 0;
     for (int w = 0; w < kPermuteWarps; ++w) {
@@ -262,8 +296,7 @@ inline constexpr int kChunkRounds = static_cast<int>(kPermuteChunk / kPermuteThr
 // Shared memory: counts as in CountByWarp, then where each segment's rows begin. 40.6 KiB at 2048
 // routed and 32 shared experts.
 __host__ __device__ inline int ChunkSharedBytes(const PermuteSm90Args& args) {
-  return PermuteSharedBytes(args) +
-         static_cast<int>(sizeof(int32_t)) * args.options.num_local_experts;
+  return PermuteSharedBytes(args) + static_cast<int>(sizeof(int32_t)) * args.segments;
 }
 
 // Where a slot of round r of this warp goes: segment (-1: nowhere), and how many of the warp's
@@ -276,7 +309,7 @@ struct ChunkSlots {
 // Fills `slots`, and leaves in `counts` the warps' slots by segment.
 __device__ inline void CountChunk(const PermuteSm90Args& args, const WarpRange& range,
                                   uint16_t* counts, ChunkSlots& slots) {
-  const int segments = args.options.num_local_experts;
+  const int segments = args.segments;
   const int lane = sm90::LaneId();
 #pragma unroll
   for (int r = 0; r < kChunkRounds; ++r) {
@@ -309,7 +342,7 @@ __device__ inline void CountChunk(const PermuteSm90Args& args, const WarpRange& 
 // in `begins` its first row.
 __device__ inline void LayOutChunk(const PermuteSm90Args& args, uint16_t* counts, int32_t* begins,
                                    RowsAndTiles* shared) {
-  const int segments = args.options.num_local_experts;
+  const int segments = args.segments;
   RowsAndTiles base;
 #pragma unroll 1
   for (int first = 0; first < segments; first += kPermuteThreads) {
@@ -324,17 +357,15 @@ __device__ inline void LayOutChunk(const PermuteSm90Args& args, uint16_t* counts
         count += here;
       }
     }
-    const RowsAndTiles mine = RowsAndTilesOf(args.options, count);
+    const RowsAndTiles mine = RowsAndTilesOf(args, count);
     RowsAndTiles total;
-    RowsAndTiles begin = BlockScan(mine, shared, total);
-    begin.rows += base.rows;
-    begin.tiles += base.tiles;
+    RowsAndTiles begin = BlockScan(args, mine, shared, total);
+    begin.Add(base);
     if (real) {
       WriteSegment(args, segment, count, begin, mine);
       begins[segment] = begin.rows;
     }
-    base.rows += total.rows;
-    base.tiles += total.tiles;
+    base.Add(total);
     __syncthreads();
   }
   if (threadIdx.x == 0) {
@@ -346,7 +377,7 @@ __device__ inline void LayOutChunk(const PermuteSm90Args& args, uint16_t* counts
 // `shared` the [kPermuteWarps] of BlockScan.
 __device__ inline void PermuteOneChunk(const PermuteSm90Args& args, int32_t* memory,
                                        RowsAndTiles* shared) {
-  const int segments = args.options.num_local_experts;
+  const int segments = args.segments;
   auto* const counts = static_cast<uint16_t*>(static_cast<void*>(memory + segments));
   const WarpRange range(0, LiveSlots(args));
   ChunkSlots slots;
@@ -373,7 +404,7 @@ struct FewSlots {
   RowsAndTiles* warp_sums;  // [kPermuteWarps]
 };
 __host__ __device__ inline int FewSlotsBytes(const PermuteSm90Args& args) {
-  const int counts = (args.options.num_local_experts + 3) / 4 * 4;
+  const int counts = (args.segments + 3) / 4 * 4;
   return static_cast<int>(sizeof(RowsAndTiles)) * kPermuteWarps + 4 * (kFewSlots + counts);
 }
 // `shared` is 16-byte aligned.
@@ -386,8 +417,7 @@ __device__ inline FewSlots FewSlotsIn(void* shared) {
 __device__ inline void ClearFewSlots(const PermuteSm90Args& args, const FewSlots& few) {
   few.segments[threadIdx.x] = -1;
 #pragma unroll 1
-  for (int s = static_cast<int>(threadIdx.x); s < args.options.num_local_experts;
-       s += kPermuteThreads) {
+  for (int s = static_cast<int>(threadIdx.x); s < args.segments; s += kPermuteThreads) {
     few.counts[s] = 0;
   }
 }
@@ -428,27 +458,25 @@ __device__ inline void PermuteFewSlots(const PermuteSm90Args& args, int live, co
     }
   }
   __syncthreads();
-  const int segments = args.options.num_local_experts;
+  const int segments = args.segments;
   const int share = (segments + kPermuteThreads - 1) / kPermuteThreads;
   const int first = min(thread * share, segments);
   const int last = min(first + share, segments);
   RowsAndTiles mine;
 #pragma unroll 1
   for (int s = first; s < last; ++s) {
-    const RowsAndTiles of_segment = RowsAndTilesOf(args.options, few.counts[s]);
-    mine.rows += of_segment.rows;
-    mine.tiles += of_segment.tiles;
+    const RowsAndTiles of_segment = RowsAndTilesOf(args, few.counts[s]);
+    mine.Add(of_segment);
   }
   RowsAndTiles total;
-  RowsAndTiles begin = BlockScan(mine, few.warp_sums, total);
+  RowsAndTiles begin = BlockScan(args, mine, few.warp_sums, total);
 #pragma unroll 1
   for (int s = first; s < last; ++s) {
     const int32_t count = few.counts[s];
-    const RowsAndTiles of_segment = RowsAndTilesOf(args.options, count);
+    const RowsAndTiles of_segment = RowsAndTilesOf(args, count);
     WriteSegment(args, s, count, begin, of_segment);
     few.counts[s] = begin.rows;
-    begin.rows += of_segment.rows;
-    begin.tiles += of_segment.tiles;
+    begin.Add(of_segment);
   }
   if (thread == 0) {
     WriteTotals(args, total);

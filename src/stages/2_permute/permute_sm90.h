@@ -14,9 +14,20 @@ namespace hopyard::permute {
 // Slots that one block ranks; 16-bit counters suffice within it.
 inline constexpr int64_t kPermuteChunk = 2048;
 
+// The rows as tiles of one size. Device memory, as in PermuteOutputs.
+struct TileListSm90 {
+  int tile = 1;  // rows
+  int cluster = 1;
+  int32_t* expert = nullptr;
+  int32_t* row_begin = nullptr;
+  int32_t* row_end = nullptr;
+  int32_t* num_tiles = nullptr;
+};
+
 // All pointers are device memory; outputs as in PermuteOutputs.
 struct PermuteSm90Args {
-  PermuteOptions options;
+  int segments = 0;
+  bool padded = false;  // rows fill the clusters of the first list; else they are dense
   int64_t max_tokens = 0;
   int slots_per_token = 1;
   const int32_t* num_tokens = nullptr;  // read by the kernel, clamped to [0, max_tokens]; null: all
@@ -27,15 +38,13 @@ struct PermuteSm90Args {
   int32_t* slot_to_row = nullptr;
   int32_t* row_to_slot = nullptr;
   int32_t* row_to_token = nullptr;
-  int32_t* tile_expert = nullptr;
-  int32_t* tile_row_begin = nullptr;
-  int32_t* tile_row_end = nullptr;
-  int32_t* num_tiles = nullptr;
   int32_t* num_rows = nullptr;
+  // The second is for GEMMs that take the same rows in other tiles; without pointers: none.
+  TileListSm90 tiles[2];
 };
 
 // Elements of chunk_counts.
-[[nodiscard]] int64_t PermuteScratchInts(int64_t num_slots, const PermuteOptions& options);
+[[nodiscard]] int64_t PermuteScratchInts(int64_t num_slots, int segments);
 
 // Enqueues the kernels. Throws Error{kCuda} when a launch fails.
 void PermuteSm90(const PermuteSm90Args& args, const device::Queue& queue);

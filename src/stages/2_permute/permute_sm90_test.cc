@@ -3,6 +3,7 @@
 #include "stages/2_permute/permute_sm90.h"
 
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <vector>
@@ -49,47 +50,101 @@ struct Problem {
   int64_t tokens = 0;
   int slots_per_token = 1;
   int64_t live_tokens = -1;  // -1: no device count
+  // A second list of tiles over the same dense rows; 0: none.
+  int64_t second_tile = 0;
+  int64_t second_cluster = 1;
 };
 
-void ExpectCpuIntegers(const Problem& problem, const std::vector<int32_t>& slots) {
-  const auto num_slots = static_cast<int64_t>(slots.size());
-  const int64_t live = problem.live_tokens < 0 ? problem.tokens : problem.live_tokens;
-  Arrays want(num_slots, problem.options);
-  const TensorView view =
-      TensorView::Contiguous(slots.data(), DType::kInt32, {live, problem.slots_per_token});
-  PermuteCpu(view, problem.options, want.View());
+// The arrays of a permutation on the device, poisoned, in the order of Arrays.
+class DeviceArrays {
+ public:
+  explicit DeviceArrays(const Arrays& like) {
+    for (const auto& array : like.data) {
+      arrays_.push_back(std::make_unique<DeviceArray<int32_t>>(static_cast<int64_t>(array.size())));
+    }
+  }
+  [[nodiscard]] int32_t* at(size_t i) const { return arrays_[i]->get(); }
+  [[nodiscard]] TileListSm90 Tiles(const PermuteOptions& options) const {
+    return {static_cast<int>(options.tile),
+            static_cast<int>(options.cluster),
+            at(5),
+            at(6),
+            at(7),
+            at(8)};
+  }
+  void Download(Arrays* to) const {
+    for (size_t i = 0; i < arrays_.size(); ++i) {
+      to->data[i] = arrays_[i]->Download();
+      EXPECT_TRUE(arrays_[i]->GuardsIntact()) << "array " << i;
+    }
+  }
 
+ private:
+  std::vector<std::unique_ptr<DeviceArray<int32_t>>> arrays_;
+};
+
+// The kernels' arrays of the first list, then of the second with the maps of the first.
+std::vector<Arrays> RunOnGpu(const Problem& problem, const std::vector<PermuteOptions>& lists,
+                             const std::vector<int32_t>& slots) {
+  const auto num_slots = static_cast<int64_t>(slots.size());
+  const PermuteOptions& options = lists[0];
   const DeviceArray<int32_t> local(slots);
-  const DeviceArray<int32_t> scratch(PermuteScratchInts(num_slots, problem.options));
-  const DeviceArray<int32_t> count(std::vector<int32_t>{static_cast<int32_t>(live)});
-  std::vector<std::unique_ptr<DeviceArray<int32_t>>> arrays;
-  for (const auto& array : want.data) {
-    arrays.push_back(std::make_unique<DeviceArray<int32_t>>(static_cast<int64_t>(array.size())));
+  const DeviceArray<int32_t> scratch(PermuteScratchInts(num_slots, options.num_local_experts));
+  const DeviceArray<int32_t> count(std::vector<int32_t>{static_cast<int32_t>(problem.live_tokens)});
+  std::vector<DeviceArrays> arrays;
+  std::vector<Arrays> got;
+  for (const PermuteOptions& list : lists) {
+    got.emplace_back(num_slots, list);
+    arrays.emplace_back(got.back());
   }
   PermuteSm90Args args;
-  args.options = problem.options;
+  args.segments = options.num_local_experts;
+  args.padded = options.row_alignment != 1;
   args.max_tokens = problem.tokens;
   args.slots_per_token = problem.slots_per_token;
   args.num_tokens = problem.live_tokens < 0 ? nullptr : count.get();
   args.local_slots = local.get();
   args.chunk_counts = scratch.get();
   int32_t** const pointers[] = {&args.expert_offsets, &args.expert_counts, &args.slot_to_row,
-                                &args.row_to_slot,    &args.row_to_token,  &args.tile_expert,
-                                &args.tile_row_begin, &args.tile_row_end,  &args.num_tiles,
-                                &args.num_rows};
-  for (size_t i = 0; i < arrays.size(); ++i) {
-    *pointers[i] = arrays[i]->get();
+                                &args.row_to_slot, &args.row_to_token};
+  for (size_t i = 0; i < std::size(pointers); ++i) {
+    *pointers[i] = arrays[0].at(i);
+  }
+  args.num_rows = arrays[0].at(9);
+  for (size_t list = 0; list < lists.size(); ++list) {
+    args.tiles[list] = arrays[list].Tiles(lists[list]);
   }
   PermuteSm90(args, nullptr);
-  Arrays got(num_slots, problem.options);
-  for (size_t i = 0; i < arrays.size(); ++i) {
-    got.data[i] = arrays[i]->Download();
-    // Poison is -1 on both sides, so what must stay untouched is compared as well.
-    ASSERT_EQ(got.data[i], want.data[i]) << "array " << i;
-    ASSERT_TRUE(arrays[i]->GuardsIntact()) << "array " << i;
+  EXPECT_TRUE(scratch.GuardsIntact());
+  for (size_t list = 0; list < lists.size(); ++list) {
+    arrays[list].Download(&got[list]);
   }
-  ASSERT_TRUE(scratch.GuardsIntact());
-  ASSERT_EQ(CheckPermutation(view, problem.options, got.View()), "");
+  // Dense rows, whatever the tiles.
+  for (const size_t i : {0, 1, 2, 3, 4, 9}) {
+    got.back().data[i] = got.front().data[i];
+  }
+  return got;
+}
+
+void ExpectCpuIntegers(const Problem& problem, const std::vector<int32_t>& slots) {
+  const int64_t live = problem.live_tokens < 0 ? problem.tokens : problem.live_tokens;
+  const TensorView view =
+      TensorView::Contiguous(slots.data(), DType::kInt32, {live, problem.slots_per_token});
+  std::vector<PermuteOptions> lists = {problem.options};
+  if (problem.second_tile > 0) {
+    lists.push_back(
+        {problem.options.num_local_experts, problem.second_tile, problem.second_cluster, 1});
+  }
+  std::vector<Arrays> got = RunOnGpu(problem, lists, slots);
+  for (size_t list = 0; list < lists.size(); ++list) {
+    Arrays want(static_cast<int64_t>(slots.size()), lists[list]);
+    PermuteCpu(view, lists[list], want.View());
+    for (size_t i = 0; i < want.data.size(); ++i) {
+      // Poison is -1 on both sides, so what must stay untouched is compared as well.
+      ASSERT_EQ(got[list].data[i], want.data[i]) << "list " << list << ", array " << i;
+    }
+    ASSERT_EQ(CheckPermutation(view, lists[list], got[list].View()), "") << "list " << list;
+  }
 }
 
 std::vector<int32_t> RandomSlots(std::mt19937& random, int64_t count, int experts, int skew) {
@@ -119,6 +174,25 @@ TEST(PermuteSm90, HasTheIntegersOfTheCpu) {
   }
 }
 
+// Two GEMMs over the same rows: smaller, larger and equal tiles, with and without clusters.
+TEST(PermuteSm90, HasTheIntegersOfTheCpuInBothLists) {
+  HOPYARD_NEEDS_GPU();
+  std::mt19937 random(8);
+  for (const int experts : {1, 3, 257, 2080}) {
+    for (const int64_t tokens : {1, 2, 33, 63, 64, 65, 511, 512, 513, 5000}) {
+      for (const int skew : {0, 7}) {
+        for (const Problem& sizes : {Problem{{experts, 16, 1, 1}, tokens, 4, -1, 64, 1},
+                                     Problem{{experts, 128, 2, 1}, tokens, 4, -1, 16, 1},
+                                     Problem{{experts, 96, 1, 1}, tokens, 4, tokens / 2, 128, 2},
+                                     Problem{{experts, 128, 2, 1}, tokens, 4, -1, 128, 1}}) {
+          ExpectCpuIntegers(sizes, RandomSlots(random, tokens * 4, experts, skew));
+          ASSERT_FALSE(HasFailure()) << experts << ' ' << tokens << ' ' << sizes.options.tile;
+        }
+      }
+    }
+  }
+}
+
 TEST(PermuteSm90, LiveTokensAreReadOnTheDevice) {
   HOPYARD_NEEDS_GPU();
   std::mt19937 random(6);
@@ -126,7 +200,7 @@ TEST(PermuteSm90, LiveTokensAreReadOnTheDevice) {
   for (const int64_t tokens : {80, 500, 2000}) {
     for (const int64_t live : {0, 1, 79, 100, 500, 511, 2000}) {
       if (live <= tokens) {
-        const Problem problem{{16, 32, 1, 1}, tokens, 3, live};
+        const Problem problem{{16, 32, 1, 1}, tokens, 3, live, live % 2 == 0 ? 0 : 128, 2};
         ExpectCpuIntegers(problem, RandomSlots(random, 3 * tokens, 16, 0));
         ASSERT_FALSE(HasFatalFailure()) << live << " of " << tokens;
       }
@@ -137,7 +211,7 @@ TEST(PermuteSm90, LiveTokensAreReadOnTheDevice) {
 TEST(PermuteSm90, FourHundredThousandTokens) {
   HOPYARD_NEEDS_GPU();
   std::mt19937 random(7);
-  const Problem problem{{128, 128, 2, 1}, 400000, 8, -1};
+  const Problem problem{{128, 128, 2, 1}, 400000, 8, -1, 16, 1};
   ExpectCpuIntegers(problem, RandomSlots(random, 3200000, 128, 0));
 }
 

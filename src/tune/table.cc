@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "hopyard/tune.h"
+
+#include "checkpoint/text.h"
+#include "core/error.h"
+#include "tune/field_text.h"
+#include "tune/key_fields.h"
+#include "tune/machine.h"
+
+namespace hopyard {
+namespace {
+
+using checkpoint::Printable;
+
+void CheckKey(const TuningKey& key) {
+  tune::VisitFields(key, [](const char* name, const auto& field) {
+    using Field = std::remove_cvref_t<decltype(field)>;
+    if constexpr (std::is_floating_point_v<Field>) {
+      HOPYARD_CHECK(std::isfinite(field), kInvalidArgument)
+          << "key." << name << '=' << field << "; wanted a finite number";
+    } else if constexpr (std::is_enum_v<Field>) {
+      HOPYARD_CHECK(tune::EnumName(field) != "?", kInvalidArgument)
+          << "key." << name << '=' << static_cast<int>(field)
+          << "; wanted a value that its type has";
+    }
+  });
+}
+
+// `before`: where the range before it ends.
+void CheckRange(const TunedRange& range, int64_t before) {
+  const std::string where = "range of tactic '" + Printable(range.tactic) + "': ";
+  HOPYARD_CHECK(!range.tactic.empty() && !range.untuned.empty(), kInvalidArgument)
+      << where << "a tactic's name is empty (untuned: '" << Printable(range.untuned) << "')";
+  HOPYARD_CHECK(range.last > before, kInvalidArgument)
+      << where << "last=" << range.last << "; wanted more than " << before << ", ranges ascend";
+  HOPYARD_CHECK(range.tokens > before && range.tokens <= range.last, kInvalidArgument)
+      << where << "tokens=" << range.tokens << "; wanted a number above " << before
+      << " up to last=" << range.last;
+  for (const double number : {range.us, range.untuned_us, range.noise}) {
+    HOPYARD_CHECK(std::isfinite(number) && number >= 0.0, kInvalidArgument)
+        << where << "us=" << range.us << " untuned_us=" << range.untuned_us
+        << " noise=" << range.noise << "; wanted finite numbers of 0 or more";
+  }
+}
+
+void CheckLayer(const TunedLayer& layer) {
+  CheckKey(layer.key);
+  int64_t before = 0;
+  for (const TunedRange& range : layer.ranges) {
+    CheckRange(range, before);
+    before = range.last;
+  }
+}
+
+}  // namespace
+
+const TunedLayer* TuningTable::Find(const TuningKey& key) const {
+  const auto found = std::find_if(layers_.begin(), layers_.end(),
+                                  [&](const TunedLayer& layer) { return layer.key == key; });
+  return found == layers_.end() ? nullptr : &*found;
+}
+
+const TunedLayer* TuningTable::FindFor(const TuningKey& key) const {
+  const TunedLayer* other = nullptr;
+  bool other_same_path = false;
+  for (const TunedLayer& layer : layers_) {
+    TuningKey like = layer.key;
+    like.routing = key.routing;
+    const bool same_path = like.path == key.path;
+    like.path = key.path;
+    if (!(like == key)) {
+      continue;
+    }
+    if (layer.key == key) {
+      return &layer;
+    }
+    if (other == nullptr || (same_path && !other_same_path)) {
+      other = &layer;
+      other_same_path = same_path;
+    }
+  }
+  return other;
+}
+
+void TuningTable::Put(TunedLayer layer) {
+  CheckLayer(layer);
+  const std::string name = ToString(layer.key);
+  const auto place = std::lower_bound(
+      layers_.begin(), layers_.end(), name,
+      [](const TunedLayer& left, const std::string& right) { return ToString(left.key) < right; });
+  if (place != layers_.end() && place->key == layer.key) {
+    *place = std::move(layer);
+  } else {
+    layers_.insert(place, std::move(layer));
+  }
+}
+
+bool TuningTable::Erase(const TuningKey& key) {
+  return std::erase_if(layers_, [&](const TunedLayer& layer) { return layer.key == key; }) > 0;
+}
+
+void TuningTable::Merge(const TuningTable& other) {
+  HOPYARD_CHECK(machine_ == other.machine_, kInvalidArgument)
+      << "the table was measured on another machine: " << tune::Describe(other.machine_)
+      << "; this one is of " << tune::Describe(machine_) << ": keep a file for each machine";
+  for (const TunedLayer& layer : other.layers_) {
+    Put(layer);
+  }
+}
+
+}  // namespace hopyard
