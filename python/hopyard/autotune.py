@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
+from weakref import WeakKeyDictionary
 
 from hopyard._library import lib
 from hopyard.arrays import Array, as_tensor
@@ -96,6 +97,23 @@ def path_of(call: Mapping[str, Any]) -> CallPath:
     )
 
 
+def options_of(path: CallPath) -> PlanOptions:
+    """The options that say how a layer's calls give and get."""
+    return {
+        "given_ids": path.ids,
+        "unfinalised": path.unfinalised,
+        "records_replay": path.replay,
+    }
+
+
+def _path_in(options: PlanOptions) -> CallPath:
+    return CallPath(
+        options.get("given_ids", False),
+        options.get("unfinalised", False),
+        options.get("records_replay", False),
+    )
+
+
 class _Progress:
     """The caller's function; an error in it, Ctrl-C too, is the run's orderly end."""
 
@@ -148,21 +166,19 @@ def measure_plan(
     stream = 0
     if weights._device != CPU:
         stream = stream_of(weights._device, None, uses_torch=weights._uses_torch)
-    text = lib.tune(plan, weights._handle, _converted(options), progress, measured, stream)
-    return TuningTable.from_json(str(text)), progress.error
+    found = lib.tune(plan, weights._handle, _converted(options), progress, measured, stream)
+    return TuningTable(found), progress.error
 
 
-def tune(
-    layer: MoeLayer, path: CallPath | None = None, **options: Unpack[TuneOptions]
-) -> TuningTable:
+def tune(layer: MoeLayer, **options: Unpack[TuneOptions]) -> TuningTable:
     """Measure the kernels of a layer, on its device with its weights.
 
-    The layer goes on with the kernels that it has: give the table to a new one (`tuning=table`),
-    or to all that are made from now on (`use_tuning(table)`).
+    What is measured are calls as the layer's options say: `given_ids`, `unfinalised` and
+    `records_replay`. The layer goes on with the kernels that it has: `layer.replan(tuning=table)`
+    changes that, `use_tuning(table)` that of all layers that are made from now on.
 
     Args:
         layer: what to tune.
-        path: how its calls give and get; as the layer was made without.
         **options: see `TuneOptions`.
 
     Returns:
@@ -171,8 +187,7 @@ def tune(
     Raises:
         ValueError: an option that means nothing, or a stream that is being captured.
     """
-    plan = layer.new_plan({} if path is None else {"path": path})
-    table, error = measure_plan(plan, layer.weights, options)
+    table, error = measure_plan(layer.new_plan(), layer.weights, options)
     if error is not None:
         raise error
     return table
@@ -183,7 +198,7 @@ def knows(table: TuningTable | None, spec: MoeSpec, options: PlanOptions) -> boo
     found = None if table is None else table.find(spec, **options)
     if found is None:
         return False
-    path = options.get("path") or CallPath(False, False, False)
+    path = _path_in(options)
     return found.key.path == path and (path.ids or found.key.routing == spec.routing)
 
 
@@ -206,6 +221,7 @@ class Session:
         self._timeout = timeout
         self._options = options
         self._lock = threading.RLock()
+        self._prepared: WeakKeyDictionary[MoeLayer, CallPath] = WeakKeyDictionary()
         self._writes = self._cache is not None and self._rank == 0
         self._dirty = False
         self.table: TuningTable | None = None
@@ -221,13 +237,16 @@ class Session:
 
     def prepare(self, layer: MoeLayer, call: Mapping[str, Any]) -> None:
         """Have a layer run the kernels that are fast for calls like this one."""
-        given = layer.options
         path = path_of(call)
-        if layer.tuned_path == path or given.get("tactic") or given.get("untuned"):
+        if self._prepared.get(layer) == path:
+            return
+        given = layer.options
+        if given.get("tactic") or given.get("untuned"):
             return
         with self._lock:
-            error = self._settle(layer, {**given, "path": path})
-            layer.use_plan({"path": path, "tuning": self.table})
+            error = self._settle(layer, {**given, **options_of(path)})
+            layer.replan(**options_of(path), tuning=self.table)
+            self._prepared[layer] = path
             if error is not None:
                 raise error
 

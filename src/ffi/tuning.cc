@@ -52,10 +52,10 @@ Dict DictOf(const TuneProgress& progress) {
               {"seconds_left", progress.seconds_left}};
 }
 
-// The text of the table. `progress` takes a map and returns whether to go on, `measured` takes
-// (tactic, tokens, us).
-ffi::String TuneFn(const PlanRef& plan, const WeightsRef& weights, const Dict& options,
-                   const ffi::Function& progress, const ffi::Function& measured, int64_t stream) {
+// `progress` takes a map and returns whether to go on, `measured` takes (tactic, tokens, us).
+TuningTableRef TuneFn(const PlanRef& plan, const WeightsRef& weights, const Dict& options,
+                      const ffi::Function& progress, const ffi::Function& measured,
+                      int64_t stream) {
   return Guarded([&] {
     TuneOptions parsed = TuneOptionsOf(Fields(options));
     parsed.progress = [&](const TuneProgress& now) {
@@ -64,7 +64,7 @@ ffi::String TuneFn(const PlanRef& plan, const WeightsRef& weights, const Dict& o
     parsed.measured = [&](const TuningTime& time) {
       measured(ffi::String(time.tactic), time.tokens, time.us);
     };
-    return ffi::String(Tune(plan->plan, weights->weights, parsed, StreamOf(stream)).ToJson());
+    return TuningTableRef(Tune(plan->plan, weights->weights, parsed, StreamOf(stream)));
   });
 }
 

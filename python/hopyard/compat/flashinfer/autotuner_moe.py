@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import hopyard
-from hopyard.autotune import TuneOptions, knows, measure_plan
+from hopyard.autotune import TuneOptions, knows, measure_plan, options_of
 from hopyard.compat.flashinfer import autotuner_context as context
 from hopyard.compat.flashinfer.autotuner import AutoTuner
 from hopyard.compat.flashinfer.autotuner_group import Choices
@@ -201,7 +201,7 @@ class _Task:
     @property
     def options(self) -> PlanOptions:
         """Of a plan that takes every number of tokens."""
-        return {"max_tokens": self.tokens[-1], "path": self.path}
+        return {**options_of(self.path), "max_tokens": self.tokens[-1]}
 
 
 def _settle(task: _Task) -> BaseException | None:

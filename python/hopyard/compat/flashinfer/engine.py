@@ -20,6 +20,8 @@ from typing import Any
 
 import hopyard
 from hopyard.arrays import Array, is_torch
+from hopyard.autotune import options_of, path_of
+from hopyard.compat.flashinfer import autotuner_moe as tuned
 from hopyard.compat.flashinfer import ops
 from hopyard.devices import torch_module
 
@@ -199,10 +201,17 @@ def _capacity(tokens: int) -> int:
     return max(_LEAST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
 
 
-def run(spec: hopyard.MoeSpec, experts: Experts, hidden: Array, call: dict[str, Any]) -> Array:
+def run(
+    operation: tuned.Operation,
+    spec: hopyard.MoeSpec,
+    experts: Experts,
+    hidden: Array,
+    call: dict[str, Any],
+) -> Array:
     """Run a layer on FlashInfer's arrays.
 
     Args:
+        operation: which function was called.
         spec: the layer.
         experts: its weights.
         hidden: hidden states [T, ..].
@@ -224,9 +233,13 @@ def run(spec: hopyard.MoeSpec, experts: Experts, hidden: Array, call: dict[str, 
             view = _make_view(spec, experts, hidden, pin)
         if experts.checked:
             view.seen.ensure(experts.checked, lambda: _look(experts, view.buffers, pin))
+        path = path_of(call)
+        if not kernel:
+            tuned.tune_once(operation, spec, view.weights, path)
+        options = {**options_of(path), "max_tokens": capacity, "tactic": kernel}
         layer = _plans.get(
-            (spec, device, capacity, kernel),
-            lambda: hopyard.MoeLayer(spec, view.weights, capacity, tactic=kernel),
+            (spec, device, capacity, kernel, path, operation.skipped, tuned.generation()),
+            lambda: tuned.make_layer(operation, spec, view.weights, options),
             pin,
         )
         return layer.with_weights(view.weights)(hidden, **call)
