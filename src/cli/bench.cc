@@ -19,6 +19,7 @@
 #include "cli/timing.h"
 #include "cli/tokens.h"
 #include "core/error.h"
+#include "core/host_memory.h"
 #include "core/parallel.h"
 #include "core/shape.h"
 

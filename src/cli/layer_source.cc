@@ -17,6 +17,7 @@
 #include "cli/random.h"
 #include "cli/spec_file.h"
 #include "core/error.h"
+#include "core/host_memory.h"
 
 namespace hopyard::cli {
 namespace {

@@ -22,9 +22,6 @@ struct Machine {
 
 [[nodiscard]] Machine DescribeMachine();
 
-// What can be allocated now: MemAvailable, lowered by a memory limit of the control group.
-[[nodiscard]] int64_t AvailableMemory();
-
 // Throws Error{kOutOfMemory} naming need, have and `remedy` when `need` bytes do not fit.
 void CheckMemory(const std::string& what, int64_t need, const std::string& remedy);
 

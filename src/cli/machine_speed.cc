@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cli/machine.h"
+#include "core/host_memory.h"
 #include "core/parallel.h"
 
 #if defined(__x86_64__)

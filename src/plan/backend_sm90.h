@@ -13,6 +13,7 @@
 #include "hopyard/routing.h"
 #include "hopyard/tune.h"
 
+#include "device/timed_calls.h"
 #include "gemm/slice_write.h"
 #include "plan/plan_impl.h"
 #include "plan/weights_impl.h"
@@ -111,6 +112,12 @@ class Backend {
   [[nodiscard]] virtual std::shared_ptr<void> Allocate(int index, int64_t bytes) const = 0;
   virtual void Copy(int index, void* to, const void* from, int64_t bytes) const = 0;
   virtual void Synchronize(int index, void* stream) const = 0;
+  // What device/timed_calls.h has, of device `index`.
+  [[nodiscard]] virtual std::unique_ptr<device::TimedCalls> Capture(
+      int index, void* stream, const std::vector<device::Call>& calls,
+      const device::Flush& flush) const = 0;
+  [[nodiscard]] virtual bool IsCapturing(int index, void* stream) const = 0;
+  [[nodiscard]] virtual bool Recover(int index) const = 0;
 };
 
 // Null in a build without it.

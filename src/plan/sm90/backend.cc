@@ -4,6 +4,7 @@
 
 #include "device/memory.h"
 #include "device/range.h"
+#include "device/timed_calls.h"
 #include "plan/backend_sm90.h"
 #include "plan/sm90/device_weights.h"
 #include "plan/sm90/layer_plan.h"
@@ -131,6 +132,23 @@ class HopperBackend : public Backend {
   void Synchronize(int index, void* stream) const override {
     const device::CurrentDevice current(index);
     device::Synchronize(stream);
+  }
+
+  [[nodiscard]] std::unique_ptr<device::TimedCalls> Capture(
+      int index, void* stream, const std::vector<device::Call>& calls,
+      const device::Flush& flush) const override {
+    const device::CurrentDevice current(index);
+    return device::CaptureCalls(stream, calls, flush);
+  }
+
+  [[nodiscard]] bool IsCapturing(int index, void* stream) const override {
+    const device::CurrentDevice current(index);
+    return device::IsCapturing(stream);
+  }
+
+  [[nodiscard]] bool Recover(int index) const override {
+    const device::CurrentDevice current(index);
+    return device::Recover();
   }
 };
 
