@@ -196,7 +196,7 @@ def tune(layer: MoeLayer, **options: Unpack[TuneOptions]) -> TuningTable:
 def knows(table: TuningTable | None, spec: MoeSpec, options: PlanOptions) -> bool:
     """Whether a table has the layer itself, not one that is alike."""
     found = None if table is None else table.find(spec, **options)
-    if found is None:
+    if found is None or not found.ranges:
         return False
     path = _path_in(options)
     return found.key.path == path and (path.ids or found.key.routing == spec.routing)

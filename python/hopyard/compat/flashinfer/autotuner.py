@@ -116,8 +116,7 @@ class AutoTuner:
     """Chooses tactics, measures them under `autotune(True)`, and keeps the choices; one a process.
 
     Attributes:
-        how: calls that are measured, and the margin: a tactic replaces the fallback if it is
-            faster by this part of its time, and by twice the noise.
+        how: how much is measured, and the margin of a winner.
         store: choices and records, of this process and of files.
     """
 

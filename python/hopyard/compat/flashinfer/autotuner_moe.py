@@ -91,6 +91,10 @@ def _machine(device: str) -> TuningMachine:
     return TuningTable.empty(device).machine
 
 
+def _of_machine(tables: list[TuningTable], device: str) -> TuningTable | None:
+    return next((t for t in tables if t.machine == _machine(device)), None)
+
+
 class _Tables:
     """The record as tables, read again when it has changed."""
 
@@ -98,6 +102,7 @@ class _Tables:
         self._store: ChoiceStore | None = None
         self._version = -1
         self._tables: list[TuningTable] = []
+        self._of_file: list[TuningTable] = []
         self.settled: set[Any] = set()
         self.reported: set[Any] = set()
         self.generation = 0
@@ -115,11 +120,13 @@ class _Tables:
         self.generation += 1
         self.settled = set()
         self.reported = set()
-        self._tables = []
+        self._tables, self._of_file = [], []
         try:
-            self._tables = _parsed(store.record(NAMESPACE))
-        except ValueError as error:
+            self._of_file = _parsed(store.file.records.get(NAMESPACE, {}))
+        except ValueError as error:  # of a later version, say: it stays in the file as it is
             LOG.warning("[Autotuner]: the file's MoE choices are not used: %s", error)
+            del store.file.records[NAMESPACE]
+        self._tables = _parsed(store.record(NAMESPACE))
 
     def add(self, record: dict[str, Any]) -> None:
         """Add tables, and have them written with the next save."""
@@ -128,9 +135,11 @@ class _Tables:
 
     def of(self, device: str) -> TuningTable | None:
         """The table of the machine that a device is."""
-        if not self._tables:
-            return None
-        return next((t for t in self._tables if t.machine == _machine(device)), None)
+        return _of_machine(self._tables, device)
+
+    def in_file(self, device: str) -> TuningTable | None:
+        """As `of`, without what this process has measured since."""
+        return _of_machine(self._of_file, device)
 
 
 _tables = _Tables()
@@ -151,17 +160,16 @@ def make_layer(
         table = _tables.of(weights.device)
         if table is not None:
             options = {**options, "tuning": table}
-            if knows(table, spec, options):
-                _report_hit(operation, spec)
+        if knows(_tables.in_file(weights.device), spec, options):
+            _report_hit(operation, spec)
     return hopyard.MoeLayer(spec, weights, **options)
 
 
 def _report_hit(operation: Operation, spec: hopyard.MoeSpec) -> None:
-    if AutoTuner.get().store.file.records.get(NAMESPACE):
-        scope = f"{operation.names[0]}::{_RUNNER}"
-        if (scope, spec) not in _tables.reported:
-            _tables.reported.add((scope, spec))
-            LOG.info("[Autotuner]: file hit: %s from the cache file", scope)
+    scope = f"{operation.names[0]}::{_RUNNER}"
+    if (scope, spec) not in _tables.reported:
+        _tables.reported.add((scope, spec))
+        LOG.info("[Autotuner]: file hit: %s from the cache file", scope)
 
 
 def tune_once(
@@ -239,7 +247,12 @@ def _measure(task: _Task) -> BaseException | None:
     stats = AutoTuner.get().stats
     stats.tuned_op_total_configs[name] = stats.tuned_op_total_configs.get(name, 0) + 1
     plan = make_plan(task.spec, task.weights._device, task.options)
-    options: TuneOptions = {"tokens": task.tokens, "blocklist": task.operation.blocked()}
+    options: TuneOptions = {
+        "tokens": task.tokens,
+        "blocklist": task.operation.blocked(),
+        "margin": AutoTuner.get().how.margin,
+        "max_seconds": AutoTuner.get().how.max_seconds,
+    }
     try:
         found, error = measure_plan(plan, task.weights, options)
     except Exception as failure:
@@ -250,7 +263,8 @@ def _measure(task: _Task) -> BaseException | None:
         LOG.warning("[Autotuner]: OOM detected, falling back to default tactic of %s", name)
         return None
     _count(name, found)
-    _tables.add({_TABLES: [json.loads(found.to_json())]})
+    if found.layers[0].ranges:
+        _tables.add({_TABLES: [json.loads(found.to_json())]})
     return error
 
 
