@@ -34,12 +34,11 @@ TuneOptions QuickOptions() {
   return options;
 }
 
-// Warm, and one call a round: reading memory that empties the caches takes the most time by far.
+// Warm: reading memory that empties the caches takes the most time by far.
 TunerResult TuneLayer(const Plan& plan, const Weights& weights, const TuneOptions& options,
                       std::vector<int64_t> tokens) {
   LayerTask task = MakeTask(plan, weights, options, {});
   task.cold = false;
-  task.sets = 2;
   LayerLab lab(std::move(task));
   return Tuner(&lab, std::move(tokens), options).Run();
 }

@@ -26,7 +26,7 @@ struct LayerTask {
   Workload workload;
   Stream stream;
   int64_t max_bytes = 0;  // for inputs, outputs, workspace and what is read between calls
-  int sets = 4;           // calls of a round, each with another routing; fewer of many tokens
+  int sets = 1;           // calls of a round, each with another routing; fewer of many tokens
   bool cold = true;       // between calls the caches are emptied of the weights
 
   // For `tokens` tokens at most, running `tactic` whatever their number.

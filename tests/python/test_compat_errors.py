@@ -16,6 +16,8 @@ import compat_layers as cl
 import compat_reference as ref
 import hopyard.compat.flashinfer as fi
 from compat_layers import one_torch_thread  # noqa: F401
+from elsewhere import has_gpu_backend
+from hopyard.compat.flashinfer import tuning as fi_tuning
 from hopyard.compat.flashinfer.checks import MissingArgument
 
 A, N, R, V = AssertionError, NotImplementedError, RuntimeError, ValueError
@@ -541,3 +543,16 @@ def test_section_7_4_trtllm_gen_routing(changes, error, part):
 def test_section_7_5_autotune():
     with pytest.raises(ValueError, match="tuning_buckets is empty"), fi.autotune(tuning_buckets=()):
         pass
+
+
+@pytest.mark.skipif(not has_gpu_backend(), reason="a library without GPU kernels")
+def test_kernels_that_round_more_are_no_valid_tactics(monkeypatch):
+    """MXFP4 x MXFP8 on FP8 products is for those who ask for it by name."""
+    monkeypatch.setattr(fi_tuning, "_device", lambda: "cuda")
+    d = fi.DtypeTrtllmGen
+    problem = (d.MxE4m3, d.MxE2m1, fi.Fp8QuantizationType.NoneFp8, 4, 512, 256, 8)
+    problem += (fi.ActivationType.Swiglu, True, fi.WeightLayout.MajorK, False, 16)
+    configs = fi.trtllm_get_valid_moe_configs(*problem)
+    names = [fi.trtllm_moe_tactic_name(config, *problem) for config in configs]
+    assert any(name.startswith("mxfp4_bf16") for name in names)
+    assert not any(name.startswith("mxfp4_fp8") for name in names)

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tune from the plan to the plan: a table of a real layer on the CPU, and what MakePlan does with
+// it. The rules are tuner_test.cc's, what is measured layer_lab_test.cc's.
+#include "hopyard/tune.h"
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "hopyard/error.h"
+
+#include "tests/layer.h"
+
+namespace hopyard {
+namespace {
+
+using ::testing::HasSubstr;
+
+PlanOptions PlanFor(int64_t tokens) {
+  PlanOptions options;
+  options.max_tokens = tokens;
+  options.num_threads = 1;
+  return options;
+}
+
+// Flushing the caches takes the most time: little of it.
+TuneOptions QuickOptions() {
+  TuneOptions options;
+  options.max_seconds = 1.0;
+  options.routings = {"uniform"};
+  options.tokens = {4};
+  return options;
+}
+
+std::string ChosenBy(const Plan& plan) {
+  for (const Candidate& candidate : plan.Explain().candidates) {
+    if (candidate.chosen) {
+      return candidate.kernel;
+    }
+  }
+  return {};
+}
+
+TEST(Tune, GivesATableThatPlansUse) {
+  const test::TestLayer layer(test::MiniSpec());
+  const Plan plan = MakePlan(layer.spec(), Device{}, PlanFor(4));
+  ResetTuningStats();
+  std::vector<std::string> measured;
+  TuneOptions options = QuickOptions();
+  options.measured = [&measured](const TuningTime& time) { measured.push_back(time.tactic); };
+  const TuningTable table = Tune(plan, layer.weights(), options);
+  EXPECT_EQ(table.machine(), MachineOf(Device{}, 1));
+  ASSERT_EQ(table.layers().size(), 1U);
+  const TunedLayer& tuned = table.layers().front();
+  EXPECT_EQ(tuned.key, KeyOf(layer.spec(), plan.options()));
+  EXPECT_EQ(tuned.routing, "uniform");
+  ASSERT_EQ(tuned.ranges.front().tokens, 4);
+  const std::vector<std::string> kernels = test::RunnableKernels(layer.spec());
+  for (const TunedRange& range : tuned.ranges) {
+    EXPECT_NE(std::find(kernels.begin(), kernels.end(), range.tactic), kernels.end());
+    EXPECT_EQ(range.untuned, ChosenBy(plan));
+  }
+  EXPECT_GE(GetTuningStats().measured, 1);
+  EXPECT_NE(std::find(measured.begin(), measured.end(), tuned.ranges.front().tactic),
+            measured.end());
+  EXPECT_EQ(TuningTable::FromJson(table.ToJson()), table);
+
+  PlanOptions with = PlanFor(4);
+  with.tuning = std::make_shared<TuningTable>(table);
+  const Plan second = MakePlan(layer.spec(), Device{}, with);
+  EXPECT_EQ(GetTuningStats().hits, 1);
+  EXPECT_EQ(ChosenBy(second), tuned.ranges.front().tactic) << second.Explain().ToString();
+}
+
+TEST(Tune, KeepsToTheKernelsThatMayRun) {
+  const test::TestLayer layer(test::MiniSpec());
+  const std::vector<std::string> kernels = test::RunnableKernels(layer.spec());
+  if (kernels.size() < 2) {
+    GTEST_SKIP() << "one kernel here";
+  }
+  const Plan plan = MakePlan(layer.spec(), Device{}, PlanFor(4));
+  TuneOptions options = QuickOptions();
+  options.tokens = {4};
+  options.blocklist = {kernels.front()};
+  const TuningTable table = Tune(plan, layer.weights(), options);
+  const TunedLayer& tuned = table.layers().front();
+  for (const TunedRange& range : tuned.ranges) {
+    EXPECT_NE(range.tactic, kernels.front());
+    EXPECT_EQ(range.untuned, kernels.front());
+  }
+  ASSERT_FALSE(tuned.faults.empty());
+  EXPECT_EQ(tuned.faults.front().tactic, kernels.front());
+  EXPECT_EQ(tuned.faults.front().reason, "blocklisted");
+}
+
+TEST(Tune, StopsAtOnce) {
+  const test::TestLayer layer(test::MiniSpec());
+  const Plan plan = MakePlan(layer.spec(), Device{}, PlanFor(4));
+  TuneOptions options = QuickOptions();
+  options.progress = [](const TuneProgress&) { return false; };
+  const TuningTable table = Tune(plan, layer.weights(), options);
+  EXPECT_TRUE(table.layers().front().ranges.empty());
+  ASSERT_FALSE(table.layers().front().faults.empty());
+  EXPECT_THAT(table.layers().front().faults.front().reason, HasSubstr("stopped"));
+}
+
+TEST(Tune, RefusesOptionsThatMeanNothing) {
+  const test::TestLayer layer(test::MiniSpec());
+  const Plan plan = MakePlan(layer.spec(), Device{}, PlanFor(4));
+  TuneOptions options = QuickOptions();
+  options.tokens = {4, 1};
+  const test::Caught caught =
+      test::CatchError([&] { static_cast<void>(Tune(plan, layer.weights(), options)); });
+  EXPECT_EQ(caught.kind, ErrorKind::kInvalidArgument);
+  EXPECT_THAT(caught.message, HasSubstr("tokens has 1 behind 4"));
+}
+
+}  // namespace
+}  // namespace hopyard

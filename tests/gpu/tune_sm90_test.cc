@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+// What only a GPU shows of the tuner: captured calls, real kernels, the table's plan.
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "hopyard/tune.h"
+
+#include "plan/backend_sm90.h"
+#include "tests/gpu/runner_sm90.h"
+
+namespace hopyard::test {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int64_t kMostTokens = 96;
+
+PlanOptions PlanFor(int64_t tokens) {
+  PlanOptions options;
+  options.max_tokens = tokens;
+  options.batch_invariant = true;
+  return options;
+}
+
+TuneOptions QuickOptions() {
+  TuneOptions options;
+  options.max_seconds = 10.0;
+  options.tokens = {1, 16, kMostTokens};
+  return options;
+}
+
+WeightSource SourceOf(const FormatPair& pair) {
+  WeightSource source;
+  source.spec = SmallSpec(pair.weights, pair.activations);
+  source.bias = true;
+  return source;
+}
+
+// GEMM1+GEMM2 as Explain lists them; one name where a kernel runs both.
+std::vector<std::string> ChosenBy(const Plan& plan) {
+  std::vector<std::string> chosen;
+  for (const Candidate& candidate : plan.Explain().candidates) {
+    if (candidate.chosen) {
+      chosen.push_back(candidate.kernel);
+    }
+  }
+  return chosen;
+}
+
+class GpuTune : public ::testing::TestWithParam<FormatPair> {};
+
+TEST_P(GpuTune, PlansTakeTheWinnersAndComputeTheLayer) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(GetParam()));
+  const MoeSpec& spec = layer.gpu().spec();
+  const Plan plan = MakePlan(spec, kGpu, PlanFor(kMostTokens));
+  const int64_t free_before = GpuInfoOf(0).free_bytes;
+  const TuningTable table = Tune(plan, layer.gpu(), QuickOptions());
+  EXPECT_GE(GpuInfoOf(0).free_bytes, free_before - (int64_t{64} << 20)) << "memory was kept";
+  ASSERT_EQ(table.layers().size(), 1U);
+  const TunedLayer& tuned = table.layers().front();
+  for (const TuningFault& fault : tuned.faults) {
+    ADD_FAILURE() << fault.tactic << " at " << fault.tokens << ": " << fault.reason;
+  }
+  ASSERT_GE(tuned.ranges.size(), 3U);
+  EXPECT_GE(tuned.ranges.back().last, kMostTokens);
+  EXPECT_EQ(TuningTable::FromJson(table.ToJson()), table);
+  for (const TunedRange& range : tuned.ranges) {
+    SCOPED_TRACE(range.tactic + " at " + std::to_string(range.tokens));
+    EXPECT_LE(range.us, range.untuned_us);
+    EXPECT_TRUE(sm90::NeedBackend().HasTactic(spec, plan.options(), range.tactic));
+    PlanOptions with = PlanFor(range.tokens);
+    with.tuning = std::make_shared<TuningTable>(table);
+    for (const std::string& kernel : ChosenBy(MakePlan(spec, kGpu, with))) {
+      EXPECT_THAT(range.tactic, HasSubstr(kernel));
+    }
+    if (range.tokens <= kMostTokens) {
+      LayerInputs inputs(spec, range.tokens);
+      RunOptions run;
+      run.plan = with;
+      layer.RunAndJudge(inputs.Logits(), run);
+    }
+  }
+}
+
+// The plan's capacity, path and replay; ids instead of logits.
+TEST_P(GpuTune, TunesThePathThatServes) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(GetParam()));
+  PlanOptions options = PlanFor(16);
+  options.path = {true, true, true};
+  TuneOptions tune = QuickOptions();
+  tune.tokens = {16};
+  tune.routings = {"balanced", "hot"};
+  const TuningTable table = Tune(MakePlan(layer.gpu().spec(), kGpu, options), layer.gpu(), tune);
+  EXPECT_EQ(table.layers().front().routing, "balanced,hot");
+  EXPECT_FALSE(table.layers().front().ranges.empty());
+  for (const TuningFault& fault : table.layers().front().faults) {
+    ADD_FAILURE() << fault.tactic << ": " << fault.reason;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Formats, GpuTune,
+    ::testing::Values(FormatPair{WeightFormat::kBf16, ActivationFormat::kBf16},
+                      FormatPair{WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+                      FormatPair{WeightFormat::kMxFp4, ActivationFormat::kBf16}),
+    [](const auto& test) { return ToString(test.param); });
+
+TEST(GpuTuneOnce, RefusesAStreamThatIsCaptured) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf({}));
+  const Plan plan = MakePlan(layer.gpu().spec(), kGpu, PlanFor(16));
+  cudaStream_t stream = nullptr;
+  HOPYARD_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  for (const cudaStreamCaptureMode mode :
+       {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal,
+        cudaStreamCaptureModeRelaxed}) {
+    HOPYARD_CUDA(cudaStreamBeginCapture(stream, mode));
+    const Caught caught =
+        CatchError([&] { static_cast<void>(Tune(plan, layer.gpu(), QuickOptions(), {stream})); });
+    EXPECT_EQ(caught.kind, ErrorKind::kInvalidArgument);
+    EXPECT_THAT(caught.message, HasSubstr("the stream is being captured"));
+    cudaGraph_t graph = nullptr;
+    HOPYARD_CUDA(cudaStreamEndCapture(stream, &graph));
+    HOPYARD_CUDA(cudaGraphDestroy(graph));
+  }
+  // The same stream does when it is not.
+  TuneOptions options = QuickOptions();
+  options.tokens = {1};
+  EXPECT_FALSE(Tune(plan, layer.gpu(), options, {stream}).layers().front().ranges.empty());
+  HOPYARD_CUDA(cudaStreamDestroy(stream));
+}
+
+// A call that fails while it is captured leaves no capture, and a working device.
+TEST(GpuTuneOnce, AFailedCaptureIsCleanedUp) {
+  HOPYARD_NEEDS_GPU();
+  const sm90::Backend& backend = sm90::NeedBackend();
+  EXPECT_THROW(static_cast<void>(backend.Capture(
+                   0, nullptr, {[](void*) { throw std::runtime_error("no such kernel"); }}, {})),
+               std::runtime_error);
+  EXPECT_TRUE(backend.Recover(0));
+  EXPECT_FALSE(backend.IsCapturing(0, nullptr));
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+}
+
+// What is timed is the call: not the memory that is read before it, and more for more work.
+TEST(GpuTuneOnce, CapturedCallsAreTimedAlone) {
+  HOPYARD_NEEDS_GPU();
+  const sm90::Backend& backend = sm90::NeedBackend();
+  const int64_t bytes = int64_t{256} << 20;
+  const DeviceArray<uint8_t> memory(bytes);
+  const DeviceMemory flush(kGpu, bytes);
+  const auto clear = [&memory](int64_t part) {
+    return [&memory, part](void* stream) {
+      HOPYARD_CUDA(cudaMemsetAsync(memory.get(), 0, static_cast<size_t>(part),
+                                   static_cast<cudaStream_t>(stream)));
+    };
+  };
+  const auto median = [&](int64_t part, int64_t flushed) {
+    const auto timed =
+        backend.Capture(0, nullptr, {clear(part), clear(part)}, {flush.data(), flushed});
+    std::vector<double> times(9);
+    std::generate(times.begin(), times.end(), [&] { return timed->Run(); });
+    std::sort(times.begin(), times.end());
+    return times[4];
+  };
+  const double small = median(4096, 0);
+  EXPECT_GT(small, 0.0);
+  // Reading 256 MiB takes 70 us and more.
+  EXPECT_LT(median(4096, bytes), small + 30.0);
+  EXPECT_GT(median(bytes, 0), small + 50.0);
+}
+
+TEST(GpuTuneOnce, MemoryIsAskedForBeforeItIsTaken) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf({}));
+  const Plan plan = MakePlan(layer.gpu().spec(), kGpu, PlanFor(16));
+  TuneOptions options = QuickOptions();
+  options.tokens = {16, int64_t{1} << 20};
+  options.max_bytes = int64_t{256} << 20;
+  const TuningTable table = Tune(plan, layer.gpu(), options);
+  const TunedLayer& tuned = table.layers().front();
+  ASSERT_FALSE(tuned.ranges.empty());
+  EXPECT_EQ(tuned.ranges.back().tokens, 16);
+  ASSERT_FALSE(tuned.faults.empty());
+  EXPECT_THAT(tuned.faults.back().reason, HasSubstr("may be used"));
+}
+
+}  // namespace
+}  // namespace hopyard::test
