@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import threading
@@ -13,6 +14,7 @@ import pytest
 import hopyard
 import layers
 
+MODULE = importlib.import_module("hopyard.autotune")  # the name is the function's
 QUICK = {"tokens": [1, 24], "max_seconds": 0.3}
 
 
@@ -129,7 +131,7 @@ def test_replan_keeps_the_workspace_or_refuses():
     with pytest.raises(ValueError, match="max_tokens would change the workspace"):
         layer.replan(max_tokens=4096)
     assert layer.max_tokens == layers.TOKENS
-    with pytest.raises(ValueError, match="is no kernel"):
+    with pytest.raises(NotImplementedError, match="is no kernel"):
         layer.replan(tactic="magic")
 
 
@@ -261,14 +263,14 @@ def test_other_ranks_wait_for_rank_0_and_never_measure(tmp_path, monkeypatch):
         made.append(hopyard.MoeLayer(spec, data.weights(spec), layers.TOKENS, num_threads=1))
     logits = np.random.default_rng(0).standard_normal((layers.TOKENS, 16)).astype(np.float32)
     waiting = threading.Event()
-    usual = hopyard.autotune.__globals__["wait_for_tuning"]
+    usual = MODULE.wait_for_tuning
 
     def wait(*args, **kwargs):
         waiting.set()
         return usual(*args, **kwargs)
 
-    monkeypatch.setitem(hopyard.autotune.__globals__, "wait_for_tuning", wait)
-    second = hopyard.autotune.__globals__["Session"](path, (1, 2), 60.0, {})
+    monkeypatch.setattr(MODULE, "wait_for_tuning", wait)
+    second = MODULE.Session(path, (1, 2), 60.0, {})
     thread = threading.Thread(target=second.prepare, args=(made[1], {"logits": logits}))
     thread.start()
     assert waiting.wait(30)
@@ -292,9 +294,9 @@ def test_a_missing_rank_0_is_a_timeout(tmp_path):
 
 
 def test_ranks_need_a_file():
-    with pytest.raises(ValueError, match="cache is None with several ranks"):
-        with hopyard.autotune(world_size=2):
-            pass
-    with pytest.raises(ValueError, match=r"rank is 2, wanted 0 \.\. 1"):
-        with hopyard.autotune(rank=2, world_size=2, cache="x.json"):
+    for options, part in (
+        ({"world_size": 2}, "cache is None with several ranks"),
+        ({"world_size": 2, "rank": 2, "cache": "x.json"}, r"rank is 2, wanted 0 \.\. 1"),
+    ):
+        with pytest.raises(ValueError, match=part), hopyard.autotune(**options):
             pass
