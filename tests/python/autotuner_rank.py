@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+import compat_layers as cl
+import hopyard
 from autotuner_runners import CLOCK, Other, Runner, dynamic, tensors
 from hopyard.compat.flashinfer import autotuner as at
 from hopyard.compat.flashinfer import autotuner_measure
@@ -108,9 +110,25 @@ def ranking(rank):
     return {"chosen": ranks, "measured": bool(runner.log)}
 
 
+def operation(rank):
+    """A MoE operation, which the library's tuner measures."""
+    at.AutoTuner.get().how.max_seconds = 0.3
+    case = cl.make("bf16", cl.Sizes(128, 128, 8, 2, 4))
+    with at.autotune(tuning_buckets=(1, 4)):
+        for _ in range(2):
+            cl.call(case, logits=cl.logits_of(case))
+    return {
+        "record": json.dumps(at.AutoTuner.get().store.record("hopyard.moe"), sort_keys=True),
+        "measured": hopyard.tuning_stats().measured > 0,
+    }
+
+
 CASES = {
     f.__name__: f
-    for f in (same, warm, failing, memory, broken, different, absent, root_absent, ranking)
+    for f in (
+        *(same, warm, failing, memory, broken, different, absent, root_absent, ranking),
+        operation,
+    )
 }
 
 

@@ -63,7 +63,7 @@ def test_tune_measures_one_layer():
     assert tuned.key.num_experts == layers.EXPERTS
     assert tuned.routing == "uniform"
     assert tuned.ranges[-1].last == 24
-    assert measured() == len({(name, tokens) for name, tokens, _ in times}) > 0
+    assert measured() >= len(times) >= 2  # `measured` hears of those that ran to the end
     assert seen[0].total == 2
     assert seen[-1].tokens in (1, 24)
     assert seen[-1].seconds >= seen[0].seconds >= 0

@@ -44,7 +44,7 @@ def run(cases, ranks, folder):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """The answers of two ranks, in one process each: starting torch takes longer than a case."""
-    cases = ("same", "warm", "failing", "memory", "broken", "different", "ranking")
+    cases = ("same", "warm", "failing", "memory", "broken", "different", "ranking", "operation")
     return run(cases, 2, tmp_path_factory.mktemp("pair"))
 
 
@@ -91,6 +91,13 @@ def test_a_missing_rank_is_a_timeout(case, waiting, tmp_path):
 def test_orders_of_tactics_are_shared(pair):
     for rank, got in enumerate(pair["ranking"]):
         assert got == {"chosen": [1, 0], "measured": rank == 0}
+
+
+def test_ranks_have_byte_identical_tables_of_operations(pair):
+    first, second = pair["operation"]
+    assert first["record"] == second["record"]
+    assert "hopyard tuning table" in first["record"]
+    assert (first["measured"], second["measured"]) == (True, False)
 
 
 @pytest.mark.parametrize("module", [measure, profiling])
