@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from dataclasses import replace
@@ -344,3 +345,15 @@ def test_clearing_forgets_the_layers_too(quick):
         assert keys() == set()
         cl.call(case, logits=logits)
     assert measured() > runs
+
+
+def test_a_layer_may_outlive_the_caches(quick):
+    case = cl.make("bf16", SIZES)
+    logits = cl.logits_of(case)
+    usual = cl.call(case, logits=logits)
+    (layer,) = engine._plans._items.values()
+    fi.clear_caches()
+    gc.collect()
+    cl.same(layer(case.arguments["hidden_states"], logits=logits), usual)
+    del layer  # its weights end here, and read what describes the caller's arrays
+    gc.collect()

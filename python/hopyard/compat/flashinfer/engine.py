@@ -97,7 +97,6 @@ class _View:
     """Weights as the library sees them, what they point to, and which contents were looked at."""
 
     weights: hopyard.Weights
-    groups: Groups
     buffers: Buffers
     seen: _Seen = field(default_factory=_Seen)
 
@@ -184,7 +183,11 @@ def _make_view(
     if is_torch(like) and like.device.type == "cuda":  # scales are about to be read by the host
         torch_module().cuda.current_stream(like.device).synchronize()
     groups = experts.build(buffers)
-    return _View(hopyard.Weights(spec, *groups), groups, buffers)
+    weights = hopyard.Weights(spec, *groups)
+    # Its tensors read the views' structures when they end: who holds the weights (a layer among
+    # the plans, say) must hold the views. Attributes end in the order in which they were made.
+    weights._views = groups  # type: ignore[attr-defined]
+    return _View(weights, buffers)
 
 
 def _look(experts: Experts, buffers: Buffers, capturing: bool) -> None:
