@@ -44,8 +44,6 @@ using gemm::sm90::RowFormat;
 constexpr int kMinCalls = 8;
 constexpr int kMaxCalls = 64;
 
-using Layers = std::vector<std::unique_ptr<LayerWeights>>;
-
 // One of the two GEMMs with one format of its rows.
 struct Gemm {
   int number = 1;

@@ -2,6 +2,7 @@
 // The command line that bench_forward and bench_gemm share:
 //
 //   COMMIT CASE ... [--tokens=1,8,64] [--routing=uniform,balanced,zipf,hot] [--tactic=NAME]
+//   [--untuned]
 //
 // CASE is MODEL[:WEIGHTS:ACTIVATIONS[:TOKENS]], e.g. qwen3-30b-a3b:mxfp4:fp8_block128:1,8,64.
 // Routed experts only.
@@ -30,6 +31,7 @@ struct Case {
   std::vector<int64_t> tokens;
   std::vector<std::string> routings;
   std::string tactic;  // empty: not given
+  bool untuned = false;
 };
 
 inline std::vector<std::string> Split(const std::string& text, char separator) {
@@ -74,7 +76,7 @@ inline Case ParseCase(const std::string& name, const Case& options) {
   return out;
 }
 
-// Takes --tokens=, --routing= and --tactic=; false for anything else.
+// Takes --tokens=, --routing=, --tactic= and --untuned; false for anything else.
 inline bool TakeOption(const std::string& argument, Case* options) {
   const size_t end = argument.find('=');
   const std::string name = argument.substr(0, end);
@@ -86,6 +88,8 @@ inline bool TakeOption(const std::string& argument, Case* options) {
     std::for_each(options->routings.begin(), options->routings.end(), CheckRoutingName);
   } else if (name == "--tactic") {
     options->tactic = value;
+  } else if (argument == "--untuned") {
+    options->untuned = true;
   } else {
     return false;
   }

@@ -76,44 +76,65 @@ inline void FillRandom(uint16_t* device, int64_t count) {
   }
 }
 
-// Microseconds of one call, sorted over the replays of a graph that holds `calls` of them: run(i,
-// stream) enqueues call i.
+// A captured graph of `calls` calls: run(i, stream) enqueues call i.
+class TimedGraph {
+ public:
+  template <class Run>
+  TimedGraph(int calls, Run&& run) : calls_(calls) {
+    HOPYARD_CUDA(cudaStreamCreate(&stream_));
+    run(0, stream_);
+    HOPYARD_CUDA(cudaStreamSynchronize(stream_));
+    cudaGraph_t graph = nullptr;
+    HOPYARD_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < calls; ++i) {
+      run(i, stream_);
+    }
+    HOPYARD_CUDA(cudaStreamEndCapture(stream_, &graph));
+    HOPYARD_CUDA(cudaGraphInstantiate(&exec_, graph, 0));
+    HOPYARD_CUDA(cudaGraphDestroy(graph));
+    HOPYARD_CUDA(cudaEventCreate(&start_));
+    HOPYARD_CUDA(cudaEventCreate(&stop_));
+  }
+  TimedGraph(const TimedGraph&) = delete;
+  TimedGraph& operator=(const TimedGraph&) = delete;
+  ~TimedGraph() {
+    cudaEventDestroy(start_);
+    cudaEventDestroy(stop_);
+    cudaGraphExecDestroy(exec_);
+    cudaStreamDestroy(stream_);
+  }
+
+  // Microseconds of one call in one replay.
+  [[nodiscard]] double Replay() {
+    HOPYARD_CUDA(cudaEventRecord(start_, stream_));
+    HOPYARD_CUDA(cudaGraphLaunch(exec_, stream_));
+    HOPYARD_CUDA(cudaEventRecord(stop_, stream_));
+    HOPYARD_CUDA(cudaEventSynchronize(stop_));
+    float milliseconds = 0.0F;
+    HOPYARD_CUDA(cudaEventElapsedTime(&milliseconds, start_, stop_));
+    return 1e3 * double{milliseconds} / calls_;
+  }
+
+ private:
+  int calls_;
+  cudaStream_t stream_ = nullptr;
+  cudaGraphExec_t exec_ = nullptr;
+  cudaEvent_t start_ = nullptr;
+  cudaEvent_t stop_ = nullptr;
+};
+
+// Microseconds of one call, sorted over the replays of a graph that holds `calls` of them.
 template <class Run>
 std::vector<double> TimeInGraph(int calls, Run&& run) {
   constexpr int kReplays = 15;
-  cudaStream_t stream = nullptr;
-  HOPYARD_CUDA(cudaStreamCreate(&stream));
-  run(0, stream);
-  HOPYARD_CUDA(cudaStreamSynchronize(stream));
-  cudaGraph_t graph = nullptr;
-  HOPYARD_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < calls; ++i) {
-    run(i, stream);
-  }
-  HOPYARD_CUDA(cudaStreamEndCapture(stream, &graph));
-  cudaGraphExec_t exec = nullptr;
-  HOPYARD_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t start = nullptr;
-  cudaEvent_t stop = nullptr;
-  HOPYARD_CUDA(cudaEventCreate(&start));
-  HOPYARD_CUDA(cudaEventCreate(&stop));
+  TimedGraph graph(calls, run);
   std::vector<double> times;
   for (int replay = 0; replay < kReplays + 2; ++replay) {
-    HOPYARD_CUDA(cudaEventRecord(start, stream));
-    HOPYARD_CUDA(cudaGraphLaunch(exec, stream));
-    HOPYARD_CUDA(cudaEventRecord(stop, stream));
-    HOPYARD_CUDA(cudaEventSynchronize(stop));
-    float milliseconds = 0.0F;
-    HOPYARD_CUDA(cudaEventElapsedTime(&milliseconds, start, stop));
+    const double us = graph.Replay();
     if (replay >= 2) {
-      times.push_back(1e3 * double{milliseconds} / calls);
+      times.push_back(us);
     }
   }
-  HOPYARD_CUDA(cudaEventDestroy(start));
-  HOPYARD_CUDA(cudaEventDestroy(stop));
-  HOPYARD_CUDA(cudaGraphExecDestroy(exec));
-  HOPYARD_CUDA(cudaGraphDestroy(graph));
-  HOPYARD_CUDA(cudaStreamDestroy(stream));
   std::sort(times.begin(), times.end());
   return times;
 }

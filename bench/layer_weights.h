@@ -135,5 +135,6 @@ struct LayerWeights {
   }
   [[nodiscard]] int64_t bytes() const { return gemm1.bytes() + gemm2.bytes(); }
 };
+using Layers = std::vector<std::unique_ptr<LayerWeights>>;
 
 }  // namespace hopyard::bench

@@ -43,6 +43,7 @@ struct BenchOptions {
   std::vector<std::string> weights;
   std::vector<std::string> skews = {"uniform"};
   double seconds = 2.0;
+  bool tuned_vs_untuned = false;
   int threads = 0;
   std::string device = "cpu";
 };
@@ -56,6 +57,7 @@ struct Point {
   int64_t tokens = 0;
   Skew skew = Skew::kUniform;
   std::vector<double> seconds;
+  std::vector<double> untuned_seconds;  // --tuned-vs-untuned: of calls in turns with the others
   std::vector<double> gbps;
   double read_before = 0.0;
   double read_after = 0.0;
@@ -130,8 +132,9 @@ int64_t TouchedBytes(Session& session, const MoeInputs& inputs) {
   return TouchedExperts(session.routing_ids(tokens)) * session.weights().bytes_per_expert();
 }
 
+// `untuned`: a plan to take turns with the session's; null: none.
 void TimePoint(const BenchOptions& options, Session& session, const RotatingWeights& rotating,
-               Point* point) {
+               const Plan* untuned, Point* point) {
   const std::vector<InputSet> sets =
       MakeInputSets(point->tokens, point->skew, session.layer(), options.layer.seed);
   const auto inputs_of = [&](const InputSet& set) {
@@ -151,9 +154,13 @@ void TimePoint(const BenchOptions& options, Session& session, const RotatingWeig
   MoeOutputs outputs;
   outputs.output = session.output(point->tokens);
   std::vector<StagedCall> calls;
+  std::vector<StagedCall> untuned_calls;
   calls.reserve(sets.size());
   for (const InputSet& set : sets) {
     calls.push_back(session.Stage(inputs_of(set), outputs));
+    if (untuned != nullptr) {
+      untuned_calls.push_back(Session::Stage(*untuned, inputs_of(set), outputs));
+    }
   }
   double total = 0.0;
   for (int call = 0; call < kMaxCalls && (call < kMinCalls || total < options.seconds); ++call) {
@@ -161,10 +168,21 @@ void TimePoint(const BenchOptions& options, Session& session, const RotatingWeig
     // A set meets each copy in turn, also when both counts share a factor.
     const size_t copy =
         (static_cast<size_t>(call) + static_cast<size_t>(call) / sets.size()) % weights.size();
-    const double seconds = TimeSeconds([&] { session.Run(calls[set], weights[copy]); });
-    total += seconds;
-    point->seconds.push_back(seconds);
-    point->gbps.push_back(static_cast<double>(bytes[set]) / seconds * 1e-9);
+    const auto time = [&](const std::vector<StagedCall>& from) {
+      const double seconds = TimeSeconds([&] { session.Run(from[set], weights[copy]); });
+      total += seconds;
+      return seconds;
+    };
+    // Neither is always the first to meet a set.
+    const bool untuned_first = call % 2 == 1;
+    if (untuned != nullptr && untuned_first) {
+      point->untuned_seconds.push_back(time(untuned_calls));
+    }
+    point->seconds.push_back(time(calls));
+    if (untuned != nullptr && !untuned_first) {
+      point->untuned_seconds.push_back(time(untuned_calls));
+    }
+    point->gbps.push_back(static_cast<double>(bytes[set]) / point->seconds.back() * 1e-9);
   }
 }
 
@@ -197,6 +215,15 @@ void PrintPoint(const Point& point, const Session& session, const Ceilings& ceil
                {"p90_us", Quantile(point.seconds, 0.9) * 1e6},
                {"gflops", gflops},
                {"gbps", gbps}};
+  if (!point.untuned_seconds.empty()) {
+    const double untuned = Quantile(point.untuned_seconds, 0.5);
+    line.update({{"tflops", gflops * 1e-3},
+                 {"tbps", gbps * 1e-3},
+                 {"untuned_us", untuned * 1e6},
+                 {"untuned_tflops", gflops * 1e-3 * median / untuned},
+                 {"untuned_tbps", gbps * 1e-3 * median / untuned},
+                 {"tuned_over_untuned", median / untuned}});
+  }
   if (device.kind == DeviceKind::kCpu) {
     line.update({{"read_gbps", read},
                  {"read_gbps_before", point.read_before},
@@ -223,6 +250,11 @@ void BenchFormat(const BenchOptions& options, const LayerRequest& request,
   const Device device = ParseDevice(options.device);
   (void)MakePlan(plan.spec, device, plan_options);
   Session session(LoadLayer(plan, request.seed), plan_options, device);
+  std::optional<Plan> untuned;
+  if (options.tuned_vs_untuned) {
+    plan_options.untuned = true;
+    untuned = MakePlan(plan.spec, device, plan_options);
+  }
   const RotatingWeights rotating(session);
   const auto read = [&ceilings] { return ceilings.read ? ceilings.read->Measure() : 0.0; };
   for (const Skew skew : skews) {
@@ -231,7 +263,7 @@ void BenchFormat(const BenchOptions& options, const LayerRequest& request,
       point.tokens = tokens;
       point.skew = skew;
       point.read_before = read();
-      TimePoint(options, session, rotating, &point);
+      TimePoint(options, session, rotating, untuned ? &*untuned : nullptr, &point);
       point.read_after = read();
       PrintPoint(point, session, ceilings, plan.name);
     }
@@ -290,6 +322,8 @@ void AddBenchCommand(CLI::App& app, CommandContext* context) {
       ->capture_default_str();
   command->add_option("--seconds", options->seconds, "Time spent on each point")
       ->capture_default_str();
+  command->add_flag("--tuned-vs-untuned", options->tuned_vs_untuned,
+                    "Each point also with the kernels that a plan takes without tuning tables");
   command->add_option("--threads", options->threads, "0: all")->capture_default_str();
   AddCommonOptions(*command, context);
   command->final_callback([options] { Run(*options); });

@@ -20,6 +20,7 @@ void AddInfoCommand(CLI::App& app, CommandContext* context);
 void AddExplainCommand(CLI::App& app, CommandContext* context);
 void AddRunCommand(CLI::App& app, CommandContext* context);
 void AddBenchCommand(CLI::App& app, CommandContext* context);
+void AddTuneCommand(CLI::App& app, CommandContext* context);
 void AddQuantizeCommand(CLI::App& app, CommandContext* context);
 
 // --json and --progress.

@@ -20,6 +20,12 @@ constexpr double kLineInterval = 5.0;
 // Set once by main before any work starts.
 ProgressMode g_progress_mode = ProgressMode::kOff;
 
+void DrawBar(std::string_view label, double share, std::string_view text) {
+  const int filled = static_cast<int>(share * kBarWidth);
+  fmt::print(stderr, "\r{} [{:=<{}}{:>{}}] {:3.0f} %  {} \x1b[K", label, "", filled, "",
+             kBarWidth - filled, share * 100.0, text);
+}
+
 }  // namespace
 
 ProgressMode ParseProgressMode(std::string_view name) {
@@ -76,9 +82,31 @@ void Progress::Draw(double seconds) {
     fmt::print(stderr, "{}: {:.0f} % ({} of {}), {:.0f} s left\n", label_, share * 100.0, done,
                total_, left);
   } else {
-    const int filled = static_cast<int>(share * kBarWidth);
-    fmt::print(stderr, "\r{} [{:=<{}}{:>{}}] {:3.0f} %  {:.0f} s left \x1b[K", label_, "", filled,
-               "", kBarWidth - filled, share * 100.0, left);
+    DrawBar(label_, share, fmt::format("{:.0f} s left", left));
+  }
+  std::fflush(stderr);
+  drawn_ = true;
+}
+
+StatusLine::~StatusLine() {
+  if (drawn_ && g_progress_mode == ProgressMode::kBar) {
+    std::fputs("\r\x1b[K", stderr);
+    std::fflush(stderr);
+  }
+}
+
+void StatusLine::Show(double share, const std::function<std::string()>& text) {
+  const Clock::time_point now = Clock::now();
+  if (g_progress_mode == ProgressMode::kOff || now < next_) {
+    return;
+  }
+  const bool bar = g_progress_mode == ProgressMode::kBar;
+  next_ = now + std::chrono::milliseconds(
+                    static_cast<int64_t>(1e3 * (bar ? kBarInterval : kLineInterval)));
+  if (bar) {
+    DrawBar("", share, text());
+  } else {
+    fmt::print(stderr, "{:.0f} %  {}\n", share * 100.0, text());
   }
   std::fflush(stderr);
   drawn_ = true;

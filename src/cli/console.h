@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <string_view>
@@ -62,6 +63,25 @@ class Progress {
   std::mutex mutex_;
   std::atomic<int64_t> done_{0};
   double next_draw_seconds_ = 1.0;
+  bool drawn_ = false;
+};
+
+// Progress on stderr of work that says itself how far it is: at most ten lines a second on a
+// terminal, one in five seconds elsewhere.
+class StatusLine {
+ public:
+  StatusLine() = default;
+  StatusLine(const StatusLine&) = delete;
+  StatusLine& operator=(const StatusLine&) = delete;
+  ~StatusLine();
+
+  // `text` is asked for only where it is shown; `share` done, of 1.
+  void Show(double share, const std::function<std::string()>& text);
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  Clock::time_point next_ = Clock::now() + std::chrono::seconds(1);
   bool drawn_ = false;
 };
 

@@ -202,12 +202,13 @@ std::string MemoryRemedy(const LayerPlan& plan, int64_t need) {
 
 }  // namespace
 
-void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights) {
+void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights,
+                     bool without_target) {
   command
       .add_option("target", request->target,
                   "Preset (" + bench::ShapeNames() +
                       "), .json file that states a layer, or checkpoint directory")
-      ->required();
+      ->required(!without_target);
   if (with_weights) {
     command.add_option("--weights", request->weights,
                        "Weight format: bf16, fp8_block128, fp8_per_tensor, fp8_per_channel, mxfp8, "

@@ -31,8 +31,10 @@ struct LayerRequest {
   uint64_t seed = 1;
 };
 
-// Adds the target argument and the options above to a command.
-void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights);
+// Adds the target argument and the options above to a command; true where the target may be left
+// out, which is then the command's to check.
+void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights,
+                     bool without_target = false);
 
 // The layer without its weights in memory.
 struct LayerPlan {

@@ -39,6 +39,7 @@ int Main(int argc, char** argv) {
   AddExplainCommand(app, &context);
   AddRunCommand(app, &context);
   AddBenchCommand(app, &context);
+  AddTuneCommand(app, &context);
   AddQuantizeCommand(app, &context);
   // Errors of the parser itself come before --json is known to it.
   const bool json = std::any_of(argv, argv + argc,

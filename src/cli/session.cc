@@ -165,7 +165,11 @@ Weights Session::MakeWeights(const WeightsDesc& placed) const {
 }
 
 StagedCall Session::Stage(const MoeInputs& inputs, const MoeOutputs& outputs) const {
-  return {plan_, inputs, outputs};
+  return Stage(plan_, inputs, outputs);
+}
+
+StagedCall Session::Stage(const Plan& plan, const MoeInputs& inputs, const MoeOutputs& outputs) {
+  return {plan, inputs, outputs};
 }
 
 void Session::Run(const StagedCall& call) {

@@ -37,6 +37,8 @@ class Session {
   [[nodiscard]] const LoadedLayer& layer() const { return layer_; }
   [[nodiscard]] const MoeSpec& spec() const { return layer_.spec; }
   [[nodiscard]] const Plan& plan() const { return plan_; }
+  // On the plan's device.
+  [[nodiscard]] const Weights& placed_weights() const { return weights_; }
   // In host memory, wherever the layer runs.
   [[nodiscard]] const Weights& weights() const { return host_weights_; }
   [[nodiscard]] int threads() const;
@@ -55,6 +57,9 @@ class Session {
   void Forward(const MoeInputs& inputs, const MoeOutputs& outputs);
   // The same call for repetition: nothing is copied while it runs, and nothing fetched.
   [[nodiscard]] StagedCall Stage(const MoeInputs& inputs, const MoeOutputs& outputs) const;
+  // With another plan of the same layer, whose workspace is no larger.
+  [[nodiscard]] static StagedCall Stage(const Plan& plan, const MoeInputs& inputs,
+                                        const MoeOutputs& outputs);
   void Run(const StagedCall& call);
   void Run(const StagedCall& call, const Weights& weights);
 

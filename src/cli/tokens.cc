@@ -170,7 +170,7 @@ std::vector<int32_t> ReadReplay(const std::string& path, int64_t tokens, const M
   const DType dtype = file.view.dtype;
   HOPYARD_CHECK(dtype == DType::kInt16 || dtype == DType::kInt32, kInvalidArgument)
       << path << ": the expert ids are " << ToString(dtype) << "; wanted i16 or i32";
-  const auto count = static_cast<size_t>(tokens * spec.top_k);
+  const auto count = static_cast<size_t>(file.view.numel());
   std::vector<int32_t> ids(count);
   if (dtype == DType::kInt16) {
     std::copy_n(file.view.as<const int16_t>(), count, ids.begin());

@@ -33,7 +33,8 @@ struct Tokens {
 [[nodiscard]] Tokens ReadOutput(const std::string& path, int64_t tokens, int64_t hidden_size);
 
 // Expert ids [T, K] from a .npy file (i2, i4) or the tensor "replay" or "expert_ids" of a
-// .safetensors file. Ids at or above num_experts or below -1 are refused.
+// .safetensors file. Ids at or above num_experts or below -1 are refused. `tokens` below 0: as many
+// as there are.
 [[nodiscard]] std::vector<int32_t> ReadReplay(const std::string& path, int64_t tokens,
                                               const MoeSpec& spec);
 

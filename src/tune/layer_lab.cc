@@ -11,9 +11,9 @@
 namespace hopyard::tune {
 namespace {
 
-// Calls of a round. On a GPU a launch of four as short as 30 us is worth its time; a CPU spends
+// Calls of a round. On a GPU a launch of eight as short as 30 us is worth its time; a CPU spends
 // most of the time on emptying its caches between them.
-constexpr int kGpuSets = 4;
+constexpr int kGpuSets = 8;
 constexpr int kCpuSets = 2;
 
 void CheckNumbers(const TuneOptions& options) {

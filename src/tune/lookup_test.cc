@@ -74,7 +74,7 @@ class Lookup : public ::testing::Test {
     ForgetTuning();
     ResetTuningStats();
   }
-  ~Lookup() override { ForgetTuning(); }
+  void TearDown() override { ForgetTuning(); }
 
   const TuningKey key_ = KeyOf(MiniSpec(), Options());
 };

@@ -7,13 +7,17 @@
 #include <sstream>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "tests/layer.h"
 #include "tests/temporary_directory.h"
+#include "tune/fake_lab.h"
 #include "tune/tune_testing.h"
+#include "tune/tuner.h"
 
 namespace hopyard::tune::testing {
 namespace {
@@ -24,14 +28,23 @@ constexpr int kRanks = 4;
 constexpr int kLayers = 3;
 constexpr double kSeconds = 60.0;
 
-// What this rank would measure: noise chooses among two kernels that are equally fast.
+// What this rank measures of a layer of two kernels for each GEMM that are nearly as fast: noise
+// chooses.
 TunedLayer MeasuredBy(int rank, int number) {
-  Random random(static_cast<uint64_t>(100 * rank + number));
-  TunedLayer layer = ALayer(number);
-  for (TunedRange& range : layer.ranges) {
-    range.us *= 1.0 + 0.01 * std::normal_distribution<double>()(random);
-    range.tactic = random() % 2 == 0 ? "tactic_a" : "tactic_b";
-  }
+  FakeLab lab;
+  lab.noise = 0.05;
+  lab.seed = 100 * static_cast<uint64_t>(rank) + static_cast<uint64_t>(number) + 1;
+  lab.time = [](const std::string& kernel, int64_t /*tokens*/, int /*kind*/) {
+    return kernel == "a" || kernel == "x" ? 50.0 : 49.0;
+  };
+  TuneOptions options;
+  options.tokens = {1, 8, 64};
+  TunerResult result = Tuner(&lab, options.tokens, options).Run();
+  TunedLayer layer;
+  layer.key = ALayer(number).key;
+  layer.ranges = std::move(result.ranges);
+  layer.faults = std::move(result.faults);
+  layer.routing = "uniform";
   return layer;
 }
 
@@ -45,7 +58,7 @@ struct Job {
 // The first rank measures what the file lacks, as docs/tuning.md tells to.
 TuningTable TableOfRank(const Job& job, int rank) {
   if (rank == job.slow) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
   }
   TuningTable table(AMachine());
   for (int i = 0; i < kLayers; ++i) {
@@ -72,14 +85,15 @@ std::string BytesOf(const std::string& path) {
 }
 
 // The tables of all ranks, each of which is a process.
-std::vector<std::string> Run(const Job& job, const TemporaryDirectory& directory) {
+std::vector<std::string> RunRanks(const std::function<TuningTable(int rank)>& table_of,
+                                  const TemporaryDirectory& directory) {
   std::vector<pid_t> children;
   for (int rank = 0; rank < kRanks; ++rank) {
     const pid_t child = ::fork();
     if (child == 0) {
       int status = 1;
       try {
-        directory.Write("rank" + std::to_string(rank), TableOfRank(job, rank).ToJson());
+        directory.Write("rank" + std::to_string(rank), table_of(rank).ToJson());
         status = 0;
       } catch (const Error&) {
         status = 2;
@@ -100,7 +114,8 @@ std::vector<std::string> Run(const Job& job, const TemporaryDirectory& directory
 }
 
 void ExpectOneTable(const Job& job, const TemporaryDirectory& directory) {
-  const std::vector<std::string> tables = Run(job, directory);
+  const std::vector<std::string> tables =
+      RunRanks([&](int rank) { return TableOfRank(job, rank); }, directory);
   EXPECT_EQ(TuningTable::FromJson(tables[0]).layers().size(), static_cast<size_t>(kLayers));
   for (const std::string& table : tables) {
     EXPECT_EQ(table, tables[0]);
@@ -109,7 +124,41 @@ void ExpectOneTable(const Job& job, const TemporaryDirectory& directory) {
 }
 
 TEST(Ranks, MeasureDifferently) {
-  EXPECT_FALSE(MeasuredBy(0, 0) == MeasuredBy(1, 0));
+  for (int rank = 1; rank < kRanks; ++rank) {
+    EXPECT_FALSE(MeasuredBy(0, 0) == MeasuredBy(rank, 0));
+  }
+}
+
+// The same with a layer of the CPU and its clock.
+TuningTable TableOfRealRank(const std::string& path, int rank) {
+  const test::TestLayer layer(test::MiniSpec());
+  PlanOptions options;
+  options.max_tokens = 16;
+  options.num_threads = 1;  // this process is a fork
+  const Plan plan = MakePlan(layer.spec(), Device{}, options);
+  if (rank == 0) {
+    TuneOptions tuning;
+    tuning.tokens = {2, 16};
+    tuning.max_seconds = 2.0;
+    Tune(plan, layer.weights(), tuning).Save(path);
+  }
+  const TunedLayer tuned = WaitForTuning(path, KeyOf(layer.spec(), plan.options()), kSeconds);
+  TuningTable table(MachineOf(Device{}, options.num_threads));
+  table.Put(tuned);
+  return table;
+}
+
+TEST(Ranks, HaveOneTableOfARealLayer) {
+  const TemporaryDirectory directory;
+  const std::string path = directory / "table.json";
+  const std::vector<std::string> tables =
+      RunRanks([&](int rank) { return TableOfRealRank(path, rank); }, directory);
+  const TuningTable table = TuningTable::FromJson(tables[0]);
+  ASSERT_EQ(table.layers().size(), 1U);
+  EXPECT_FALSE(table.layers()[0].ranges.empty());
+  for (const std::string& other : tables) {
+    EXPECT_EQ(other, tables[0]);
+  }
 }
 
 TEST(Ranks, HaveOneTable) {

@@ -44,6 +44,8 @@ class Tuner {
   void MeasureBuckets();
   // Beyond the largest bucket its winner has not been measured yet.
   void ValidateAbove();
+  // Where the same tactic won at two numbers of tokens far from each other.
+  void ValidateBetween();
   void RefineBorders();
   void RefineBorder(int64_t low, int64_t high);
   // Races at `tokens`: of `among` if given, else of the whole field. False where there is no

@@ -61,8 +61,9 @@ TEST(Tuner, FindsTheBestPair) {
   EXPECT_NEAR(range.us, 70.0, 1e-9);
   EXPECT_NEAR(range.untuned_us, 80.0, 1e-9);
   EXPECT_TRUE(tuned.faults.empty()) << Shown(tuned);
-  // a+x, b+x, c+x; b+y, b+z; beyond the largest number of tokens a+x and b+z again.
-  EXPECT_EQ(tuned.measured, 5 + 2);
+  // a+x, b+x, c+x; b+y, b+z; beyond the largest number of tokens, and at three between that and
+  // it, a+x and b+z again.
+  EXPECT_EQ(tuned.measured, 5 + 4 * 2);
   EXPECT_EQ(lab.RunsOf("a+y"), 0) << "GEMM2 is tuned beside the best GEMM1";
 }
 
@@ -257,7 +258,7 @@ TEST(Tuner, WhereTheUntunedFailsTheOthersAreStillTuned) {
   lab.time = TimesOf({{"a", 50}, {"b", 40}});
   lab.memory_for = 4;
   const TunerResult tuned = Tune(&lab, {1, 4, 8});
-  ASSERT_EQ(tuned.ranges.size(), 2U) << Shown(tuned);
+  ASSERT_EQ(tuned.ranges.size(), 4U) << "2 and 3 between: " << Shown(tuned);
   EXPECT_EQ(tuned.ranges.back().last, 4) << "nothing is known beyond";
   ASSERT_NE(FindFault(tuned, "a"), nullptr);
   EXPECT_EQ(FindFault(tuned, "a")->tokens, 8);
@@ -400,7 +401,7 @@ TEST(Tuner, ReportsTheTimesOfThoseMeasuredToTheEnd) {
     EXPECT_TRUE(times.emplace(std::pair{time.tokens, time.tactic}, time.us).second) << "twice";
   };
   static_cast<void>(Tune(&lab, {1, 2}, options));
-  EXPECT_EQ(times.size(), 6U) << "a and b at 1, 2 and beyond at 4";
+  EXPECT_EQ(times.size(), 8U) << "a and b at 1, 2, between at 3 and beyond at 4";
   EXPECT_NEAR((times[{2, "a"}]), 50.0, 1e-9);
   EXPECT_NEAR((times[{2, "b"}]), 40.0, 1e-9);
 }
@@ -427,13 +428,42 @@ TEST(Tuner, TheBorderIsWhereTheWinnerChanges) {
     }
     // Three halvings of 512 leave 64.
     EXPECT_NEAR(static_cast<double>(border), crossover, 64.0) << Shown(tuned);
-    EXPECT_EQ(tuned.ranges.size(), 2U + 3U + 1U) << "three between, one beyond: " << Shown(tuned);
+    EXPECT_EQ(tuned.ranges.size(), 2U + 3U + 1U + 3U)
+        << "three at the border, one beyond, three between it and the largest: " << Shown(tuned);
     for (size_t i = 1; i < tuned.ranges.size(); ++i) {
       EXPECT_LT(tuned.ranges[i - 1].last, tuned.ranges[i].last);
       EXPECT_GT(tuned.ranges[i].tokens, tuned.ranges[i - 1].last);
       EXPECT_LE(tuned.ranges[i].tokens, tuned.ranges[i].last);
     }
   }
+}
+
+TEST(Tuner, AWinnerOnBothSidesIsMeasuredBetweenThem) {
+  FakeLab lab;
+  lab.kernels = {"a", {"a", "b"}, {}};
+  // b is the faster one but for a stretch that no bucket lies in.
+  lab.time = [](const std::string& kernel, int64_t tokens, int) {
+    const bool stretch = tokens >= 5500 && tokens < 7500;
+    return (kernel == "b") == stretch ? 70.0 : 60.0;
+  };
+  const TunerResult tuned = Tune(&lab, {4096, 8192});
+  const auto tactic_at = [&](int64_t tokens) {
+    return std::find_if(tuned.ranges.begin(), tuned.ranges.end(),
+                        [&](const TunedRange& range) { return tokens <= range.last; })
+        ->tactic;
+  };
+  EXPECT_EQ(tactic_at(4500), "b") << Shown(tuned);
+  EXPECT_EQ(tactic_at(5793), "a") << Shown(tuned);
+  EXPECT_EQ(tactic_at(6889), "a") << Shown(tuned);
+  EXPECT_EQ(tactic_at(8000), "b") << Shown(tuned);
+}
+
+TEST(Tuner, TheUntunedChoiceOnBothSidesIsNotMeasuredBetweenThem) {
+  FakeLab lab;
+  lab.kernels = {"a", {"a", "b"}, {}};
+  lab.time = [](const std::string& kernel, int64_t, int) { return kernel == "a" ? 50.0 : 70.0; };
+  const TunerResult tuned = Tune(&lab, {4096, 8192});
+  EXPECT_EQ(tuned.ranges.size(), 2U) << Shown(tuned);
 }
 
 TEST(Tuner, AnUntunedChoiceBetweenTwoWinnersIsMeasuredThere) {
