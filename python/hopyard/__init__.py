@@ -16,6 +16,7 @@ from typing import Any
 
 from hopyard._library import InternalError
 from hopyard.arrays import Array, from_bf16, to_bf16
+from hopyard.autotune import TuneOptions, TuneProgress, autotune, tune
 from hopyard.checkpoint import Checkpoint, LoadedLayer, load_layer
 from hopyard.formats import Format, Quantized, dequantize, quantize
 from hopyard.layer import CallOptions, Candidate, Explanation, MoeLayer, PlanOptions, explain
@@ -61,6 +62,8 @@ __all__ = [
     "Quantized",
     "RoutingRule",
     "SharedExperts",
+    "TuneOptions",
+    "TuneProgress",
     "TunedLayer",
     "TunedRange",
     "TuningFault",
@@ -69,6 +72,7 @@ __all__ = [
     "TuningStats",
     "TuningTable",
     "Weights",
+    "autotune",
     "dequantize",
     "explain",
     "forget_tuning",
@@ -80,6 +84,7 @@ __all__ = [
     "route",
     "to_bf16",
     "token_buckets",
+    "tune",
     "tuning_stats",
     "use_tuning",
     "wait_for_tuning",

@@ -77,6 +77,7 @@ for _function in (
     lib.new_tensor,
     lib.copy_tensor,
     lib.save_tuning_table,
+    lib.tune,
     lib.wait_for_tuning,
 ):  # what computes, copies, or waits for a GPU or another process
     _function.release_gil = True  # whatever the environment's default is

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -65,6 +66,16 @@ def options_to_map(options: PlanOptions) -> dict[str, Any]:
     fields: dict[str, Any] = dict(options)
     tuning = fields.get("tuning")
     return {**fields, "tuning": getattr(tuning, "_handle", tuning)}
+
+
+def make_plan(spec: MoeSpec, device: int, options: PlanOptions) -> Any:
+    """A plan of the extension, for the device of this number."""
+    return lib.make_plan(spec_to_map(spec), options_to_map(options), device)
+
+
+# What looks at a layer and the arguments of a call before it runs; the last one counts. None but
+# inside `hopyard.autotune`.
+before_calls: list[Callable[[MoeLayer, Mapping[str, Any]], None]] = []
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,7 @@ class MoeLayer:
         self._weights = weights
         self._options: PlanOptions = {**options, "max_tokens": max_tokens}
         self._device = parse_device(weights.device if device is None else device, weights._device)
-        self._plan = lib.make_plan(spec_to_map(spec), options_to_map(self._options), self._device)
+        self._plan = self.new_plan()
         self._require_fit(weights)
         self._workspaces = Workspaces(self.workspace_bytes, self._device)
 
@@ -182,6 +193,11 @@ class MoeLayer:
     def spec(self) -> MoeSpec:
         """The layer."""
         return self._spec
+
+    @property
+    def options(self) -> PlanOptions:
+        """The options that it runs with."""
+        return self._options.copy()
 
     @property
     def weights(self) -> Weights:
@@ -211,6 +227,28 @@ class MoeLayer:
     def explain(self) -> Explanation:
         """Which kernels were chosen, and why not the others."""
         return explain(self._spec, self.device, **self._options)
+
+    def new_plan(self, changes: PlanOptions | None = None) -> Any:
+        """A plan of the extension with some options changed, for whatever needs one beside ours."""
+        return make_plan(self._spec, self._device, {**self._options, **(changes or {})})
+
+    def replan(self, **changes: Unpack[PlanOptions]) -> None:
+        """Choose the kernels again, with other options.
+
+        Calls that are under way keep their kernels, captured ones for good; layers of
+        `with_weights` do, too.
+
+        Raises:
+            ValueError: an option that means nothing, or one that changes what a call needs.
+        """
+        plan = self.new_plan(changes)
+        if int(plan.workspace_bytes) != self.workspace_bytes:
+            raise ValueError(
+                f"{', '.join(changes)} would change the workspace from {self.workspace_bytes} to "
+                f"{int(plan.workspace_bytes)} bytes; make another layer"
+            )
+        self._options = {**self._options, **changes}
+        self._plan = plan
 
     def with_weights(self, weights: Weights) -> MoeLayer:
         """A layer with other weights that shares this one's plan and workspaces.
@@ -282,6 +320,8 @@ class MoeLayer:
             MemoryError: there is no memory for the workspace (torch's OutOfMemoryError where the
                 memory is torch's).
         """
+        if before_calls:
+            before_calls[-1](self, call)
         uses_torch = is_torch(hidden)
         if gradients_enabled():
             self._refuse_gradients(hidden, call)

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import enum
 import inspect
-import itertools
-import logging
 import subprocess
 import sys
 
@@ -295,23 +293,6 @@ def test_blocks_and_cached_indices():
     second = fi.get_w2_permute_indices_with_cache(cache, w2, 128, 16)
     assert (second == fi.get_shuffle_matrix_sf_a_row_indices(w2, 128)).all()
     assert len(cache) == 3
-
-
-# --- autotune
-
-
-def test_autotune_runs_the_usual_kernels_and_says_so(caplog):
-    from hopyard.compat.flashinfer import tuning
-
-    tuning._say_once.cache_clear()
-    for mode, tokens in itertools.product(("nvfp4", "mxfp4_mxfp8", "deepseek", "mxfp8"), (1, 16)):
-        case = cl.make(mode, cl.Sizes(256, 128, 16, 4, tokens))
-        packed = fi.pack_topk_ids(torch.arange(4).expand(tokens, 4).int(), torch.ones(tokens, 4))
-        for routing in ({"routed": packed}, {"logits": cl.logits_of(case)}):
-            outside = cl.call(case, **routing)
-            with caplog.at_level(logging.WARNING), fi.autotune(True, tuning_buckets=(1, 16)):
-                cl.same(cl.call(case, **routing), outside)
-    assert len([r for r in caplog.records if "no autotuner yet" in r.message]) == 1
 
 
 def test_import_does_not_import_torch():

@@ -8,6 +8,7 @@ Names, positional order, defaults, enumerations, results and exception classes a
 what differs.
 """
 
+from hopyard.compat.flashinfer.autotuner import autotune, set_autotune_process_group
 from hopyard.compat.flashinfer.engine import clear_caches
 from hopyard.compat.flashinfer.enums import (
     ActivationType,
@@ -85,7 +86,6 @@ from hopyard.compat.flashinfer.routing import (
     trtllm_gen_routing,
 )
 from hopyard.compat.flashinfer.tuning import (
-    autotune,
     forced_tactic,
     is_trtllm_moe_supported,
     trtllm_get_valid_moe_configs,
@@ -142,6 +142,7 @@ __all__ = [
     "prepare_trtllm_fp8_per_tensor_weights",
     "prepare_trtllm_mxint4_weights",
     "reorder_rows_for_gated_act_gemm",
+    "set_autotune_process_group",
     "shuffle_matrix_a",
     "shuffle_matrix_sf_a",
     "trtllm_bf16_moe",

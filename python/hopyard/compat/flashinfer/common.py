@@ -10,6 +10,7 @@ from typing import Any
 from hopyard import Activation, ExpertMap, MoeSpec, RoutingRule, SharedExperts
 from hopyard.arrays import Array
 from hopyard.compat.flashinfer import checks, ops
+from hopyard.compat.flashinfer.autotuner_moe import Operation
 from hopyard.compat.flashinfer.checks import check
 from hopyard.compat.flashinfer.engine import Experts, run
 from hopyard.compat.flashinfer.enums import (
@@ -424,6 +425,7 @@ def execute(
 ) -> list[Array]:
     """Run the call; FlashInfer's list of results."""
     hidden = a.hidden_states
+    operation = Operation(a.operation, int(a.tune_max_num_tokens))
     rows = p.tokens * p.slots
     extra = []
     if "gemm1_delta" in call:
@@ -436,12 +438,12 @@ def execute(
     if a.do_finalize:
         if "out" not in call:
             call["out"] = ops.empty(hidden, (p.tokens, p.hidden), "bfloat16")
-        output = run(spec, experts, hidden, call)
+        output = run(operation, spec, experts, hidden, call)
         return [output, slots.reshape(-1), *extra] if slots is not None else [output]
     weights = ops.empty(hidden, (p.tokens, p.slots), "float32")
     call["rows_out"] = ops.empty(hidden, (rows, p.hidden), "bfloat16")
     call["routing_weights_out"] = weights
-    result = run(spec, experts, hidden, call | {"finalize": False})
+    result = run(operation, spec, experts, hidden, call | {"finalize": False})
     if not ("weights" in call and ops.is_type(call["weights"], "float32")):
         weights = ops.bfloat16(weights)
     return [result, weights, slots.reshape(-1), *extra]

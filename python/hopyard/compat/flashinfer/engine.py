@@ -20,6 +20,8 @@ from typing import Any
 
 import hopyard
 from hopyard.arrays import Array, is_torch
+from hopyard.autotune import options_of, path_of
+from hopyard.compat.flashinfer import autotuner_moe as tuned
 from hopyard.compat.flashinfer import ops
 from hopyard.devices import torch_module
 
@@ -95,7 +97,6 @@ class _View:
     """Weights as the library sees them, what they point to, and which contents were looked at."""
 
     weights: hopyard.Weights
-    groups: Groups
     buffers: Buffers
     seen: _Seen = field(default_factory=_Seen)
 
@@ -182,7 +183,11 @@ def _make_view(
     if is_torch(like) and like.device.type == "cuda":  # scales are about to be read by the host
         torch_module().cuda.current_stream(like.device).synchronize()
     groups = experts.build(buffers)
-    return _View(hopyard.Weights(spec, *groups), groups, buffers)
+    weights = hopyard.Weights(spec, *groups)
+    # Its tensors read the views' structures when they end: who holds the weights (a layer among
+    # the plans, say) must hold the views. Attributes end in the order in which they were made.
+    weights._views = groups  # type: ignore[attr-defined]
+    return _View(weights, buffers)
 
 
 def _look(experts: Experts, buffers: Buffers, capturing: bool) -> None:
@@ -199,10 +204,17 @@ def _capacity(tokens: int) -> int:
     return max(_LEAST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
 
 
-def run(spec: hopyard.MoeSpec, experts: Experts, hidden: Array, call: dict[str, Any]) -> Array:
+def run(
+    operation: tuned.Operation,
+    spec: hopyard.MoeSpec,
+    experts: Experts,
+    hidden: Array,
+    call: dict[str, Any],
+) -> Array:
     """Run a layer on FlashInfer's arrays.
 
     Args:
+        operation: which function was called.
         spec: the layer.
         experts: its weights.
         hidden: hidden states [T, ..].
@@ -224,9 +236,13 @@ def run(spec: hopyard.MoeSpec, experts: Experts, hidden: Array, call: dict[str, 
             view = _make_view(spec, experts, hidden, pin)
         if experts.checked:
             view.seen.ensure(experts.checked, lambda: _look(experts, view.buffers, pin))
+        path = path_of(call)
+        if not kernel:
+            tuned.tune_once(operation, spec, view.weights, path)
+        options = {**options_of(path), "max_tokens": capacity, "tactic": kernel}
         layer = _plans.get(
-            (spec, device, capacity, kernel),
-            lambda: hopyard.MoeLayer(spec, view.weights, capacity, tactic=kernel),
+            (spec, device, capacity, kernel, path, operation.skipped, tuned.generation()),
+            lambda: tuned.make_layer(operation, spec, view.weights, options),
             pin,
         )
         return layer.with_weights(view.weights)(hidden, **call)

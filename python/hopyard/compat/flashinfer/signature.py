@@ -45,7 +45,10 @@ _ENUMS: dict[str, tuple[type[Enum], type[Exception], str]] = {
 
 
 class Arguments(SimpleNamespace):
-    """The arguments of a call by name: defaults filled in, enumerations as our members."""
+    """The arguments of a call by name: defaults filled in, enumerations as our members.
+
+    `operation` is the name of the function.
+    """
 
 
 def _default(text: str) -> Any:
@@ -111,7 +114,7 @@ def entry(text: str) -> Callable[[Callable[[Arguments], Result]], Callable[..., 
             for name, kind, error, phrase in kinds:
                 if values[name] is not None or name not in optional:
                     values[name] = enums.member(kind, values[name], name, error, phrase)
-            return function(Arguments(**values))
+            return function(Arguments(operation=function.__name__, **values))
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         return call

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of a problem, and `autotune`, which today leaves the choice to the library."""
+"""Kernels of a problem, by number and by name."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hopyard
@@ -18,8 +16,6 @@ from hopyard.compat.flashinfer.checks import check
 from hopyard.compat.flashinfer.common import activation_of, check_layout
 from hopyard.compat.flashinfer.enums import DtypeTrtllmGen, Fp8QuantizationType, member
 from hopyard.compat.flashinfer.signature import Arguments, entry
-
-_LOG = logging.getLogger("hopyard.compat.flashinfer")
 
 # (weights, activations) of the operations -> formats of hopyard.
 _PAIRS = {
@@ -178,35 +174,3 @@ def trtllm_moe_tactic_name(a: Arguments) -> str:
 
 
 forced_tactic: Callable[[str], contextlib.AbstractContextManager[None]] = engine.tactic
-
-
-@contextlib.contextmanager
-def autotune(
-    tune_mode: bool = True,
-    cache: str | os.PathLike[str] | None = None,
-    tuning_buckets: Iterable[int] | None = None,
-    round_up: bool | None = None,
-    skip_ops: str | Iterable[str] | None = None,
-) -> Iterator[None]:
-    """FlashInfer's context manager of this name; it measures nothing yet.
-
-    Hopyard has no autotuner today: calls inside run the kernels that the library would choose
-    outside, and `cache` is neither read nor written. That is said once in the log. Arguments are
-    checked, so that code which passes wrong ones hears of it.
-
-    Raises:
-        ValueError: `tuning_buckets` is empty.
-    """
-    if tuning_buckets is not None and not sorted(set(tuning_buckets)):
-        raise ValueError("tuning_buckets is empty, wanted at least one number of tokens or None")
-    if tune_mode:
-        _say_once()
-    yield
-
-
-@functools.cache
-def _say_once() -> None:
-    _LOG.warning(
-        "autotune: Hopyard has no autotuner yet; calls run the library's own choice of kernels%s",
-        "" if "torch" not in sys.modules else " and no tuning file is read or written",
-    )

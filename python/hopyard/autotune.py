@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures which kernels of a layer are fast, and has its calls use them.
+
+    table = hopyard.tune(layer)                     # one layer, now
+    with hopyard.autotune(cache="tuned.json"):      # every layer, at its first call inside
+        model(tokens)
+
+docs/tuning.md tells how it is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+from weakref import WeakKeyDictionary
+
+from hopyard._library import lib
+from hopyard.arrays import Array, as_tensor
+from hopyard.devices import CPU, stream_of
+from hopyard.layer import MoeLayer, PlanOptions, before_calls
+from hopyard.spec import MoeSpec
+from hopyard.tuning import CallPath, TuningTable, use_tuning, wait_for_tuning
+from hopyard.weights import Weights
+
+_LOG = logging.getLogger("hopyard")
+# A rank that waits looks for Ctrl-C this often.
+_LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class TuneProgress:
+    """How far a run is.
+
+    Attributes:
+        done: numbers of tokens that are measured, of `total`.
+        total: how many there are.
+        tokens: being measured.
+        candidates: kernels still in the race.
+        best: the fastest so far, at `tokens`.
+        best_us: its time.
+        seconds: since the start.
+        seconds_left: expected.
+    """
+
+    done: int
+    total: int
+    tokens: int
+    candidates: int
+    best: str
+    best_us: float
+    seconds: float
+    seconds_left: float
+
+
+class TuneOptions(TypedDict, total=False):
+    """What is measured, and for how long.
+
+    Attributes:
+        tokens: numbers of tokens to measure at; `token_buckets(max_tokens)` without.
+        routings: that calls rotate over, "uniform", "zipf", "balanced", "hot"; the first two
+            without.
+        recorded: replay of real tokens [n, top_k] int16 or int32 on the host, instead of these.
+        max_seconds: then what was measured is kept; 60 without.
+        margin: a winner is faster by this part of the time, and by twice the noise; 0.01 without.
+        max_bytes: memory that inputs, outputs and workspace may take; half the free without.
+        blocklist: tactics, or kernels of them, that are never run.
+        seed: of the inputs.
+        progress: called between measurements; False ends the run and keeps what was measured.
+        measured: called with (tactic, tokens, microseconds) of each candidate that was measured.
+    """
+
+    tokens: Sequence[int]
+    routings: Sequence[str]
+    recorded: Array
+    max_seconds: float
+    margin: float
+    max_bytes: int
+    blocklist: Sequence[str]
+    seed: int
+    progress: Callable[[TuneProgress], bool | None]
+    measured: Callable[[str, int, float], None]
+
+
+def path_of(call: Mapping[str, Any]) -> CallPath:
+    """How a call gives and gets, by the arguments of `MoeLayer`."""
+    return CallPath(
+        ids="packed" in call or ("ids" in call and "logits" not in call),
+        unfinalised=call.get("finalize") is False,
+        replay=call.get("replay_out") is not None,
+    )
+
+
+def options_of(path: CallPath) -> PlanOptions:
+    """The options that say how a layer's calls give and get."""
+    return {
+        "given_ids": path.ids,
+        "unfinalised": path.unfinalised,
+        "records_replay": path.replay,
+    }
+
+
+def _path_in(options: PlanOptions) -> CallPath:
+    return CallPath(
+        options.get("given_ids", False),
+        options.get("unfinalised", False),
+        options.get("records_replay", False),
+    )
+
+
+class _Progress:
+    """The caller's function; an error in it, Ctrl-C too, is the run's orderly end."""
+
+    def __init__(self, progress: Callable[[TuneProgress], bool | None] | None) -> None:
+        self._progress = progress
+        self.error: BaseException | None = None
+
+    def __call__(self, given: Any) -> bool:
+        try:
+            if self._progress is None:
+                return True
+            progress = TuneProgress(**{str(name): value for name, value in given.items()})
+            return self._progress(progress) is not False
+        except BaseException as error:  # raised again once what was measured is safe
+            self.error = error
+            return False
+
+
+def _converted(options: TuneOptions) -> dict[str, Any]:
+    """Options as the extension takes them, without the functions."""
+    unknown = set(options) - set(TuneOptions.__annotations__)
+    if unknown:
+        raise TypeError(
+            f"tune() got unknown options {sorted(unknown)}, wanted some of "
+            f"{sorted(TuneOptions.__annotations__)}"
+        )
+    result: dict[str, Any] = {
+        name: value
+        for name, value in options.items()
+        if value is not None and name not in ("progress", "measured")
+    }
+    for name in ("tokens", "routings", "blocklist"):
+        if name in result:
+            result[name] = list(result[name])
+    if "recorded" in result:
+        result["recorded"] = as_tensor(result["recorded"], "recorded")
+    return result
+
+
+def measure_plan(
+    plan: Any, weights: Weights, options: TuneOptions
+) -> tuple[TuningTable, BaseException | None]:
+    """Measure a plan's layer.
+
+    Returns:
+        The table, and the error of `progress` (also Ctrl-C) that ended the run early.
+    """
+    progress = _Progress(options.get("progress"))
+    measured = options.get("measured") or (lambda *_: None)
+    stream = 0
+    if weights._device != CPU:
+        stream = stream_of(weights._device, None, uses_torch=weights._uses_torch)
+    found = lib.tune(plan, weights._handle, _converted(options), progress, measured, stream)
+    return TuningTable(found), progress.error
+
+
+def tune(layer: MoeLayer, **options: Unpack[TuneOptions]) -> TuningTable:
+    """Measure the kernels of a layer, on its device with its weights.
+
+    What is measured are calls as the layer's options say: `given_ids`, `unfinalised` and
+    `records_replay`. The layer goes on with the kernels that it has: `layer.replan(tuning=table)`
+    changes that, `use_tuning(table)` that of all layers that are made from now on.
+
+    Args:
+        layer: what to tune.
+        **options: see `TuneOptions`.
+
+    Returns:
+        A table of one layer. Candidates that failed are in it, with the reason.
+
+    Raises:
+        ValueError: an option that means nothing, or a stream that is being captured.
+    """
+    table, error = measure_plan(layer.new_plan(), layer.weights, options)
+    if error is not None:
+        raise error
+    return table
+
+
+def knows(table: TuningTable | None, spec: MoeSpec, options: PlanOptions) -> bool:
+    """Whether a table has the layer itself, not one that is alike."""
+    found = None if table is None else table.find(spec, **options)
+    if found is None or not found.ranges:
+        return False
+    path = _path_in(options)
+    return found.key.path == path and (path.ids or found.key.routing == spec.routing)
+
+
+class Session:
+    """An open `autotune`.
+
+    Attributes:
+        table: what is known, of the file and of this process.
+    """
+
+    def __init__(
+        self,
+        cache: str | os.PathLike[str] | None,
+        ranks: tuple[int, int],
+        timeout: float,
+        options: TuneOptions,
+    ) -> None:
+        self._cache = None if cache is None else Path(cache)
+        self._rank, self._ranks = ranks
+        self._timeout = timeout
+        self._options = options
+        self._lock = threading.RLock()
+        self._prepared: WeakKeyDictionary[MoeLayer, CallPath] = WeakKeyDictionary()
+        self._writes = self._cache is not None and self._rank == 0
+        self._dirty = False
+        self.table: TuningTable | None = None
+        if not 0 <= self._rank < self._ranks:
+            raise ValueError(f"rank is {self._rank}, wanted 0 .. {self._ranks - 1}")
+        if self._ranks > 1 and self._cache is None:
+            raise ValueError(
+                "cache is None with several ranks, wanted a file that all of them see: rank 0 "
+                "writes what the others use"
+            )
+        if self._cache is not None and self._cache.exists():
+            self.table = TuningTable.load(self._cache)
+
+    def prepare(self, layer: MoeLayer, call: Mapping[str, Any]) -> None:
+        """Have a layer run the kernels that are fast for calls like this one."""
+        path = path_of(call)
+        if self._prepared.get(layer) == path:
+            return
+        given = layer.options
+        if given.get("tactic") or given.get("untuned"):
+            return
+        with self._lock:
+            error = self._settle(layer, {**given, **options_of(path)})
+            layer.replan(**options_of(path), tuning=self.table)
+            self._prepared[layer] = path
+            if error is not None:
+                raise error
+
+    def _settle(self, layer: MoeLayer, options: PlanOptions) -> BaseException | None:
+        """Have the layer in the table; the error that ended a measurement early."""
+        if self._is_here(layer) and knows(self.table, layer.spec, options):
+            return None
+        if self._rank != 0:
+            self._wait(layer, options)
+            return None
+        found, error = measure_plan(layer.new_plan(options), layer.weights, self._options)
+        self._add(found)
+        self.save()
+        return error
+
+    def _is_here(self, layer: MoeLayer) -> bool:
+        here = TuningTable.empty(layer.device, layer.options.get("num_threads", 0))
+        return self.table is not None and self.table.machine == here.machine
+
+    def _wait(self, layer: MoeLayer, options: PlanOptions) -> None:
+        assert self._cache is not None
+        end = time.monotonic() + self._timeout
+        while True:
+            left = max(end - time.monotonic(), 0.0)
+            try:
+                wait_for_tuning(self._cache, layer.spec, min(left, _LOOK_SECONDS), **options)
+            except TimeoutError as error:
+                if left <= _LOOK_SECONDS:
+                    raise TimeoutError(
+                        f"rank {self._rank} of {self._ranks} waited {self._timeout:g} s for rank 0 "
+                        f"to tune a layer; every rank must call the same layers: {error}"
+                    ) from error
+            else:
+                self.table = TuningTable.load(self._cache)
+                return
+
+    def _add(self, found: TuningTable) -> None:
+        self._dirty = True
+        if self.table is not None and self.table.machine == found.machine:
+            self.table = self.table.merge(found)
+            return
+        if self.table is not None:
+            self._writes = False
+            _LOG.warning(
+                "hopyard.autotune: the table so far (cache=%s) holds for %s, this is %s: it is "
+                "neither used nor written",
+                self._cache,
+                self.table.machine,
+                found.machine,
+            )
+        self.table = found
+
+    def save(self) -> None:
+        """Merge what was measured into the file."""
+        if self._writes and self._dirty and self.table is not None and self._cache is not None:
+            self.table.save(self._cache)
+            self._dirty = False
+
+
+@contextlib.contextmanager
+def autotune(
+    cache: str | os.PathLike[str] | None = None,
+    tokens: Sequence[int] | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    timeout: float = 600.0,
+    **options: Unpack[TuneOptions],
+) -> Iterator[Session]:
+    """Within it every `MoeLayer` is tuned at its first call, and runs what won from then on.
+
+    What is tuned is how that call gets its routing (logits or ids) and gives its result. Layers
+    that are made later find the measurements, too. Layers with a `tactic` are left alone. A call
+    that measures waits, allocates, and cannot be captured.
+
+    Args:
+        cache: file of a `TuningTable`, loaded first, written after every layer; what it has is not
+            measured again. One of another machine is left alone, with a warning.
+        tokens: numbers of tokens to measure at; `token_buckets(max_tokens)` of the layer without.
+        rank: of this process; others than 0 never measure, and wait for what rank 0 writes.
+        world_size: number of ranks, which share `cache`.
+        timeout: seconds that a rank waits for a layer; then TimeoutError.
+        **options: see `TuneOptions`.
+
+    Raises:
+        ValueError: ranks without a file, or a file that is no table.
+    """
+    if tokens is not None:
+        options["tokens"] = tokens
+    session = Session(cache, (rank, world_size), timeout, options)
+    before_calls.append(session.prepare)
+    try:
+        yield session
+    finally:
+        before_calls.remove(session.prepare)
+        if session.table is not None:
+            use_tuning(session.table)
+        session.save()
