@@ -2,6 +2,7 @@
 // A lab of made-up times for the tuner's tests: no layer, no clock but its own.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
@@ -18,6 +19,7 @@
 
 #include "core/error.h"
 #include "tune/lab.h"
+#include "tune/tuner.h"
 
 namespace hopyard::tune {
 
@@ -134,5 +136,34 @@ class FakeLab : public Lab {
     int64_t tokens_;
   };
 };
+
+// Times of single kernels, whatever the tokens and the routing.
+inline FakeLab::Times TimesOf(std::map<std::string, double> us) {
+  return [us = std::move(us)](const std::string& kernel, int64_t, int) { return us.at(kernel); };
+}
+
+inline TunerResult Tune(FakeLab* lab, const std::vector<int64_t>& tokens,
+                        const TuneOptions& options = {}) {
+  TunerResult tuned = Tuner(lab, tokens, options).Run();
+  EXPECT_EQ(lab->open_benches, 0) << "a bench was left open";
+  return tuned;
+}
+
+inline const TuningFault* FindFault(const TunerResult& tuned, const std::string& tactic) {
+  const auto found = std::find_if(tuned.faults.begin(), tuned.faults.end(),
+                                  [&](const TuningFault& fault) { return fault.tactic == tactic; });
+  return found == tuned.faults.end() ? nullptr : &*found;
+}
+
+inline std::string Shown(const TunerResult& tuned) {
+  std::string text;
+  for (const TunedRange& range : tuned.ranges) {
+    text += ".." + std::to_string(range.last) + ' ' + range.tactic + '\n';
+  }
+  for (const TuningFault& fault : tuned.faults) {
+    text += fault.tactic + " at " + std::to_string(fault.tokens) + ": " + fault.reason + '\n';
+  }
+  return text;
+}
 
 }  // namespace hopyard::tune
