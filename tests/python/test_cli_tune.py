@@ -154,7 +154,7 @@ def test_interrupting_keeps_what_was_measured(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    time.sleep(6)
+    time.sleep(12)
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 0
