@@ -45,7 +45,7 @@ void BenchTokens(const Machine& machine, const Case& one, const Layers& layers, 
             {{"weights", ToString(spec.weights)},
              {"activations", ToString(spec.activations)},
              {"routing", routing},
-             {"tuned", !one.untuned && one.tactic.empty()}});
+             {"tuned", plan.Explain().ToString().find("tuned: ") != std::string::npos}});
 }
 
 void BenchLayer(const Machine& machine, const Case& one) {

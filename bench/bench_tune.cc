@@ -2,7 +2,7 @@
 // Tunes layers of the named models on a Hopper GPU and judges the result, as JSON lines:
 //
 //   bench_tune COMMIT CASE ... [--routing=uniform,zipf] [--seconds=60] [--max-tokens=8192]
-//              [--output=FILE] [--repeat=1] [--check=200] [--regret=1,8,64,512,4096]
+//              [--output=FILE] [--repeat=1] [--check=0] [--regret=]
 //
 // CASE as in bench/cases.h; its numbers of tokens are not used. "tune": one per run, with the
 // seconds it took; --output merges the first run's table into a file. "flips" of --repeat runs with
@@ -156,7 +156,7 @@ std::set<int64_t> CheckedTokens(const TuneRequest& request) {
   }
   std::mt19937 random(7);
   std::uniform_int_distribution<int64_t> any(1, request.max_tokens);
-  while (static_cast<int64_t>(tokens.size()) < request.check) {
+  while (static_cast<int64_t>(tokens.size()) < std::min(request.check, request.max_tokens)) {
     tokens.insert(any(random));
   }
   return tokens;
@@ -257,6 +257,9 @@ void BenchTuning(const Machine& machine, const Case& one, const TuneRequest& req
   const TuningTable table = TuneOnce(subject, request, 1);
   if (!request.output.empty()) {
     table.Save(request.output);
+  }
+  if (table.layers().front().ranges.empty()) {
+    return;  // the faults have been printed
   }
   PrintFlips(subject, request, table);
   if (request.check > 0) {

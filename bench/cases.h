@@ -110,7 +110,7 @@ int BenchCases(int argc, char** argv, Run&& run) {
     if (names.empty()) {
       std::cerr << "usage: " << argv[0]
                 << " COMMIT MODEL[:WEIGHTS:ACTIVATIONS[:TOKENS]] ... [--tokens=1,8] "
-                   "[--routing=uniform,zipf] [--tactic=NAME]; models: "
+                   "[--routing=uniform,zipf] [--tactic=NAME] [--untuned]; models: "
                 << ShapeNames() << '\n';
       return 2;
     }

@@ -36,11 +36,12 @@ struct PlanOptions {
   // and then wait for it on the device (programmatic dependent launch). Same bits; slower in
   // captured graphs of the layers measured so far (docs/perf-notes.md).
   // Kernels of the caller that are launched so ahead of a call must wait for their own
-  // predecessors. HOPYARD_OVERLAP_LAUNCHES=0, read by MakePlan, turns it off.
+  // predecessors. HOPYARD_OVERLAP_LAUNCHES=0, read by MakePlan and Explain, turns it off.
   bool overlap_launches = false;
   CallPath path;
   // Where no tactic is named, kernels come from measurements: of this table, then of those that
-  // UseTuning gave, then of those that come with the library; without any, from a cost model.
+  // UseTuning gave, of the file that HOPYARD_TUNING_FILE names, and of those that come with the
+  // library; without any, from a cost model.
   std::shared_ptr<const TuningTable> tuning;
   bool untuned = false;  // from the cost model alone
 };

@@ -171,7 +171,7 @@ struct TuneProgress {
 
 struct TuneOptions {
   uint32_t struct_size = sizeof(TuneOptions);
-  std::vector<int64_t> tokens;  // empty: TokenBuckets(plan.options().max_tokens)
+  std::vector<int64_t> tokens;  // empty: TokenBuckets(plan.tokens_per_chunk())
   // Routings that calls rotate over; a kernel must win over all of them and lose in none:
   // "uniform", "zipf", "balanced", "hot". Ignored with `recorded`.
   std::vector<std::string> routings = {"uniform", "zipf"};

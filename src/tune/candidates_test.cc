@@ -25,7 +25,7 @@ TEST(Candidates, WhatTheModelRulesOutIsNotMeasured) {
   EXPECT_THAT(kernels.gemm2, ElementsAre("x", "y", "z", "u", "v", "w"));
 }
 
-// Both GEMMs of an untuned plan have tiles of as many rows: one of the two may be dear.
+// An untuned plan prefers tiles of as many rows in both GEMMs: one of its kernels may be dear.
 TEST(Candidates, TheUntunedStays) {
   const Kernels kernels = Prune({"e+y", {{"a", 10.0}, {"e", 100.0}}, {{"x", 5.0}, {"y", 9.0}}});
   EXPECT_THAT(kernels.gemm1, ElementsAre("a", "e"));

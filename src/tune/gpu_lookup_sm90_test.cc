@@ -118,8 +118,9 @@ TEST_F(GpuLookup, OtherRoutingsServeAndSaySo) {
 TEST_F(GpuLookup, TablesOfOtherGpusAreReported) {
   TuningMachine other = MachineOf(kGpu);
   other.device = "NVIDIA Other";
+  // A table that comes with the library may serve instead.
   EXPECT_THAT(PlanWith(TableWith(OtherTactic(), other)).Explain().ToString(),
-              Not(HasSubstr("tuned: ")));
+              Not(HasSubstr("tuned: 55.5 us")));
   EXPECT_THAT(GetTuningStats().ignored,
               ::testing::ElementsAre(HasSubstr("a table of NVIDIA Other of ")));
   // One of the CPU is meant for plans of the CPU.

@@ -109,7 +109,8 @@ bool IsOfSomeGpu(const TuningMachine& machine) {
 }
 
 // Whether plans of `mine` look into the table. One that no device of this process is for is
-// reported; those that ship for other machines are not.
+// reported by a plan of a device of its kind (a plan of the CPU does not ask for GPUs); those that
+// ship for other machines are not.
 bool Serves(const Source& source, const TuningMachine& mine) {
   TuningMachine machine = source.table->machine();
   if (source.shipped) {
@@ -120,7 +121,7 @@ bool Serves(const Source& source, const TuningMachine& mine) {
     return true;
   }
   const bool of_gpu = tune::IsGpu(machine);
-  if (of_gpu ? IsOfSomeGpu(machine) : tune::IsGpu(mine)) {
+  if (of_gpu != tune::IsGpu(mine) || (of_gpu && IsOfSomeGpu(machine))) {
     return false;  // meant for another device
   }
   Ignore(fmt::format("{}: a table of {} is not used for plans of {}; measure again on this machine",

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tune/machine.h"
 
+#include <map>
+#include <mutex>
+
 #include <fmt/format.h>
 
 #include "hopyard/device.h"
+#include "hopyard/error.h"
 #include "hopyard/hopyard.h"
 
 #include "checkpoint/text.h"
@@ -18,6 +22,26 @@ namespace {
 constexpr const char* kAbsentGpu = "NVIDIA H100 80GB HBM3";
 constexpr int kAbsentGpuUnits = 132;
 
+// GPUs that are in order; a plan is made without them as well.
+int GpusInOrder() {
+  try {
+    return CountGpus();
+  } catch (const Error&) {
+    return 0;
+  }
+}
+
+// Of a GPU that is there. Asking the driver takes longer than the rest of a plan.
+GpuInfo ModelOf(int index) {
+  static std::mutex mutex;
+  static std::map<int, GpuInfo> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  return found != known.end()
+             ? found->second
+             : known.emplace(index, sm90::NeedBackend().ModelOf(index)).first->second;
+}
+
 }  // namespace
 
 TuningMachine MachineOf(Device device, int num_threads) {
@@ -27,8 +51,8 @@ TuningMachine MachineOf(Device device, int num_threads) {
     machine.device = CpuModel();
     machine.units = num_threads > 0 ? num_threads : MaxThreads();
     machine.isa = ToString(BestIsa());
-  } else if (device.index < CountGpus()) {
-    const GpuInfo gpu = sm90::NeedBackend().ModelOf(device.index);
+  } else if (device.index < GpusInOrder()) {
+    const GpuInfo gpu = ModelOf(device.index);
     machine.device = gpu.name;
     machine.units = gpu.multiprocessors;
   } else {

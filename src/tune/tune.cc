@@ -14,7 +14,7 @@ TuningTable Tune(const Plan& plan, const Weights& weights, const TuneOptions& op
   tune::LayerTask task = tune::MakeTask(plan, weights, options, stream);
   std::vector<int64_t> tokens = options.tokens;
   if (tokens.empty()) {
-    tokens = TokenBuckets(plan.options().max_tokens);
+    tokens = TokenBuckets(plan.tokens_per_chunk());
   }
   TunedLayer layer;
   layer.key = KeyOf(plan.spec(), plan.options());

@@ -26,6 +26,7 @@ std::string PickFor(const MoeSpec& spec, int64_t tokens) {
   PlanOptions options;
   options.max_tokens = tokens;
   options.batch_invariant = true;
+  options.untuned = true;
   std::string names;
   for (const Candidate& candidate : Explain(spec, kGpuDevice, options).candidates) {
     names += candidate.chosen ? (names.empty() ? "" : "+") + candidate.kernel : "";
@@ -98,11 +99,12 @@ TEST(GpuChoice, IsThatOfTheRecordedLayersOrCloseToIt) {
   EXPECT_LT(different, compared / 6);
 }
 
-// The same spec, the same kernels: nothing but the spec and the table goes in.
+// The same spec, the same kernels: nothing but the spec and the kernel table goes into the model.
 TEST(GpuChoice, DependsOnTokensNotOnCapacity) {
   for (const bench::ModelShape& model : bench::ModelShapes()) {
     PlanOptions options;
     options.max_tokens = 100000;
+    options.untuned = true;
     const std::vector<Candidate> large = Explain(model.spec, kGpuDevice, options).candidates;
     EXPECT_EQ(large, Explain(model.spec, kGpuDevice, options).candidates);
     std::string first;
