@@ -31,8 +31,10 @@ struct TuningMachine {
 // GPU. `num_threads` as in PlanOptions.
 [[nodiscard]] TuningMachine MachineOf(Device device, int num_threads = 0);
 
-// Everything that changes which kernels a layer has or which of them is fast. Where the experts of
-// a rank begin is not part of it: ranks share their tables.
+// Everything of a spec and its calls that changes which kernels a layer has or which of them is
+// fast. Where the experts of a rank begin is not part of it: ranks share their tables. Nor is the
+// order of the weights in memory, which a plan does not know: MN-major ones run their kernels'
+// twins.
 struct TuningKey {
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
@@ -79,8 +81,7 @@ struct TuningFault {
 
 struct TunedLayer {
   TuningKey key;
-  std::vector<TunedRange> ranges;  // ascending; batches above the last take its kernel, which has
-                                   // been measured against the untuned one at `last`
+  std::vector<TunedRange> ranges;  // ascending; larger batches take the untuned choice
   std::vector<TuningFault> faults;
   std::string routing;  // what the calls were routed by: "uniform,zipf" or "recorded"
 
@@ -104,7 +105,8 @@ class TuningTable {
   // ascend, and for numbers that are not finite.
   void Put(TunedLayer layer);
   bool Erase(const TuningKey& key);
-  // Puts all layers of `other`. Error{kInvalidArgument} where it is of another machine.
+  // Puts all layers of `other`; of a layer that is here already, what was measured at more tokens
+  // than the other covers stays. Error{kInvalidArgument} where it is of another machine.
   void Merge(const TuningTable& other);
 
   // Sorted and complete: equal tables give equal bytes.
@@ -196,7 +198,8 @@ struct TuneOptions {
 [[nodiscard]] TuningTable Tune(const Plan& plan, const Weights& weights,
                                const TuneOptions& options = {}, Stream stream = {});
 
-// The layer of this key out of a file that another process writes: looks until it is there.
+// The layer of this key out of a file that another process writes: looks until it is there,
+// measured by this version of the library.
 // Error{kTimeout} after `seconds`, Error{kInvalidArgument} for a file that is no table.
 [[nodiscard]] TunedLayer WaitForTuning(const std::string& path, const TuningKey& key,
                                        double seconds);

@@ -128,10 +128,16 @@ void Run(const Options& options, bool json) {
   for (const std::string& note : plan.notes) {
     PrintNote(note);
   }
+  if (!options.output.empty()) {
+    // A file that cannot take the result is refused before it is measured.
+    TuningTable(MachineOf(ParseDevice(options.device), options.threads)).Save(options.output);
+  }
   std::vector<TuningTime> times;
   const TuningTable table = Measure(options, plan, &times);
   const TunedLayer& layer = table.layers().front();
-  if (!options.output.empty()) {
+  if (layer.ranges.empty()) {
+    PrintNote("nothing was measured to its end: no kernel is tuned");
+  } else if (!options.output.empty()) {
     table.Save(options.output);
   }
   if (!options.plot.empty()) {

@@ -54,10 +54,14 @@ std::vector<Reasoned> ByMeasurement(const MoeSpec& spec, const PlanOptions& opti
   std::vector<Reasoned> ranges;
   int64_t first = 1;
   for (size_t i = 0; i < tuned.size() && first <= options.max_tokens; ++i) {
-    const bool is_last = i + 1 == tuned.size();
-    const int64_t last = is_last ? options.max_tokens : std::min(tuned[i].last, options.max_tokens);
+    const int64_t last = std::min(tuned[i].last, options.max_tokens);
     ranges.push_back(Measured(spec, tuned[i], first, last));
     first = last + 1;
+  }
+  if (first <= options.max_tokens) {
+    ranges.push_back({{options.max_tokens, BestIsa()},
+                      fmt::format("{} .. {} tokens: widest instruction set; not measured", first,
+                                  options.max_tokens)});
   }
   if (options.batch_invariant) {
     // A token's output must not depend on the batch: all take what the largest takes.
@@ -117,6 +121,9 @@ CpuChoice ChooseCpu(const MoeSpec& spec, const PlanOptions& options,
   CpuChoice out;
   const std::vector<Reasoned> ranges = Choose(spec, options, tuned);
   for (const Reasoned& range : ranges) {
+    if (!out.ranges.empty() && out.ranges.back().isa == range.range.isa) {
+      out.ranges.pop_back();  // one with this
+    }
     out.ranges.push_back(range.range);
   }
   std::string known;

@@ -70,11 +70,14 @@ struct Decision {
   std::vector<IsaRange> isas;  // CPU
 };
 
-// Says of every kernel that measurements chose what they do not cover.
-void AddRemark(const std::string& remark, Explanation* explanation) {
+// Says of every kernel that measurements chose what they do not cover, and of the others that there
+// are none of this layer.
+void AddRemark(const tune::Tuned& tuned, Explanation* explanation) {
+  const std::string remark =
+      tuned.served && !tuned.found ? "no table has measurements of this layer" : tuned.remark;
   for (Candidate& candidate : explanation->candidates) {
-    if (candidate.chosen && !remark.empty() &&
-        candidate.reason.find("tuned: ") != std::string::npos) {
+    const bool measured = candidate.reason.find("tuned: ") != std::string::npos;
+    if (candidate.chosen && !remark.empty() && measured == tuned.found) {
       candidate.reason += " (" + remark + ")";
     }
   }
@@ -98,7 +101,7 @@ Decision Decide(const MoeSpec& spec, Device device, const PlanOptions& options) 
     out.explanation = std::move(choice.explanation);
     out.isas = std::move(choice.ranges);
   }
-  AddRemark(out.tuned.remark, &out.explanation);
+  AddRemark(out.tuned, &out.explanation);
   return out;
 }
 

@@ -112,7 +112,7 @@ TEST_F(GpuLookup, OtherRoutingsServeAndSaySo) {
   MoeSpec spec = Spec();
   spec.routing = RoutingRule::Sigmoid();
   EXPECT_THAT(PlanWith(TableWith(OtherTactic()), spec).Explain().ToString(),
-              HasSubstr("(measured with another routing rule; more than 16"));
+              HasSubstr("(measured with another routing rule; untuned beyond 16"));
 }
 
 TEST_F(GpuLookup, TablesOfOtherGpusAreReported) {

@@ -23,7 +23,9 @@ TuningKey KeyOf(const MoeSpec& spec, const PlanOptions& options) {
   key.activation = spec.activation.kind;
   key.weights = spec.weights;
   key.activations = spec.activations;
-  key.shared = spec.shared;
+  if (spec.shared.count > 0) {
+    key.shared = spec.shared;  // else its other fields mean nothing
+  }
   key.router_weight_on_input = spec.router_weight_on_input;
   key.overlap_launches = options.overlap_launches;
   key.path = options.path;

@@ -177,5 +177,14 @@ TEST(KeyOf, RanksShareAKey) {
   EXPECT_EQ(KeyOf(all, {}).local_experts, all.num_experts);
 }
 
+TEST(TuningKey, WithoutSharedExpertsTheirFieldsMeanNothing) {
+  MoeSpec spec;
+  MoeSpec other;
+  other.shared = {0, true, 0.5F, WeightFormat::kMxFp4};
+  EXPECT_EQ(KeyOf(spec, {}), KeyOf(other, {}));
+  other.shared.count = 1;
+  EXPECT_FALSE(KeyOf(spec, {}) == KeyOf(other, {}));
+}
+
 }  // namespace
 }  // namespace hopyard::tune::testing

@@ -100,7 +100,7 @@ std::vector<Source> SourcesOf(const PlanOptions& options) {
 }
 
 bool IsOfSomeGpu(const TuningMachine& machine) {
-  for (int i = 0; i < CountGpus(); ++i) {
+  for (int i = 0; i < tune::GpusInOrder(); ++i) {
     if (machine == MachineOf({DeviceKind::kCuda, i})) {
       return true;
     }
@@ -109,8 +109,7 @@ bool IsOfSomeGpu(const TuningMachine& machine) {
 }
 
 // Whether plans of `mine` look into the table. One that no device of this process is for is
-// reported by a plan of a device of its kind (a plan of the CPU does not ask for GPUs); those that
-// ship for other machines are not.
+// reported; those that ship for other machines are not.
 bool Serves(const Source& source, const TuningMachine& mine) {
   TuningMachine machine = source.table->machine();
   if (source.shipped) {
@@ -121,7 +120,7 @@ bool Serves(const Source& source, const TuningMachine& mine) {
     return true;
   }
   const bool of_gpu = tune::IsGpu(machine);
-  if (of_gpu != tune::IsGpu(mine) || (of_gpu && IsOfSomeGpu(machine))) {
+  if (of_gpu ? IsOfSomeGpu(machine) : tune::IsGpu(mine)) {
     return false;  // meant for another device
   }
   Ignore(fmt::format("{}: a table of {} is not used for plans of {}; measure again on this machine",
@@ -142,7 +141,7 @@ std::string RemarkOf(const TunedLayer& found, const TuningKey& wanted, int64_t m
                     path.replay ? "with replay" : "no replay"));
   }
   if (!found.ranges.empty() && max_tokens > found.ranges.back().last) {
-    add(fmt::format("more than {} tokens were not measured", found.ranges.back().last));
+    add(fmt::format("untuned beyond {} tokens", found.ranges.back().last));
   }
   return text;
 }
@@ -153,6 +152,12 @@ void UseTuning(const TuningTable& table) {
   Shared& shared = TheShared();
   auto copy = std::make_shared<const TuningTable>(table);
   const std::lock_guard<std::mutex> lock(shared.mutex);
+  // Those that it repeats would never be asked.
+  std::erase_if(shared.used, [&](const TablePtr& used) {
+    return used->machine() == table.machine() &&
+           std::all_of(used->layers().begin(), used->layers().end(),
+                       [&](const TunedLayer& layer) { return table.Find(layer.key) != nullptr; });
+  });
   shared.used.insert(shared.used.begin(), std::move(copy));
 }
 
@@ -185,9 +190,11 @@ Tuned FindTuned(const MoeSpec& spec, Device device, const PlanOptions& options) 
   const TuningKey key = KeyOf(spec, options);
   const TuningMachine mine = MachineOf(device, options.num_threads);
   for (const Source& source : SourcesOf(options)) {
-    const TunedLayer* const layer = Serves(source, mine) ? source.table->FindFor(key) : nullptr;
+    const bool serves = Serves(source, mine);
+    const TunedLayer* const layer = serves ? source.table->FindFor(key) : nullptr;
+    tuned.served = tuned.served || serves;
     // Every table is looked at, so that each that is of no use here is reported.
-    if (layer != nullptr && !tuned.found) {
+    if (layer != nullptr && !layer->ranges.empty() && !tuned.found) {
       tuned.found = true;
       tuned.ranges = layer->ranges;
       tuned.remark = RemarkOf(*layer, key, options.max_tokens);

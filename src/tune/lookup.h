@@ -14,6 +14,7 @@ namespace hopyard::tune {
 struct Tuned {
   bool looked = false;  // false where the options ask for no measurements
   bool found = false;
+  bool served = false;             // a table of this machine was there
   std::vector<TunedRange> ranges;  // as in TunedLayer
   std::string remark;              // what was measured differently than the plan runs, or empty
 };

@@ -102,9 +102,11 @@ TEST_F(Lookup, RangesChooseByNumberOfTokens) {
               HasSubstr("chosen: 1 .. 16 tokens: tuned: 10.0 us at 8 tokens, untuned " +
                         BestKernel() + " 11.0 us"));
   EXPECT_THAT(ReasonFor(plan.Explain(), BestKernel()),
-              HasSubstr("17 .. 64 tokens: tuned: 30.0 us at 24 tokens"));
-  EXPECT_THAT(ReasonFor(plan.Explain(), BestKernel()),
-              HasSubstr("(more than 32 tokens were not measured)"));
+              HasSubstr("17 .. 32 tokens: tuned: 30.0 us at 24 tokens"));
+  EXPECT_THAT(
+      ReasonFor(plan.Explain(), BestKernel()),
+      HasSubstr(
+          "33 .. 64 tokens: widest instruction set; not measured (untuned beyond 32 tokens)"));
   const TuningStats stats = GetTuningStats();
   EXPECT_EQ(stats.hits, 1);
   EXPECT_EQ(stats.misses, 0);
@@ -206,7 +208,7 @@ TEST_F(Lookup, LayersOfOtherPathsAndRoutingsServeAndSaySo) {
   const Plan plan = MakePlan(spec, Device{}, options);
   EXPECT_THAT(ReasonFor(plan.Explain(), kScalar),
               HasSubstr("(measured with another routing rule; measured with logits, finalised, no "
-                        "replay; more than 32 tokens were not measured)"));
+                        "replay; untuned beyond 32 tokens)"));
   EXPECT_EQ(GetTuningStats().hits, 1);
   spec.top_k = 1;
   std::ignore = MakePlan(spec, Device{}, options);
@@ -215,7 +217,7 @@ TEST_F(Lookup, LayersOfOtherPathsAndRoutingsServeAndSaySo) {
 
 TEST_F(Lookup, TacticsThatAreNotThereAreStale) {
   const Plan plan = PlanWith(Options(), TableFor(key_, "cpu_quantum_bf16"));
-  EXPECT_THAT(plan.impl().isas, ElementsAre(IsaRange{16, BestIsa()}, IsaRange{64, BestIsa()}));
+  EXPECT_THAT(plan.impl().isas, ElementsAre(IsaRange{64, BestIsa()}));
   EXPECT_THAT(ReasonFor(plan.Explain(), BestKernel()),
               HasSubstr("the measured cpu_quantum_bf16 does not run here"));
   const TuningStats stats = GetTuningStats();
@@ -228,8 +230,15 @@ TEST_F(Lookup, ALayerWithoutRangesIsUntuned) {
   TunedLayer layer = LayerFor(key_);
   layer.ranges.clear();
   table.Put(layer);
-  EXPECT_THAT(PlanWith(Options(), table).impl().isas, ElementsAre(IsaRange{64, BestIsa()}));
-  EXPECT_EQ(GetTuningStats().hits, 1);
+  const Plan plan = PlanWith(Options(), table);
+  EXPECT_THAT(plan.impl().isas, ElementsAre(IsaRange{64, BestIsa()}));
+  EXPECT_THAT(ReasonFor(plan.Explain(), BestKernel()),
+              HasSubstr("(no table has measurements of this layer)"));
+  EXPECT_EQ(GetTuningStats().misses, 1);
+  // One behind it that has measurements serves.
+  UseTuning(TableFor(key_));
+  EXPECT_THAT(PlanWith(Options(), table).impl().isas,
+              ElementsAre(IsaRange{16, Isa::kScalar}, IsaRange{64, BestIsa()}));
 }
 
 TEST_F(Lookup, TablesOfOtherMachinesAreReportedOnce) {

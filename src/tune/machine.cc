@@ -22,15 +22,6 @@ namespace {
 constexpr const char* kAbsentGpu = "NVIDIA H100 80GB HBM3";
 constexpr int kAbsentGpuUnits = 132;
 
-// GPUs that are in order; a plan is made without them as well.
-int GpusInOrder() {
-  try {
-    return CountGpus();
-  } catch (const Error&) {
-    return 0;
-  }
-}
-
 // Of a GPU that is there. Asking the driver takes longer than the rest of a plan.
 GpuInfo ModelOf(int index) {
   static std::mutex mutex;
@@ -51,7 +42,7 @@ TuningMachine MachineOf(Device device, int num_threads) {
     machine.device = CpuModel();
     machine.units = num_threads > 0 ? num_threads : MaxThreads();
     machine.isa = ToString(BestIsa());
-  } else if (device.index < GpusInOrder()) {
+  } else if (device.index < tune::GpusInOrder()) {
     const GpuInfo gpu = ModelOf(device.index);
     machine.device = gpu.name;
     machine.units = gpu.multiprocessors;
@@ -63,6 +54,14 @@ TuningMachine MachineOf(Device device, int num_threads) {
 }
 
 namespace tune {
+
+int GpusInOrder() {
+  try {
+    return CountGpus();
+  } catch (const Error&) {
+    return 0;
+  }
+}
 
 std::string Describe(const TuningMachine& machine) {
   const std::string device = checkpoint::Printable(machine.device);

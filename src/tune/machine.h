@@ -7,6 +7,9 @@
 
 namespace hopyard::tune {
 
+// 0 also where the driver is not in order: a plan is made without GPUs as well.
+[[nodiscard]] int GpusInOrder();
+
 // "NVIDIA H200 of 132 multiprocessors, Hopyard 0.1.0", for messages.
 [[nodiscard]] std::string Describe(const TuningMachine& machine);
 

@@ -8,6 +8,7 @@
 #include <sstream>
 #include <string>
 
+#include "bench/shapes.h"
 #include "tests/temporary_directory.h"
 #include "tune/tune_testing.h"
 
@@ -54,6 +55,40 @@ TEST(ShippedTables, AreOfOneMachineEach) {
   for (const auto& table : ShippedTables()) {
     EXPECT_TRUE(devices.insert(table->machine().device).second) << table->machine().device;
     EXPECT_FALSE(table->layers().empty()) << table->machine().device;
+  }
+}
+
+// The layers of the named models as integrations state them: routed experts, whatever is said of
+// shared ones that are not there.
+TEST(ShippedTables, HaveTheLayersOfNamedModels) {
+  struct Layer {
+    const char* model;
+    WeightFormat weights;
+    ActivationFormat activations;
+  };
+  constexpr Layer kLayers[] = {
+      {"qwen3-30b-a3b", WeightFormat::kBf16, ActivationFormat::kBf16},
+      {"qwen3-30b-a3b", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+      {"qwen3-30b-a3b", WeightFormat::kMxFp4, ActivationFormat::kFp8Block128},
+      {"qwen3-30b-a3b", WeightFormat::kNvFp4, ActivationFormat::kBf16},
+      {"gpt-oss-120b", WeightFormat::kMxFp4, ActivationFormat::kBf16},
+      {"gpt-oss-120b", WeightFormat::kMxFp4, ActivationFormat::kFp8Block128},
+      {"gpt-oss-120b", WeightFormat::kMxFp4, ActivationFormat::kMxFp8},
+      {"deepseek-v3", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+  };
+  for (const auto& table : ShippedTables()) {
+    for (const Layer& layer : kLayers) {
+      MoeSpec spec = bench::FindShape(layer.model)->spec;
+      spec.weights = layer.weights;
+      spec.activations = layer.activations;
+      for (const WeightFormat shared : {WeightFormat::kBf16, layer.weights}) {
+        spec.shared = {0, false, 1.0F, shared};
+        const TunedLayer* const found = table->FindFor(KeyOf(spec, {}));
+        ASSERT_NE(found, nullptr) << table->machine().device << ' ' << ToString(KeyOf(spec, {}));
+        EXPECT_GE(found->ranges.back().last, 8192) << ToString(found->key);
+        EXPECT_TRUE(found->faults.empty()) << ToString(found->key);
+      }
+    }
   }
 }
 

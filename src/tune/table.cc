@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -106,12 +107,29 @@ bool TuningTable::Erase(const TuningKey& key) {
   return std::erase_if(layers_, [&](const TunedLayer& layer) { return layer.key == key; }) > 0;
 }
 
+namespace {
+
+// A layer measured again: beyond the numbers of tokens that it covers, what was measured before
+// stays.
+TunedLayer Joined(TunedLayer layer, const TunedLayer& before) {
+  if (layer.ranges.empty()) {
+    return before;
+  }
+  const int64_t covered = layer.ranges.back().last;
+  std::copy_if(before.ranges.begin(), before.ranges.end(), std::back_inserter(layer.ranges),
+               [&](const TunedRange& range) { return range.tokens > covered; });
+  return layer;
+}
+
+}  // namespace
+
 void TuningTable::Merge(const TuningTable& other) {
   HOPYARD_CHECK(machine_ == other.machine_, kInvalidArgument)
       << "the table was measured on another machine: " << tune::Describe(other.machine_)
       << "; this one is of " << tune::Describe(machine_) << ": keep a file for each machine";
   for (const TunedLayer& layer : other.layers_) {
-    Put(layer);
+    const TunedLayer* const before = Find(layer.key);
+    Put(before == nullptr ? layer : Joined(layer, *before));
   }
 }
 

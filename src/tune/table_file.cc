@@ -17,6 +17,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "hopyard/hopyard.h"
 #include "hopyard/tune.h"
 
 #include "checkpoint/mapped_file.h"
@@ -160,12 +161,15 @@ TunedLayer WaitForTuning(const std::string& path, const TuningKey& key, double s
       << "seconds=" << seconds << "; wanted 0 or more, how long to wait";
   std::optional<FileVersion> seen;
   std::optional<TunedLayer> layer;
+  bool other_library = false;
   const bool found = WaitUntil(seconds, [&] {
     const std::optional<FileVersion> version = VersionOf(path);
     if (version && version != seen) {
       seen = version;
       const TuningTable table = TuningTable::Load(path);
-      const TunedLayer* const there = table.Find(key);
+      // What an older library measured is what its process will measure anew.
+      other_library = table.machine().library != HOPYARD_VERSION;
+      const TunedLayer* const there = other_library ? nullptr : table.Find(key);
       layer = there == nullptr ? std::nullopt : std::optional<TunedLayer>(*there);
     }
     return layer.has_value();
@@ -173,7 +177,10 @@ TunedLayer WaitForTuning(const std::string& path, const TuningKey& key, double s
   HOPYARD_CHECK(found, kTimeout)
       << Printable(path) << ": has no measurements of this layer after " << seconds
       << " s; see whether the process that writes them still runs, or wait longer (layer: "
-      << ToString(key) << (seen ? ")" : "; the file does not exist)");
+      << ToString(key)
+      << (!seen           ? "; the file does not exist)"
+          : other_library ? "; the file is of another version of Hopyard)"
+                          : ")");
   return *layer;
 }
 

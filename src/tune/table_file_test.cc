@@ -300,6 +300,13 @@ TEST(WaitForTuning, EndsInTime) {
   TableOf({1}).Save(path);
   ExpectError(ErrorKind::kTimeout, {path, "no measurements of this layer"}, wait(0.05));
   EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::milliseconds(150));
+  TuningMachine old = AMachine();
+  old.library = "0.0.1";
+  TuningTable outdated(old);
+  outdated.Put(ALayer(2));
+  outdated.Save(directory / "old.json");
+  ExpectError(ErrorKind::kTimeout, {"old.json", "the file is of another version of Hopyard"},
+              [&] { std::ignore = WaitForTuning(directory / "old.json", ALayer(2).key, 0.05); });
   ExpectError(ErrorKind::kInvalidArgument, {"seconds=-1"}, wait(-1.0));
   directory.Write("table.json", "{");
   ExpectError(ErrorKind::kInvalidArgument, {path, "is not JSON"}, wait(60.0));

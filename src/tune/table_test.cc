@@ -79,6 +79,31 @@ TEST(TuningTable, MergeTakesTheOthersLayers) {
               [&] { table.Merge(TuningTable(elsewhere)); });
 }
 
+TEST(TuningTable, MergeKeepsWhatTheOtherDoesNotCover) {
+  const auto range = [](int64_t last, int64_t tokens, const char* tactic) {
+    return TunedRange{last, tokens, tactic, 1.0, "untuned", 2.0, 0.0};
+  };
+  TunedLayer before = ALayer(1);
+  before.ranges = {range(8, 8, "a"), range(64, 24, "b"), range(512, 512, "c")};
+  TunedLayer again = before;
+  again.ranges = {range(4, 4, "d"), range(32, 32, "e")};
+  TuningTable table(AMachine());
+  table.Put(before);
+  TuningTable other(AMachine());
+  other.Put(again);
+  table.Merge(other);
+  EXPECT_EQ(table.Find(before.key)->ranges,
+            (std::vector<TunedRange>{again.ranges[0], again.ranges[1], before.ranges[2]}));
+  // A run that measured nothing takes nothing away.
+  again.ranges.clear();
+  TuningTable empty(AMachine());
+  empty.Put(again);
+  table.Merge(empty);
+  EXPECT_EQ(table.Find(before.key)->ranges.size(), 3U);
+  table.Put(again);
+  EXPECT_TRUE(table.Find(before.key)->ranges.empty()) << "Put replaces";
+}
+
 TEST(TuningTable, FindForTakesOtherRoutingsAndPaths) {
   TunedLayer logits = ALayer(1);
   TunedLayer ids = ALayer(1);

@@ -229,25 +229,25 @@ void AddPart(const std::vector<TileChoice>& choices, int64_t first, int64_t last
   }
 }
 
-// `cheapest` where nothing was measured. Above the last range its kernels hold.
+// `cheapest` where nothing was measured, and above the last range.
 std::vector<TileChoice> WithMeasured(const MoeSpec& spec, const std::vector<Role>& roles,
                                      const std::vector<TileChoice>& cheapest,
                                      const std::vector<TunedRange>& tuned) {
   std::vector<TileChoice> choices;
   int64_t first = 1;
   for (const TunedRange& range : tuned) {
-    const int64_t last = &range == &tuned.back() ? kAnyTokens : range.last;
-    if (last < first) {
+    if (range.last < first) {
       continue;
     }
     if (std::optional<TileChoice> choice = MeasuredChoice(spec, roles, range)) {
-      choice->max_tokens = last;
+      choice->max_tokens = range.last;
       choices.push_back(*std::move(choice));
     } else {
-      AddPart(cheapest, first, last, &choices);
+      AddPart(cheapest, first, range.last, &choices);
     }
-    first = last == kAnyTokens ? last : last + 1;
+    first = range.last + 1;
   }
+  AddPart(cheapest, first, kAnyTokens, &choices);
   return choices;
 }
 
