@@ -74,13 +74,15 @@ std::string GridLine(double x1, double y1, double x2, double y2) {
 std::string Grid(const Frame& frame, std::pair<double, double> tokens,
                  std::pair<double, double> us) {
   std::string out;
-  for (double at = 1; at <= tokens.second; at *= 2) {
+  for (int power = 0; std::exp2(power) <= tokens.second; ++power) {
+    const double at = std::exp2(power);
     if (at >= tokens.first) {
       out += GridLine(frame.x(at), kTop, frame.x(at), kHeight - kBottom);
       out += Text(frame.x(at), kHeight - kBottom + 18, "middle", fmt::format("{}", at));
     }
   }
-  for (double decade = 1e-3; decade <= us.second; decade *= 10) {
+  for (int power = -3; std::pow(10.0, power) <= us.second; ++power) {
+    const double decade = std::pow(10.0, power);
     for (const double at : {decade, 2 * decade, 5 * decade}) {
       if (at >= us.first && at <= us.second) {
         out += GridLine(kLeft, frame.y(at), kWidth - kRight, frame.y(at));

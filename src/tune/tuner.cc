@@ -203,9 +203,10 @@ void Tuner::ValidateBetween() {
     }
     const auto first = static_cast<double>(low->first);
     const double factor = static_cast<double>(high->first) / first;
-    const double steps = std::ceil(std::log(factor) / std::log(kFarApart));
-    for (double step = 1.0; step < steps; step += 1.0) {
-      const int64_t tokens = std::llround(first * std::pow(factor, step / steps));
+    const int steps = static_cast<int>(std::ceil(std::log(factor) / std::log(kFarApart)));
+    for (int step = 1; step < steps; ++step) {
+      const int64_t tokens =
+          std::llround(first * std::pow(factor, static_cast<double>(step) / steps));
       if (tokens > low->first && tokens < high->first &&
           (between.empty() || between.back() < tokens)) {
         between.push_back(tokens);
