@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypedDict, Unpack
 from weakref import WeakKeyDictionary
 
@@ -26,7 +28,14 @@ from hopyard.arrays import Array, as_tensor
 from hopyard.devices import CPU, stream_of
 from hopyard.layer import MoeLayer, PlanOptions, before_calls
 from hopyard.spec import MoeSpec
-from hopyard.tuning import CallPath, TuningTable, use_tuning, wait_for_tuning
+from hopyard.tuning import (
+    CallPath,
+    TunedLayer,
+    TuningKey,
+    TuningTable,
+    use_tuning,
+    wait_for_tuning,
+)
 from hopyard.weights import Weights
 
 _LOG = logging.getLogger("hopyard")
@@ -114,19 +123,66 @@ def _path_in(options: PlanOptions) -> CallPath:
     )
 
 
+class _CtrlC:
+    """Within it the first Ctrl-C is noted, the second does what it did before.
+
+    Python runs handlers when a callback of the run begins, before any `try` of it: an exception
+    there would lose what was measured. Only the main thread has handlers.
+    """
+
+    def __init__(self) -> None:
+        self._usual: Any = None
+        self._noted: tuple[int, FrameType | None] | None = None
+
+    @property
+    def noted(self) -> bool:
+        return self._noted is not None
+
+    def __enter__(self) -> _CtrlC:
+        if threading.current_thread() is threading.main_thread():
+            usual = signal.getsignal(signal.SIGINT)
+            if callable(usual):  # else it is ignored, ends the process, or is not Python's
+                self._usual = usual
+                signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._usual is not None:
+            signal.signal(signal.SIGINT, self._usual)
+        if kind is not None and self._noted is not None:  # who handles that shall hear of this, too
+            self._usual(*self._noted)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = number, frame
+        signal.signal(signal.SIGINT, self._usual)
+
+    def error(self) -> BaseException | None:
+        """What the usual handler makes of it: KeyboardInterrupt, or nothing."""
+        if self._noted is None:
+            return None
+        try:
+            self._usual(*self._noted)
+        except BaseException as error:  # the caller raises it
+            return error
+        return None
+
+
 class _Progress:
     """The caller's function; an error in it, Ctrl-C too, is the run's orderly end."""
 
-    def __init__(self, progress: Callable[[TuneProgress], bool | None] | None) -> None:
+    def __init__(
+        self, progress: Callable[[TuneProgress], bool | None] | None, ctrl_c: _CtrlC
+    ) -> None:
         self._progress = progress
+        self._ctrl_c = ctrl_c
         self.error: BaseException | None = None
 
     def __call__(self, given: Any) -> bool:
         try:
-            if self._progress is None:
-                return True
+            if self._progress is None or self._ctrl_c.noted:
+                return not self._ctrl_c.noted
             progress = TuneProgress(**{str(name): value for name, value in given.items()})
-            return self._progress(progress) is not False
+            return self._progress(progress) is not False and not self._ctrl_c.noted
         except BaseException as error:  # raised again once what was measured is safe
             self.error = error
             return False
@@ -161,13 +217,17 @@ def measure_plan(
     Returns:
         The table, and the error of `progress` (also Ctrl-C) that ended the run early.
     """
-    progress = _Progress(options.get("progress"))
+    ctrl_c = _CtrlC()
+    progress = _Progress(options.get("progress"), ctrl_c)
     measured = options.get("measured") or (lambda *_: None)
     stream = 0
     if weights._device != CPU:
         stream = stream_of(weights._device, None, uses_torch=weights._uses_torch)
-    found = lib.tune(plan, weights._handle, _converted(options), progress, measured, stream)
-    return TuningTable(found), progress.error
+    converted = _converted(options)
+    with ctrl_c:
+        found = TuningTable(lib.tune(plan, weights._handle, converted, progress, measured, stream))
+    interrupt = ctrl_c.error()
+    return found, progress.error if interrupt is None else interrupt
 
 
 def tune(layer: MoeLayer, **options: Unpack[TuneOptions]) -> TuningTable:
@@ -186,17 +246,24 @@ def tune(layer: MoeLayer, **options: Unpack[TuneOptions]) -> TuningTable:
 
     Raises:
         ValueError: an option that means nothing, or a stream that is being captured.
+        KeyboardInterrupt: Ctrl-C, or whatever `progress` raises; what was measured is the
+            attribute `table` of it.
     """
     table, error = measure_plan(layer.new_plan(), layer.weights, options)
     if error is not None:
+        error.table = table  # type: ignore[attr-defined]
         raise error
     return table
 
 
-def knows(table: TuningTable | None, spec: MoeSpec, options: PlanOptions) -> bool:
-    """Whether a table has the layer itself, not one that is alike."""
+def _reaches(found: TunedLayer, tokens: int) -> bool:
+    return bool(found.ranges) and found.ranges[-1].last >= tokens
+
+
+def knows(table: TuningTable | None, spec: MoeSpec, options: PlanOptions, tokens: int = 1) -> bool:
+    """Whether a table has the layer itself, not one that is alike, up to a number of tokens."""
     found = None if table is None else table.find(spec, **options)
-    if found is None or not found.ranges:
+    if found is None or not _reaches(found, tokens):
         return False
     path = _path_in(options)
     return found.key.path == path and (path.ids or found.key.routing == spec.routing)
@@ -224,6 +291,9 @@ class Session:
         self._prepared: WeakKeyDictionary[MoeLayer, CallPath] = WeakKeyDictionary()
         self._writes = self._cache is not None and self._rank == 0
         self._dirty = False
+        self._warned = False  # of a file that cannot be written
+        self._tried: set[Any] = set()  # measured, or waited for, in this session
+        self._taken: dict[TuningKey, TunedLayer] = {}  # what this rank has waited for
         self.table: TuningTable | None = None
         if not 0 <= self._rank < self._ranks:
             raise ValueError(f"rank is {self._rank}, wanted 0 .. {self._ranks - 1}")
@@ -234,6 +304,7 @@ class Session:
             )
         if self._cache is not None and self._cache.exists():
             self.table = TuningTable.load(self._cache)
+        self._opened = self.table
 
     def prepare(self, layer: MoeLayer, call: Mapping[str, Any]) -> None:
         """Have a layer run the kernels that are fast for calls like this one."""
@@ -246,42 +317,70 @@ class Session:
         with self._lock:
             error = self._settle(layer, {**given, **options_of(path)})
             layer.replan(**options_of(path), tuning=self.table)
-            self._prepared[layer] = path
             if error is not None:
                 raise error
+            self._prepared[layer] = path
 
     def _settle(self, layer: MoeLayer, options: PlanOptions) -> BaseException | None:
         """Have the layer in the table; the error that ended a measurement early."""
-        if self._is_here(layer) and knows(self.table, layer.spec, options):
+        tokens = max(self._options.get("tokens") or [layer.tokens_per_chunk])
+        if self._is_here(layer) and knows(self.table, layer.spec, options, tokens):
             return None
-        if self._rank != 0:
-            self._wait(layer, options)
-            return None
+        # A run that ended early by its limits is not repeated for every layer that is alike.
+        how = [options.get(name) for name in ("overlap_launches", "num_threads")]
+        about = (layer.spec, layer.device, _path_in(options), tokens, *how)
+        error = None
+        if about not in self._tried:
+            if self._rank == 0:
+                error = self._measure(layer, options)
+            else:
+                self._wait(layer, options, tokens)
+        if error is None:
+            self._tried.add(about)
+        return error
+
+    def _measure(self, layer: MoeLayer, options: PlanOptions) -> BaseException | None:
         found, error = measure_plan(layer.new_plan(options), layer.weights, self._options)
-        self._add(found)
-        self.save()
+        (tuned,) = found.layers
+        known = self._is_here(layer) and knows(
+            self.table, layer.spec, options, tuned.ranges[-1].last + 1 if tuned.ranges else 1
+        )
+        # Who is interrupted keeps what an earlier run has measured beyond.
+        if tuned.ranges and not (known and error is not None):
+            self._add(found)
+            self.save()
         return error
 
     def _is_here(self, layer: MoeLayer) -> bool:
         here = TuningTable.empty(layer.device, layer.options.get("num_threads", 0))
         return self.table is not None and self.table.machine == here.machine
 
-    def _wait(self, layer: MoeLayer, options: PlanOptions) -> None:
+    def _wait(self, layer: MoeLayer, options: PlanOptions, tokens: int) -> None:
         assert self._cache is not None
+        old = None if self._opened is None else self._opened.find(layer.spec, **options)
         end = time.monotonic() + self._timeout
         while True:
             left = max(end - time.monotonic(), 0.0)
+            look = min(left, _LOOK_SECONDS)
             try:
-                wait_for_tuning(self._cache, layer.spec, min(left, _LOOK_SECONDS), **options)
+                found = wait_for_tuning(self._cache, layer.spec, look, **options)
             except TimeoutError as error:
-                if left <= _LOOK_SECONDS:
-                    raise TimeoutError(
-                        f"rank {self._rank} of {self._ranks} waited {self._timeout:g} s for rank 0 "
-                        f"to tune a layer; every rank must call the same layers: {error}"
-                    ) from error
+                why = str(error)
             else:
-                self.table = TuningTable.load(self._cache)
-                return
+                # What falls short but is new is all that rank 0 measured in its time.
+                new = bool(found.ranges) and found != self._taken.get(found.key, old)
+                if new or _reaches(found, tokens):
+                    self._taken[found.key] = found
+                    self.table = TuningTable.load(self._cache)
+                    return
+                last = found.ranges[-1].last if found.ranges else 0
+                why = f"{self._cache} has it up to {last} tokens, wanted {tokens}"
+                time.sleep(look)
+            if left <= _LOOK_SECONDS:
+                raise TimeoutError(
+                    f"rank {self._rank} of {self._ranks} waited {self._timeout:g} s for rank 0 "
+                    f"to tune a layer; every rank must call the same layers: {why}"
+                )
 
     def _add(self, found: TuningTable) -> None:
         self._dirty = True
@@ -300,10 +399,16 @@ class Session:
         self.table = found
 
     def save(self) -> None:
-        """Merge what was measured into the file."""
-        if self._writes and self._dirty and self.table is not None and self._cache is not None:
+        """Merge what was measured into the file; where that fails the process keeps it."""
+        if not (self._writes and self._dirty and self.table is not None and self._cache):
+            return
+        try:
             self.table.save(self._cache)
             self._dirty = False
+        except (ValueError, TimeoutError, OSError) as error:  # the next layer tries again
+            if not self._warned:
+                _LOG.warning("hopyard.autotune: measurements are not saved: %s", error)
+            self._warned = True
 
 
 @contextlib.contextmanager
@@ -323,8 +428,9 @@ def autotune(
     that measures waits, allocates, and cannot be captured.
 
     Args:
-        cache: file of a `TuningTable`, loaded first, written after every layer; what it has is not
-            measured again. One of another machine is left alone, with a warning.
+        cache: file of a `TuningTable`, loaded first, written after every layer; what it has, up to
+            the largest of `tokens`, is not measured again. One of another machine is left alone,
+            and one that cannot be written leaves the measurements to this process; both warn.
         tokens: numbers of tokens to measure at; `token_buckets(max_tokens)` of the layer without.
         rank: of this process; others than 0 never measure, and wait for what rank 0 writes.
         world_size: number of ranks, which share `cache`.
@@ -335,7 +441,7 @@ def autotune(
         ValueError: ranks without a file, or a file that is no table.
     """
     if tokens is not None:
-        options["tokens"] = tokens
+        options["tokens"] = list(tokens)
     session = Session(cache, (rank, world_size), timeout, options)
     before_calls.append(session.prepare)
     try:

@@ -321,7 +321,8 @@ class MoeLayer:
                 memory is torch's).
         """
         if before_calls:
-            before_calls[-1](self, call)
+            for before in before_calls[-1:]:  # another thread may have left `autotune` since
+                before(self, call)
         uses_torch = is_torch(hidden)
         if gradients_enabled():
             self._refuse_gradients(hidden, call)

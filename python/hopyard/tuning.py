@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Unpack
@@ -27,6 +28,9 @@ from hopyard.spec import (
 )
 
 Path: TypeAlias = str | os.PathLike[str]
+
+_lock = threading.Lock()
+_generation = 0
 
 
 @dataclass(frozen=True)
@@ -297,11 +301,27 @@ def use_tuning(table: TuningTable | Path) -> None:
     if not isinstance(table, TuningTable):
         table = TuningTable.load(table)
     lib.use_tuning(table._handle)
+    _advance()
 
 
 def forget_tuning() -> None:
     """Let later plans look into no table that `use_tuning` has given."""
     lib.forget_tuning()
+    _advance()
+
+
+def _advance() -> None:
+    global _generation
+    with _lock:
+        _generation += 1
+
+
+def generation() -> int:
+    """A number that is another one after every `use_tuning` and `forget_tuning`.
+
+    Who keeps plans makes them anew then: a plan goes on with what it found when it was made.
+    """
+    return _generation
 
 
 def tuning_stats() -> TuningStats:

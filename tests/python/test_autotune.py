@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
+import signal
 import threading
 
 import numpy as np
@@ -16,6 +18,7 @@ import layers
 
 MODULE = importlib.import_module("hopyard.autotune")  # the name is the function's
 QUICK = {"tokens": [1, 24], "max_seconds": 0.3}
+WHOLE = {"tokens": [1, 24], "max_seconds": 5}  # time enough for both
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,41 @@ def measured():
 
 def paths(table):
     return [(k.path.ids, k.path.unfinalised, k.path.replay) for k in (x.key for x in table.layers)]
+
+
+def lasts(table):
+    (layer,) = table.layers
+    return [entry.last for entry in layer.ranges]
+
+
+def start(last, path):
+    """A file of the usual layer that was measured up to `last` tokens."""
+    layer, data = make()
+    with hopyard.autotune(path, [last, 24], progress=lambda now: now.done < 1):
+        layer(data.bits, logits=data.logits)
+    assert lasts(hopyard.TuningTable.load(path)) == [last]
+    hopyard.forget_tuning()
+    hopyard.reset_tuning_stats()
+
+
+@pytest.fixture
+def handler():
+    """Python's own of Ctrl-C, which a background job does not start with."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, usual)
+
+
+def interrupting():
+    """For `measured`: a thread sends Ctrl-C when the first number of tokens is done."""
+    go = threading.Event()
+
+    def send():
+        if go.wait(60):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=send, daemon=True).start()
+    return lambda *_: go.set()
 
 
 # --- tune
@@ -90,6 +128,72 @@ def test_progress_ends_a_run_and_errors_come_through():
 
     with pytest.raises(LookupError, match="mine"):
         hopyard.tune(layer, progress=broken)
+
+
+def test_a_real_ctrl_c_gives_what_was_measured(handler):
+    layer, data = make()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        hopyard.tune(layer, tokens=[1, 2, 4, 8, 16, 24], measured=interrupting())
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert 1 <= lasts(caught.value.table)[-1] < 24
+    layer(data.bits, logits=data.logits)
+
+
+def test_the_second_ctrl_c_is_the_usual_one(handler):
+    layer, _ = make()
+    handlers = []
+
+    def progress(now):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        os.kill(os.getpid(), signal.SIGINT)
+        handlers.append(signal.getsignal(signal.SIGINT))
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        hopyard.tune(layer, tokens=[1, 24], progress=progress)
+    assert len(handlers) == 2
+    assert handlers[0] is not handler
+    assert handlers[1] is handler
+    assert caught.value.table.layers[0].ranges == ()
+
+
+def test_handlers_that_raise_nothing_end_a_run(handler):
+    layer, _ = make()
+    calls = []
+    signal.signal(signal.SIGINT, lambda *call: calls.append(call))
+
+    def progress(now):
+        if now.done >= 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert lasts(hopyard.tune(layer, tokens=[1, 24], progress=progress)) == [1]
+    assert [number for number, _ in calls] == [signal.SIGINT]
+
+
+def test_ctrl_c_beside_an_error_is_heard(handler):
+    layer, _ = make()
+
+    def measured(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise LookupError("mine")
+
+    with pytest.raises(KeyboardInterrupt):
+        hopyard.tune(layer, measured=measured)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_other_threads_and_ignored_signals_keep_their_handler(handler):
+    layer, _ = make()
+    handlers, tables = [], []
+    watch = {**QUICK, "progress": lambda _: handlers.append(signal.getsignal(signal.SIGINT))}
+    thread = threading.Thread(target=lambda: tables.append(hopyard.tune(layer, **watch)))
+    thread.start()
+    thread.join()
+    assert set(handlers) == {handler}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handlers.clear()
+    tables.append(hopyard.tune(layer, **watch))
+    assert set(handlers) == {signal.SIG_IGN}
+    assert [len(table) for table in tables] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -163,17 +267,71 @@ def test_first_calls_inside_tune(tmp_path):
 def test_a_second_process_measures_nothing(tmp_path):
     path = tmp_path / "table.json"
     layer, data = make()
-    with hopyard.autotune(cache=path, **QUICK):
+    with hopyard.autotune(path, **WHOLE):
         layer(data.bits, logits=data.logits)
     text = path.read_text()
     hopyard.forget_tuning()
     hopyard.reset_tuning_stats()
     layer, data = make()
-    with hopyard.autotune(cache=path, **QUICK):
+    with hopyard.autotune(path, **WHOLE):
         layer(data.bits, logits=data.logits)
     assert measured() == 0
     assert hopyard.tuning_stats().hits == 1
     assert path.read_text() == text
+
+
+def test_partial_measurements_are_made_again(tmp_path):
+    path = tmp_path / "t.json"
+    start(1, path)
+    layer, data = make()
+    with hopyard.autotune(path, [1]):
+        layer(data.bits, logits=data.logits)
+    assert measured() == 0  # as far as is asked for
+    with hopyard.autotune(path, max_seconds=5):  # as far as the layer goes
+        layer(data.bits, logits=data.logits)
+    assert measured() > 0
+    assert lasts(hopyard.TuningTable.load(path))[-1] >= 24
+
+
+def test_larger_layers_are_measured_again():
+    layer, data = make()
+    small = hopyard.MoeLayer(layer.spec, layer.weights, 4, num_threads=1)
+    few = {"hidden": data.bits[:4], "logits": data.logits[:4]}
+    with hopyard.autotune(max_seconds=5) as session:
+        small(**few)
+        assert 4 <= lasts(session.table)[-1] < 24
+        runs = measured()
+        layer(data.bits, logits=data.logits)
+        assert lasts(session.table)[-1] >= 24
+        assert measured() > runs
+        runs = measured()
+        hopyard.MoeLayer(layer.spec, layer.weights, 4, num_threads=1)(**few)
+        assert measured() == runs
+
+
+def test_layers_that_are_alike_are_tried_once_a_session():
+    layer, data = make()
+    again, _ = make()
+    with hopyard.autotune(tokens=[1, 24], progress=lambda now: now.done < 1) as session:
+        layer(data.bits, logits=data.logits)
+        runs = measured()
+        again(data.bits, logits=data.logits)
+    assert runs == measured() > 0
+    assert lasts(session.table) == [1]
+    assert again.options["tuning"] == session.table
+
+
+def test_a_run_without_ranges_is_not_kept(tmp_path):
+    path = tmp_path / "t.json"
+    layer, data = make()
+    usual = layer(data.bits, logits=data.logits)
+    with hopyard.autotune(path, [1, 24], progress=lambda _: False) as session:
+        np.testing.assert_array_equal(layer(data.bits, logits=data.logits), usual)
+    assert session.table is None
+    assert not path.exists()
+    with hopyard.autotune(path, **WHOLE):
+        layer(data.bits, logits=data.logits)
+    assert lasts(hopyard.TuningTable.load(path))[-1] >= 24
 
 
 def test_named_and_untuned_kernels_are_left_alone():
@@ -223,6 +381,64 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         layer(data.bits, logits=data.logits)
     assert [r.last for r in hopyard.TuningTable.load(path).layers[0].ranges] == [1]
     layer(data.bits, logits=data.logits)
+
+
+def test_a_real_ctrl_c_is_saved_and_measured_again(tmp_path, handler):
+    path = tmp_path / "t.json"
+    layer, data = make()
+    tokens = [1, 2, 4, 8, 16, 24]
+    with hopyard.autotune(path, tokens, max_seconds=10, measured=interrupting()):
+        with pytest.raises(KeyboardInterrupt):
+            layer(data.bits, logits=data.logits)
+        assert 1 <= lasts(hopyard.TuningTable.load(path))[-1] < 24
+        layer(data.bits, logits=data.logits)
+    assert lasts(hopyard.TuningTable.load(path))[-1] >= 24
+
+
+def test_ctrl_c_leaves_what_reaches_further(tmp_path):
+    path = tmp_path / "t.json"
+    start(16, path)
+    text = path.read_text()
+    layer, data = make()
+
+    def progress(now):
+        if now.done >= 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), hopyard.autotune(path, [1, 24], progress=progress):
+        layer(data.bits, logits=data.logits)
+    assert measured() > 0
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_files_that_cannot_be_written_warn_once(tmp_path, caplog, refused):
+    path = tmp_path / "t.json" if refused else tmp_path / "missing" / "t.json"
+    layer, data = make()
+    usual = layer(data.bits, logits=data.logits)
+    with caplog.at_level(logging.WARNING), hopyard.autotune(cache=path, **QUICK) as session:
+        if refused:
+            path.write_text("{}")
+        np.testing.assert_array_equal(layer(data.bits, logits=data.logits), usual)
+        layer(data.bits, **routed(data))
+    assert len(session.table) == 2
+    (warning,) = (r.getMessage() for r in caplog.records if "not saved" in r.message)
+    assert "t.json" in warning  # the error's text
+    assert refused == path.exists()
+    assert "tuned:" in str(make()[0].explain())
+    assert not refused or path.read_text() == "{}"
+
+
+def test_another_thread_may_leave_during_a_call(monkeypatch):
+    class Leaving(list):
+        def __bool__(self):
+            self.clear()
+            return True
+
+    layer, data = make()
+    usual = layer(data.bits, logits=data.logits)
+    monkeypatch.setattr(hopyard.layer, "before_calls", Leaving([pytest.fail]))
+    np.testing.assert_array_equal(layer(data.bits, logits=data.logits), usual)
 
 
 def test_files_of_other_machines_are_left_alone(tmp_path, caplog):
@@ -282,6 +498,47 @@ def test_other_ranks_wait_for_rank_0_and_never_measure(tmp_path, monkeypatch):
     assert second.table == first.table
     assert measured() == runs
     assert made[1].options["tuning"] == first.table
+
+
+@pytest.mark.parametrize("reached", [24, 2])  # whole, or all that rank 0 has time for
+def test_other_ranks_wait_for_more_than_a_partial_file(tmp_path, monkeypatch, reached):
+    path = tmp_path / "t.json"
+    start(1, path)
+    layer, data = make()
+    other, _ = make()
+    looks = threading.Semaphore(0)
+    usual = MODULE.wait_for_tuning
+
+    def wait(*args, **kwargs):
+        found = usual(*args, **kwargs)
+        looks.release()
+        return found
+
+    monkeypatch.setattr(MODULE, "wait_for_tuning", wait)
+    second = MODULE.Session(path, (1, 2), 60.0, {"tokens": [1, 2, 24]})
+    thread = threading.Thread(target=second.prepare, args=(other, {"logits": data.logits}))
+    thread.start()
+    for _ in range(2):  # it has seen the file, and looked again
+        assert looks.acquire(timeout=30)
+    options = {"progress": lambda now: now.done < 2} if reached == 2 else {"max_seconds": 5}
+    with hopyard.autotune(path, [1, 2, 24], world_size=2, **options) as first:
+        layer(data.bits, logits=data.logits)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert (lasts(first.table)[-1] >= 24) == (reached == 24)
+    assert second.table == first.table
+    runs = measured()
+    second.prepare(make()[0], {"logits": data.logits})  # one that is alike waits for nothing
+    assert measured() == runs
+
+
+def test_a_partial_file_is_a_timeout_without_rank_0(tmp_path):
+    path = tmp_path / "t.json"
+    start(1, path)
+    layer, data = make()
+    tuning = hopyard.autotune(path, [1, 24], rank=1, world_size=2, timeout=0.2)
+    with tuning, pytest.raises(TimeoutError, match=r"t\.json has it up to 1 tokens, wanted 24"):
+        layer(data.bits, logits=data.logits)
 
 
 def test_a_missing_rank_0_is_a_timeout(tmp_path):

@@ -294,6 +294,59 @@ def test_ctrl_c_keeps_what_was_measured(quick, monkeypatch, tmp_path):
     assert keys() == {("bf16", False, False, False)}
 
 
+@pytest.mark.parametrize("same_process", [True, False])
+def test_partial_measurements_are_made_again(quick, monkeypatch, tmp_path, same_process):
+    case = cl.make("bf16", SIZES)
+    logits = cl.logits_of(case)
+    usual = moe.measure_plan
+    path = tmp_path / "cache.json"
+
+    def interrupted(plan, weights, options):
+        def progress(now):
+            if now.done >= 1:
+                raise KeyboardInterrupt
+
+        return usual(plan, weights, {**options, "progress": progress, "max_seconds": 60.0})
+
+    monkeypatch.setattr(moe, "measure_plan", interrupted)
+    with pytest.raises(KeyboardInterrupt), fi.autotune(True, cache=path, tuning_buckets=(1, 16)):
+        cl.call(case, logits=logits)
+    monkeypatch.setattr(moe, "measure_plan", usual)
+    again = quick if same_process else restart(monkeypatch)
+    again.how.max_seconds = 5.0
+    with fi.autotune(True, cache=path, tuning_buckets=(1, 16)):
+        cl.call(case, logits=logits)
+        runs = measured()
+        cl.call(case, logits=logits)
+        assert measured() == runs
+    (table,) = json.loads(path.read_text())["_records"]["hopyard.moe"]["tables"]
+    assert table["layers"][0]["ranges"][-1]["last"] >= 16
+
+
+def test_tables_of_the_process_take_effect_at_the_next_call(quick):
+    case = cl.make("bf16", SIZES)
+    logits = cl.logits_of(case)
+
+    def found():
+        """Plans that the next call makes: with measurements, without."""
+        hopyard.reset_tuning_stats()
+        cl.call(case, logits=logits)
+        stats = hopyard.tuning_stats()
+        return stats.hits, stats.misses
+
+    assert found() == (0, 1)
+    (layer,) = engine._plans._items.values()
+    table = hopyard.tune(layer, tokens=[1], max_seconds=0.1)
+    assert found() == (0, 0)
+    try:
+        hopyard.use_tuning(table)
+        assert found() == (1, 0)
+        assert found() == (0, 0)
+    finally:
+        hopyard.forget_tuning()
+    assert found() == (0, 1)
+
+
 def test_blocked_tactics_do_not_run(quick, tmp_path):
     case = cl.make("bf16", SIZES)
     path = tmp_path / "block.json"

@@ -269,6 +269,28 @@ def test_layers_that_are_alike_share_a_plan_and_models_are_not_kept():
     assert not any(key in hooks._experts for key in keys)
 
 
+def test_tables_take_effect_at_the_next_call():
+    model = make("mixtral")
+    tokens = tokens_for(model)
+    usual = logits_of(model, tokens)
+    first, second = (hooks._state_of(block) for block in hooks._blocks_of(model))
+    untuned, weights = first._layer, first._weights
+    table = hopyard.tune(untuned, tokens=[1], max_seconds=0.1)
+    try:
+        hopyard.use_tuning(table)
+        hopyard.reset_tuning_stats()
+        assert torch.equal(logits_of(model, tokens), usual)
+        assert hopyard.tuning_stats().hits == 1  # one plan for both
+        assert first._layer._plan is second._layer._plan is not untuned._plan
+        assert first._weights is weights
+    finally:
+        hopyard.forget_tuning()
+        hopyard.reset_tuning_stats()
+    logits_of(model, tokens)
+    stats = hopyard.tuning_stats()
+    assert (stats.hits, stats.misses) == (0, 1)
+
+
 FORMATS = {  # and the largest row error of the logits that each may add
     "mxfp4": 0.5,
     "nvfp4": 0.5,

@@ -279,3 +279,15 @@ def test_the_environment_names_a_file(tmp_path):
     assert "tuned" not in text
     assert len(ignored) == 1
     assert ignored[0].startswith(f"HOPYARD_TUNING_FILE={tmp_path / 'none.json'}: ")
+
+
+def test_keepers_of_plans_see_changes():
+    from hopyard.tuning import generation
+
+    seen = [generation(), generation()]
+    assert seen[0] == seen[1]
+    hopyard.use_tuning(table())
+    seen.append(generation())
+    hopyard.forget_tuning()
+    seen.append(generation())
+    assert len(set(seen)) == 3

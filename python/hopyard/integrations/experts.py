@@ -15,6 +15,7 @@ from hopyard.formats import quantize
 from hopyard.integrations.replay import Replay, RoutingRecord
 from hopyard.layer import MoeLayer
 from hopyard.spec import Activation, ActivationFormat, MoeSpec, WeightFormat
+from hopyard.tuning import generation
 from hopyard.weights import ExpertWeights, Matrix, Weights
 
 _LEAST_CAPACITY = 64
@@ -141,6 +142,7 @@ class Experts:
         self._weights: Weights | None = None
         self._layer: MoeLayer | None = None
         self._plan: MoeLayer | None = None
+        self._generation = generation()
 
     def __call__(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, **outputs: Any
@@ -199,13 +201,15 @@ class Experts:
             self._spec = self._spec_of(module, top_k)
             self._weights = Weights(self._spec, self._experts_of(module, copied))
             self._layer, self._stamp = None, stamp
-        if self._layer is None or tokens > self._layer.max_tokens:
-            self._layer = self._plan_for(tokens, parameters[0].device).with_weights(self._weights)
+        now = generation()
+        stale = self._generation != now
+        if self._layer is None or stale or tokens > self._layer.max_tokens:
+            plan = self._plan_for(tokens, (self._spec, parameters[0].device, now))
+            self._layer, self._generation = plan.with_weights(self._weights), now
         return self._layer
 
-    def _plan_for(self, tokens: int, device: torch.device) -> MoeLayer:
-        """A layer with room for the tokens, shared by all modules whose spec is the same."""
-        key = (self._spec, device)
+    def _plan_for(self, tokens: int, key: tuple[Any, ...]) -> MoeLayer:
+        """A layer with room for the tokens, shared by all modules whose key is the same."""
         plan = _plans.get(key)
         if plan is None or plan.max_tokens < tokens:
             capacity = max(_LEAST_CAPACITY, 1 << math.ceil(math.log2(max(tokens, 1))))

@@ -145,9 +145,9 @@ class _Tables:
 _tables = _Tables()
 
 
-def generation() -> int:
-    """A number that is another one when plans must be made anew."""
-    return _tables.current()
+def generation() -> tuple[int, int]:
+    """What is another one when plans must be made anew: the tuner's tables, the process's."""
+    return _tables.current(), hopyard.tuning.generation()
 
 
 def make_layer(
@@ -183,17 +183,19 @@ def tune_once(
     tuner = AutoTuner.get()
     if not tuner.is_tuning_mode or operation.skipped:
         return
-    about = (operation.name, spec, weights.device, path)
+    tokens = operation.tokens()
+    about = (operation.name, spec, weights.device, path, tokens[-1])
     with tuner._lock:
         _tables.current()
         if about in _tables.settled:
             return
-        settled = {about, *_tables.settled}
-        error = _settle(_Task(operation, spec, weights, path, operation.tokens()))
+        settled = _tables.settled
+        error = _settle(_Task(operation, spec, weights, path, tokens))
         _tables.current()
         _tables.settled = settled  # what was measured now is no reason to ask for the others again
         if error is not None:
             raise error
+        settled.add(about)
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ def _settle(task: _Task) -> BaseException | None:
 
 
 def _measure(task: _Task) -> BaseException | None:
-    if knows(_tables.of(task.weights.device), task.spec, task.options):
+    if knows(_tables.of(task.weights.device), task.spec, task.options, task.tokens[-1]):
         return None
     refuse_capture()
     name = task.operation.names[0]
