@@ -24,7 +24,8 @@ std::string MachineString(const TuningMachine& machine) {
 }
 
 bool Matches(const TunedLayer& layer, const std::string& part) {
-  return ToString(layer.key).find(part) != std::string::npos;
+  // From the start of a field: "weights=bf16" is not "shared.weights=bf16".
+  return (' ' + ToString(layer.key)).find(part.empty() ? part : ' ' + part) != std::string::npos;
 }
 
 void Show(const std::string& path, const std::string& part, bool json) {

@@ -15,8 +15,8 @@ constexpr int64_t kCacheLine = 64;
 
 class CallsInTurn : public device::TimedCalls {
  public:
-  CallsInTurn(std::vector<device::Call> calls, const device::Flush& flush, int num_threads)
-      : calls_(std::move(calls)), flush_(flush), num_threads_(num_threads) {}
+  CallsInTurn(std::vector<device::Call> calls, const device::Flush& flush)
+      : calls_(std::move(calls)), flush_(flush), num_threads_(MaxThreads()) {}
 
   double Run() override {
     using Clock = std::chrono::steady_clock;
@@ -52,8 +52,8 @@ class CallsInTurn : public device::TimedCalls {
 }  // namespace
 
 std::unique_ptr<device::TimedCalls> HostCalls(std::vector<device::Call> calls,
-                                              const device::Flush& flush, int num_threads) {
-  return std::make_unique<CallsInTurn>(std::move(calls), flush, num_threads);
+                                              const device::Flush& flush) {
+  return std::make_unique<CallsInTurn>(std::move(calls), flush);
 }
 
 }  // namespace hopyard::tune

@@ -8,10 +8,9 @@
 
 namespace hopyard::tune {
 
-// Calls on the CPU, in turn. The flushed memory is read by `num_threads` threads, whose own caches
-// the calls use.
+// Calls on the CPU, in turn. The flushed memory is read by all threads, whose own caches the calls
+// use.
 [[nodiscard]] std::unique_ptr<device::TimedCalls> HostCalls(std::vector<device::Call> calls,
-                                                            const device::Flush& flush,
-                                                            int num_threads);
+                                                            const device::Flush& flush);
 
 }  // namespace hopyard::tune

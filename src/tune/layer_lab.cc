@@ -14,7 +14,7 @@ namespace {
 // Calls of a round. On a GPU a launch of eight as short as 30 us is worth its time; a CPU spends
 // most of the time on emptying its caches between them.
 constexpr int kGpuSets = 8;
-constexpr int kCpuSets = 2;
+constexpr int kCpuSets = 1;
 
 void CheckNumbers(const TuneOptions& options) {
   HOPYARD_CHECK(options.struct_size == sizeof(TuneOptions), kInvalidArgument)

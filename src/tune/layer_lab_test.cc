@@ -131,7 +131,7 @@ TEST(LayerLab, ColdCallsAreTimedWithoutTheFlush) {
   const std::vector<uint8_t> memory(size_t{64} << 20, 1);
   int calls = 0;
   const auto timed = HostCalls({[&calls](void*) { ++calls; }, [&calls](void*) { ++calls; }},
-                               {memory.data(), static_cast<int64_t>(memory.size())}, 1);
+                               {memory.data(), static_cast<int64_t>(memory.size())});
   EXPECT_LT(timed->Run(), 500.0);
   EXPECT_EQ(calls, 2);
 }

@@ -83,7 +83,9 @@ int64_t MeasuredLayer::FlushBytes() const {
   const double missed = std::pow(1.0 - static_cast<double>(fewest) / local, sets_);
   const auto experts = static_cast<int64_t>(local * (1.0 - missed)) + task_.spec.shared.count;
   const int64_t touched = experts * task_.weights.bytes_per_expert();
-  return touched >= kColdCaches * cache ? 0 : kFlushCaches * cache;
+  // On a CPU reading is most of a small layer's tuning: once over the cache leaves little of it.
+  const bool on_cpu = task_.device.kind == DeviceKind::kCpu;
+  return touched >= kColdCaches * cache ? 0 : (on_cpu ? 1 : kFlushCaches) * cache;
 }
 
 void MeasuredLayer::CheckMemory(int64_t workspace_bytes, int64_t flush_bytes) const {
@@ -189,10 +191,9 @@ MeasuredLayer::Tactic MeasuredLayer::Record(const std::string& tactic) const {
     std::vector<device::Call> calls;
     std::transform(sets.begin(), sets.begin() + calls_, std::back_inserter(calls),
                    [&](const MoeInputs& inputs) { return CallOf(made.plan, inputs); });
-    const int threads = task_.options.num_threads > 0 ? task_.options.num_threads : MaxThreads();
     made.kinds.push_back(
         task_.device.kind == DeviceKind::kCpu
-            ? HostCalls(std::move(calls), flush, threads)
+            ? HostCalls(std::move(calls), flush)
             : sm90::NeedBackend().Capture(task_.device.index, task_.stream.handle, calls, flush));
   }
   return made;

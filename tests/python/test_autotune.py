@@ -18,7 +18,7 @@ import layers
 
 MODULE = importlib.import_module("hopyard.autotune")  # the name is the function's
 QUICK = {"tokens": [1, 24], "max_seconds": 0.3}
-WHOLE = {"tokens": [1, 24], "max_seconds": 5}  # time enough for both
+WHOLE = {"tokens": [1, 24], "max_seconds": 60}  # time enough for both
 
 
 @pytest.fixture(autouse=True)
