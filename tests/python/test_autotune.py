@@ -100,12 +100,12 @@ def test_tune_measures_one_layer():
     (tuned,) = table.layers
     assert tuned.key.num_experts == layers.EXPERTS
     assert tuned.routing == "uniform"
-    assert tuned.ranges[-1].last == 24
+    assert tuned.ranges[-1].last >= 24  # twice that, where another than the untuned choice won
     assert measured() >= len(times) >= 2  # `measured` hears of those that ran to the end
     assert seen[0].total == 2
     assert seen[-1].tokens in (1, 24)
     assert seen[-1].seconds >= seen[0].seconds >= 0
-    assert {tokens for _, tokens, _ in times} == {1, 24}
+    assert {tokens for _, tokens, _ in times} >= {1, 24}
     assert all(us > 0 for *_, us in times)
     layer.replan(tuning=table)
     np.testing.assert_array_equal(layer(data.bits, logits=data.logits), before)

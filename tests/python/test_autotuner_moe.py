@@ -123,6 +123,7 @@ def test_outside_nothing_is_measured(quick):
 
 def test_one_file_for_runners_and_operations(quick, tmp_path, monkeypatch, caplog):
     path = tmp_path / "cache.json"
+    quick.how.max_seconds = 60  # what is cut short is measured again
     case = cl.make("deepseek", SIZES)
     logits = cl.logits_of(case)
     with fi.autotune(True, cache=path, tuning_buckets=(1, 16)):
