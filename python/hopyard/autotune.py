@@ -342,11 +342,7 @@ class Session:
     def _measure(self, layer: MoeLayer, options: PlanOptions) -> BaseException | None:
         found, error = measure_plan(layer.new_plan(options), layer.weights, self._options)
         (tuned,) = found.layers
-        known = self._is_here(layer) and knows(
-            self.table, layer.spec, options, tuned.ranges[-1].last + 1 if tuned.ranges else 1
-        )
-        # Who is interrupted keeps what an earlier run has measured beyond.
-        if tuned.ranges and not (known and error is not None):
+        if tuned.ranges:  # merging keeps what an earlier run has measured beyond
             self._add(found)
             self.save()
         return error

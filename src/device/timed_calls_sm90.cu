@@ -169,9 +169,9 @@ class GraphCalls : public TimedCalls {
   cudaStream_t stream_;
   int device_;
   size_t count_;
-  // Calls that nothing lies between are timed together: an event ahead of each costs a call of few
-  // tokens a fifth of its time (10 of 54 us, H100, BF16, 1 token, 2026-11-22) and kernels
-  // unequally.
+  // Calls that nothing lies between are timed together, as they run in a model. With an event and
+  // an emptied cache ahead of each a call of one token took 54 us instead of 44 (H100, BF16,
+  // 2026-11-22), and kernels were not slowed down equally.
   bool apart_;
   Events events_;
   cudaGraphExec_t exec_ = nullptr;

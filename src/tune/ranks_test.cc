@@ -77,13 +77,6 @@ TuningTable TableOfRank(const Job& job, int rank) {
   return table;
 }
 
-std::string BytesOf(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream bytes;
-  bytes << file.rdbuf();
-  return bytes.str();
-}
-
 // The tables of all ranks, each of which is a process.
 std::vector<std::string> RunRanks(const std::function<TuningTable(int rank)>& table_of,
                                   const TemporaryDirectory& directory) {

@@ -15,13 +15,6 @@
 namespace hopyard::tune::testing {
 namespace {
 
-std::string BytesOf(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream bytes;
-  bytes << file.rdbuf();
-  return bytes.str();
-}
-
 // Tests run in the root of the sources.
 TEST(ShippedTables, AreTheFilesOfTheirFolder) {
   std::set<std::string> files;

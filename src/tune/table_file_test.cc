@@ -30,13 +30,6 @@ TuningTable TableOf(const std::vector<int>& numbers) {
   return table;
 }
 
-std::string BytesOf(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream bytes;
-  bytes << file.rdbuf();
-  return bytes.str();
-}
-
 // A child process that runs `work` and reports whether it threw.
 pid_t InAnotherProcess(const std::function<void()>& work) {
   const pid_t child = ::fork();

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <fstream>
 #include <random>
+#include <sstream>
 #include <string>
 #include <type_traits>
 
@@ -59,6 +61,13 @@ inline TunedLayer ALayer(int number) {
   layer.faults = {{"tactic_c", 8, "ran out of \"memory\"\n"}};
   layer.routing = "uniform,zipf";
   return layer;
+}
+
+inline std::string BytesOf(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream bytes;
+  bytes << file.rdbuf();
+  return bytes.str();
 }
 
 // What `action` throws must be of this kind and say these parts.
