@@ -103,7 +103,7 @@ def test_tune_measures_one_layer():
     assert tuned.ranges[-1].last >= 24  # twice that, where another than the untuned choice won
     assert measured() >= len(times) >= 2  # `measured` hears of those that ran to the end
     assert seen[0].total == 2
-    assert seen[-1].tokens in (1, 24)
+    assert {1, 24} <= {now.tokens for now in seen}  # and between and beyond them
     assert seen[-1].seconds >= seen[0].seconds >= 0
     assert {tokens for _, tokens, _ in times} >= {1, 24}
     assert all(us > 0 for *_, us in times)
