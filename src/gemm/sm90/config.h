@@ -52,6 +52,10 @@ struct GemmConfig {
   // sums up, in order. For few tokens, whose tiles are fewer than the places for blocks, or a few
   // more than a multiple of them.
   int k_parts = 1;
+  // Blocks that share a multiprocessor, of kernels with one consumer and tiles of 16; 0: as many as
+  // others have (BlocksPerProcessor). With few tokens more of them help where the second one waits
+  // for memory, too.
+  int blocks = 0;
 
   friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
 };
@@ -229,15 +233,24 @@ constexpr int BlocksPerCluster(const GemmConfig& config) {
 // Blocks that share a multiprocessor. Small tiles wait for memory and decode more than they
 // multiply: a second block works meanwhile.
 constexpr int BlocksPerProcessor(const GemmConfig& config) {
+  if (config.blocks > 0) {
+    return config.blocks;
+  }
   return config.consumers == 1 || config.tokens <= 32 ? 2 : 1;
 }
 // Registers of a thread before the roles part, what ptxas gives to kernels of so many threads.
 constexpr int StartRegisters(const GemmConfig& config) {
+  if (config.blocks > 0) {
+    return config.blocks == 3 ? 80 : 64;
+  }
   return config.consumers == 1 ? 128 : BlocksPerProcessor(config) == 2 ? 80 : 168;
 }
 // Registers of a consumer's thread after that; the producer's keep what is left. Neither side
 // spills (ptxas says so).
 constexpr int ConsumerRegisters(const GemmConfig& config) {
+  if (config.blocks > 0) {
+    return config.blocks == 3 ? 120 : 96;
+  }
   if (config.consumers == 1) {
     return 184;
   }
@@ -255,7 +268,8 @@ constexpr int ProducerRegisters(const GemmConfig& config) {
 }
 // The system keeps 1 KiB of each block's part of a multiprocessor's 228.
 constexpr int SharedLimit(const GemmConfig& config) {
-  return BlocksPerProcessor(config) == 1 ? kMaxSharedBytes : (233472 / 2) - 1024;
+  const int blocks = BlocksPerProcessor(config);
+  return blocks == 1 ? kMaxSharedBytes : 233472 / blocks - 1024;
 }
 
 // What the kernel for MN-major weights is to the one for K-major ones: all else is equal, but there
@@ -288,7 +302,10 @@ constexpr bool IsValid(const GemmConfig& config) {
       config.cluster == 1 || (config.cluster == 2 && BlocksPerProcessor(config) == 1);
   const bool parts = config.k_parts == 1 || (config.k_parts <= 8 && config.consumers == 1 &&
                                              config.cluster == 1 && !config.mn_major);
-  return tokens && operands && major && cluster && parts &&
+  const bool blocks =
+      config.blocks == 0 || ((config.blocks == 3 || config.blocks == 4) && config.consumers == 1 &&
+                             config.tokens == 16 && BlocksPerCluster(config) == 1);
+  return tokens && operands && major && cluster && parts && blocks &&
          (config.consumers == 1 || config.consumers == 2) && config.stages >= 3 &&
          (can_promote || !config.promoted) && SharedBytes(config) <= SharedLimit(config);
 }
@@ -298,7 +315,7 @@ constexpr bool IsValid(const GemmConfig& config) {
 // decoding. Every pair of formats then has both its GEMMs (config_test.cc).
 constexpr bool IsInDevSubset(const GemmConfig& config) {
   const bool both = config.family == Family::kBf16 || config.family == Family::kMxFp4AsBf16;
-  return config.tokens == 16 || (both && config.tokens == 64);
+  return (config.tokens == 16 && config.blocks == 0) || (both && config.tokens == 64);
 }
 
 }  // namespace hopyard::gemm::sm90
