@@ -74,7 +74,7 @@ def quantiser(four_over_six):
         yield
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def pool(device, _four_over_six, *what):
     """Weights that rows of one key share; made under `quantiser`."""
     arrays, first, second, multipliers = cl.stored(*what)
