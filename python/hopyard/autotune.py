@@ -241,7 +241,7 @@ def measure_plan(
 
 
 def tune(layer: MoeLayer, **options: Unpack[TuneOptions]) -> TuningTable:
-    """Measure the kernels of a layer, on its device with its weights.
+    """Measure the kernels of a layer, on its device with its weights, on torch's current stream.
 
     What is measured are calls as the layer's options say: `given_ids`, `unfinalised` and
     `records_replay`. The layer goes on with the kernels that it has: `layer.replan(tuning=table)`

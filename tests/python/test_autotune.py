@@ -49,8 +49,8 @@ def make(device="cpu", **options):
     return layer, SimpleNamespace(bits=to_gpu(data.bits), logits=to_gpu(data.logits))
 
 
-def quick(device):
-    return QUICK if device == "cpu" else GPU_QUICK
+def quick(device, on_cpu=QUICK):
+    return on_cpu if device == "cpu" else GPU_QUICK
 
 
 def same(left, right):
@@ -121,7 +121,7 @@ def test_tune_measures_one_layer(device):
         layer,
         tokens=[1, 24],
         routings=["uniform"],
-        max_seconds=30,
+        max_seconds=30 if device == "cpu" else 5,
         progress=lambda now: seen.append(now),
         measured=lambda *time: times.append(time),
     )
@@ -296,13 +296,13 @@ def test_first_calls_inside_tune(tmp_path, device):
 def test_a_second_process_measures_nothing(tmp_path, device):
     path = tmp_path / "table.json"
     layer, data = make(device)
-    with hopyard.autotune(path, **WHOLE):
+    with hopyard.autotune(path, **quick(device, WHOLE)):
         layer(data.bits, logits=data.logits)
     text = path.read_text()
     hopyard.forget_tuning()
     hopyard.reset_tuning_stats()
     layer, data = make(device)
-    with hopyard.autotune(path, **WHOLE):
+    with hopyard.autotune(path, **quick(device, WHOLE)):
         layer(data.bits, logits=data.logits)
     assert measured() == 0
     assert hopyard.tuning_stats().hits == 1

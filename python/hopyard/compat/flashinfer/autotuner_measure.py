@@ -95,7 +95,7 @@ class Candidate:
     tactic: Any
     call: Callable[[int], Any]
     samples: list[float] = field(default_factory=list)
-    fault: BaseException | None = None
+    fault: str | None = None
     dropped: bool = False
     calls: int = 0
     replay: Callable[[], None] | None = None
@@ -171,8 +171,8 @@ class _Stopwatch:
                 raise
             LOG.debug("[Autotuner]: tactic %s failed: %s", candidate.tactic, error)
             LOG.debug("[Autotuner]: the error in full", exc_info=error)
-            # Its frames would keep inputs and graphs in a cycle with the candidate.
-            candidate.fault = error.with_traceback(None)
+            # Not the error: its frames would keep inputs and graphs, in a cycle with the candidate.
+            candidate.fault = f"{type(error).__name__}: {error}"
             return None
 
     def warm_up(self, candidate: Candidate, fastest: float) -> float:
