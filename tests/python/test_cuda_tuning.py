@@ -324,7 +324,7 @@ def test_measuring_keeps_no_memory(tuner, graph):
     waits = {2: lambda result: result + result.sum().item()}  # cannot be captured
     runner = Busy({0: 150, 1: fail(RuntimeError), **waits})
     config = dynamic((1 << 16,), use_cuda_graph=graph, use_cold_l2_cache=True)
-    given = tensors()
+    given = tensors(1 << 16)
     gc.collect()
     before = torch.cuda.memory_allocated()
     with at.autotune():
