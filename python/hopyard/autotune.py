@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 
 from hopyard._library import lib
 from hopyard.arrays import Array, as_tensor
-from hopyard.devices import CPU, stream_of
+from hopyard.devices import CPU, stream_of, torch_module
 from hopyard.layer import MoeLayer, PlanOptions, before_calls
 from hopyard.spec import MoeSpec
 from hopyard.tuning import (
@@ -99,8 +99,9 @@ class TuneOptions(TypedDict, total=False):
 
 def path_of(call: Mapping[str, Any]) -> CallPath:
     """How a call gives and gets, by the arguments of `MoeLayer`."""
+    given = {name for name in ("packed", "ids", "logits") if call.get(name) is not None}
     return CallPath(
-        ids="packed" in call or ("ids" in call and "logits" not in call),
+        ids="packed" in given or ("ids" in given and "logits" not in given),
         unfinalised=call.get("finalize") is False,
         replay=call.get("replay_out") is not None,
     )
@@ -210,9 +211,17 @@ def _converted(options: TuneOptions) -> dict[str, Any]:
 
 
 def measure_plan(
-    plan: Any, weights: Weights, options: TuneOptions
+    plan: Any, weights: Weights, options: TuneOptions, stream: Any = None
 ) -> tuple[TuningTable, BaseException | None]:
     """Measure a plan's layer.
+
+    Args:
+        plan: of the extension.
+        weights: of the layer.
+        options: see `TuneOptions`.
+        stream: GPU: handle of the stream to measure on; without it torch's current one where torch
+            uses a GPU, whatever the weights were made of: the calls are torch's then, and a capture
+            of theirs must be seen.
 
     Returns:
         The table, and the error of `progress` (also Ctrl-C) that ended the run early.
@@ -220,18 +229,19 @@ def measure_plan(
     ctrl_c = _CtrlC()
     progress = _Progress(options.get("progress"), ctrl_c)
     measured = options.get("measured") or (lambda *_: None)
-    stream = 0
+    torch, handle = torch_module(), 0
     if weights._device != CPU:
-        stream = stream_of(weights._device, None, uses_torch=weights._uses_torch)
+        uses_torch = torch is not None and torch.cuda.is_initialized()
+        handle = stream_of(weights._device, stream, uses_torch=uses_torch)
     converted = _converted(options)
     with ctrl_c:
-        found = TuningTable(lib.tune(plan, weights._handle, converted, progress, measured, stream))
+        found = TuningTable(lib.tune(plan, weights._handle, converted, progress, measured, handle))
     interrupt = ctrl_c.error()
     return found, progress.error if interrupt is None else interrupt
 
 
 def tune(layer: MoeLayer, **options: Unpack[TuneOptions]) -> TuningTable:
-    """Measure the kernels of a layer, on its device with its weights.
+    """Measure the kernels of a layer, on its device with its weights, on torch's current stream.
 
     What is measured are calls as the layer's options say: `given_ids`, `unfinalised` and
     `records_replay`. The layer goes on with the kernels that it has: `layer.replan(tuning=table)`
@@ -315,13 +325,13 @@ class Session:
         if given.get("tactic") or given.get("untuned"):
             return
         with self._lock:
-            error = self._settle(layer, {**given, **options_of(path)})
+            error = self._settle(layer, {**given, **options_of(path)}, call.get("stream"))
             layer.replan(**options_of(path), tuning=self.table)
             if error is not None:
                 raise error
             self._prepared[layer] = path
 
-    def _settle(self, layer: MoeLayer, options: PlanOptions) -> BaseException | None:
+    def _settle(self, layer: MoeLayer, options: PlanOptions, stream: Any) -> BaseException | None:
         """Have the layer in the table; the error that ended a measurement early."""
         tokens = max(self._options.get("tokens") or [layer.tokens_per_chunk])
         if self._is_here(layer) and knows(self.table, layer.spec, options, tokens):
@@ -332,15 +342,16 @@ class Session:
         error = None
         if about not in self._tried:
             if self._rank == 0:
-                error = self._measure(layer, options)
+                error = self._measure(layer, options, stream)
             else:
                 self._wait(layer, options, tokens)
         if error is None:
             self._tried.add(about)
         return error
 
-    def _measure(self, layer: MoeLayer, options: PlanOptions) -> BaseException | None:
-        found, error = measure_plan(layer.new_plan(options), layer.weights, self._options)
+    def _measure(self, layer: MoeLayer, options: PlanOptions, stream: Any) -> BaseException | None:
+        plan = layer.new_plan(options)
+        found, error = measure_plan(plan, layer.weights, self._options, stream)
         (tuned,) = found.layers
         if tuned.ranges:  # merging keeps what an earlier run has measured beyond
             self._add(found)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+SIGNED_E2M1 = torch.cat([E2M1, -E2M1])
 
 
 # --- number formats
@@ -20,9 +21,8 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 
 def decode_e2m1(packed):
     """Two codes a byte, low nibble first."""
-    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
-    values = E2M1.to(packed.device)[codes & 7]
-    return torch.where(codes >= 8, -values, values)
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).int()
+    return SIGNED_E2M1.to(packed.device)[codes]
 
 
 def decode_int4(packed):
@@ -55,11 +55,10 @@ def with_scales(codes, scales, size):
 def e2m1(values):
     """Rounded to the nearest e2m1 value, ties to even codes."""
     grid = E2M1.to(values)
-    distance = (values.abs()[..., None] - grid).abs()
-    best = distance.min(-1, keepdim=True).values
-    even = torch.arange(8, device=values.device) % 2 == 0
-    rank = torch.where(distance == best, torch.where(even, 0, 1), 2)
-    return torch.copysign(grid[rank.argmin(-1)], values)
+    middles, sizes = (grid[1:] + grid[:-1]) / 2, values.abs()
+    lower = torch.bucketize(sizes, middles, out_int32=True)
+    upper = torch.bucketize(sizes, middles, out_int32=True, right=True)  # another one in a tie
+    return torch.copysign(grid[torch.where(lower % 2 == 0, lower, upper)], values)
 
 
 def round_mxfp8(values):

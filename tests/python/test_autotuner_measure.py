@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
+import weakref
 
 import pytest
 
@@ -16,6 +18,7 @@ import torch
 import autotuner_runners
 from autotuner_runners import CLOCK, Other, Runner, dynamic, identity, tensors
 from hopyard.compat.flashinfer import autotuner as at
+from hopyard.compat.flashinfer import autotuner_profiling
 from hopyard.compat.flashinfer.autotuner_config import cache_key, profiles_of
 from hopyard.compat.flashinfer.autotuner_inputs import MadeTensors, make_inputs
 
@@ -389,6 +392,31 @@ def test_out_of_memory_falls_back_and_keeps_the_rest(tuner, caplog, error):
         assert any("OOM detected, falling back" in r.message for r in caplog.records)
     assert tuner.choose_one(OP, [runner], config, tensors(8))[1] == 1
     assert len(tuner.profiling_cache) == 2
+
+
+def test_failures_keep_no_inputs(tuner, monkeypatch):
+    """What failed holds no frame, and memory is given back when the error is gone."""
+    refs, left = [], []
+
+    class Failing(Runner):
+        def forward(self, inputs, tactic=-1, do_preparation=False, **kwargs):
+            if tactic in (0, 1):
+                refs.append(weakref.ref(inputs[0]))
+                raise self.times_cache[tactic]("no")
+            return inputs[0]
+
+    def give_back(*_):
+        left.extend(ref() for ref in refs)
+
+    monkeypatch.setattr(autotuner_profiling, "recover", give_back)
+    runner = Failing({0: RuntimeError, 1: torch.OutOfMemoryError})
+    gc.disable()
+    with at.autotune():
+        tuner.choose_one(OP, [runner], dynamic((4,)), tensors())
+    gc.enable()
+    assert len(refs) == 2
+    assert len(left) == 2
+    assert all(tensor is None for tensor in left)
 
 
 def test_interruption_keeps_what_was_measured(tuner, tmp_path):

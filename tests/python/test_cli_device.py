@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 
 import pytest
 
@@ -93,3 +94,29 @@ def test_bench_on_a_gpu():
         assert point["gpu"]
         assert point["median_us"] > 0
         assert "read_gbps" not in point
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_layer_in_a_file_is_tuned_and_runs_what_won(device, tmp_path, monkeypatch):
+    if device == "cuda":
+        needs_gpu()
+    layer, output, plot = (tmp_path / name for name in ("layer.json", "table.json", "plot.svg"))
+    sizes = {"hidden_size": 512, "intermediate_size": 256, "num_experts": 16, "top_k": 4}
+    layer.write_text(json.dumps({**sizes, "weights": "mxfp4"}))
+    where = ("--device", device)
+    files = ("--output", output, "--plot", plot)
+    answer = result("tune", layer, *where, "--tokens", 1, 8, 64, "--seconds", 8, *files)
+    assert result("tune", "show", output) == answer["table"]
+    (tuned,) = answer["table"]["layers"]
+    assert tuned["ranges"][-1]["last"] >= 64
+    assert {r["tactic"].startswith("cpu_") for r in tuned["ranges"]} == {device == "cpu"}
+    assert (answer["table"]["machine"]["isa"] == "") == (device == "cuda")
+    texts = {text.text for text in ET.parse(plot).iter("{http://www.w3.org/2000/svg}text")}
+    assert {time["tactic"] for time in answer["times"]} <= texts
+    monkeypatch.setenv("HOPYARD_TUNING_FILE", str(output))
+    explained = result("explain", layer, *where, "--tokens", 64)
+    assert any("tuned:" in c["reason"] for c in explained["candidates"] if c["chosen"])
+    options = ("--tokens", "8,64", "--seconds", 0.2, "--tuned-vs-untuned", "--progress", "off")
+    for line in map(json.loads, hopyard("bench", layer, *where, *options).stdout.splitlines()):
+        assert line["tuned_over_untuned"] == pytest.approx(line["median_us"] / line["untuned_us"])
+        assert line["device"].startswith(device)

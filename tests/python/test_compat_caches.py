@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -62,6 +65,36 @@ def test_views_neither_keep_weights_nor_grow_without_bound():
         cache.get(i, lambda: 0)
     assert len(cache) == 4
     assert cache.get(9, lambda: None) == 9
+
+
+ENDING = """
+import gc
+import compat_layers as cl
+import hopyard.compat.flashinfer as fi
+from hopyard.compat.flashinfer import engine
+
+case = cl.make("nvfp4", bias=True)
+cl.call(case, logits=cl.logits_of(case))
+(view,) = engine._views._items.values()
+cycle = [view.weights]
+cycle.append(cycle)
+del view, cycle
+fi.clear_caches()
+gc.collect()
+print("alive")
+"""
+
+
+def test_weights_may_end_in_a_cycle():
+    """The collector ends what describes their arrays before them; freed memory is overwritten."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING],
+        env={**os.environ, "PYTHONMALLOC": "debug", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
 def test_plans_are_shared_by_layers_of_one_spec():

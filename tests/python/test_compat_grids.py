@@ -74,7 +74,7 @@ def quantiser(four_over_six):
         yield
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def pool(device, _four_over_six, *what):
     """Weights that rows of one key share; made under `quantiser`."""
     arrays, first, second, multipliers = cl.stored(*what)
@@ -261,22 +261,27 @@ def without_biases(row, case):
             case.layer.bias = (*zeros[:2], keep[2]) if name == "gemm1" else (*keep[:2], zeros[2])
 
 
+def judge_row(row, device):
+    """Run and judge everything that a row asks for."""
+    case = case_of(row, device)
+    if row.bias:
+        without_biases(row, case)
+    call, ids, weights, output = by_logits(row, case, device)
+    if row.bias:
+        bare = cl.call(case, **call, gemm1_bias=None, gemm2_bias=None)
+        assert (bare.float() - output.float()).abs().max() > 1e-3
+    if row.delta:
+        with_delta(row, case, ids, weights)
+    elif row.tactics:
+        every_tactic(row, case, ids, weights)
+    elif row.given:
+        by_ids(row, case, call, (ids, weights, output))
+
+
 @pytest.mark.parametrize(("row", "device"), parameters())
 def test_grid(row, device):
     with alone(row), little_memory_kept():
-        case = case_of(row, device)
-        if row.bias:
-            without_biases(row, case)
-        call, ids, weights, output = by_logits(row, case, device)
-        if row.bias:
-            bare = cl.call(case, **call, gemm1_bias=None, gemm2_bias=None)
-            assert (bare.float() - output.float()).abs().max() > 1e-3
-        if row.delta:
-            with_delta(row, case, ids, weights)
-        elif row.tactics:
-            every_tactic(row, case, ids, weights)
-        elif row.given:
-            by_ids(row, case, call, (ids, weights, output))
+        judge_row(row, device)  # whose arrays end here, before other processes may begin
 
 
 # --- tests of the tests

@@ -15,6 +15,7 @@ import pytest
 
 import hopyard
 import layers
+from hopyard.autotune import path_of
 
 THREADS = 2
 
@@ -291,3 +292,18 @@ def test_keepers_of_plans_see_changes():
     hopyard.forget_tuning()
     seen.append(generation())
     assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "ids"),
+    [
+        ({"logits": 1}, False),
+        ({"logits": 1, "ids": 1}, False),  # a replay
+        ({"ids": 1, "weights": 1}, True),
+        ({"packed": 1}, True),
+        ({"logits": 1, "ids": None, "packed": None, "replay_out": None}, False),
+        ({"logits": None, "ids": 1, "weights": 1}, True),
+    ],
+)
+def test_arguments_that_are_none_are_not_given(call, ids):
+    assert path_of(call) == hopyard.CallPath(ids=ids, unfinalised=False, replay=False)

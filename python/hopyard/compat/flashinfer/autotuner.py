@@ -65,6 +65,7 @@ from hopyard.compat.flashinfer.autotuner_profiling import (
     Call,
     Measuring,
     Profiler,
+    device_of,
     refuse_capture,
 )
 from hopyard.compat.flashinfer.autotuner_store import FALLBACK, ChoiceStore, Found
@@ -360,7 +361,7 @@ class AutoTuner:
         self, group: Group, call: Call, profiles: list[OptimizationProfile], mine: Choices
     ) -> None:
         """Have rank 0 measure, and take what it chose."""
-        refuse_capture()
+        refuse_capture(device_of(call.inputs))
         ranking = mine.ranking
         if group.rank == 0:
             try:

@@ -71,8 +71,9 @@ def recover(device: Any) -> None:
     torch = sys.modules["torch"]
     with contextlib.suppress(Exception):
         torch.cuda.synchronize(device)
+    # A launch that failed outside of torch is found by torch's next one, which is not to blame.
     with contextlib.suppress(Exception):
-        torch.cuda.cudart().cudaGetLastError()
+        torch.ones(1, device=device)
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Candidate:
     tactic: Any
     call: Callable[[int], Any]
     samples: list[float] = field(default_factory=list)
-    fault: BaseException | None = None
+    fault: str | None = None
     dropped: bool = False
     calls: int = 0
     replay: Callable[[], None] | None = None
@@ -117,7 +118,8 @@ class Timing:
     """How calls are timed.
 
     Attributes:
-        device: of the inputs; None for the CPU.
+        device: of the inputs, and torch's current one; None for the CPU.
+        batches: different inputs that calls go round.
         warmup: calls before the first turn.
         repeat: timed calls of a candidate, over all turns, at least.
         use_graph: replay calls from a CUDA graph.
@@ -125,6 +127,7 @@ class Timing:
     """
 
     device: Any = None
+    batches: int = 1
     warmup: int = 3
     repeat: int = 10
     use_graph: bool = False
@@ -166,9 +169,10 @@ class _Stopwatch:
             recover(self._timing.device)
             if out_of_memory(error):
                 raise
-            candidate.fault = error
             LOG.debug("[Autotuner]: tactic %s failed: %s", candidate.tactic, error)
             LOG.debug("[Autotuner]: the error in full", exc_info=error)
+            # Not the error: its frames would keep inputs and graphs, in a cycle with the candidate.
+            candidate.fault = f"{type(error).__name__}: {error}"
             return None
 
     def warm_up(self, candidate: Candidate, fastest: float) -> float:
@@ -187,16 +191,23 @@ class _Stopwatch:
         return best
 
     def fit(self, seconds: float) -> None:
-        """Choose the calls of a sample by how long one takes."""
-        if not self._timing.on_gpu:
+        """Choose the calls of a sample by how long one takes; a graph has all the inputs."""
+        if self._timing.on_gpu:
+            if self._timing.use_graph:
+                self.calls = max(self.calls, self._timing.batches)
+        else:
             needed = math.ceil(_SAMPLE_SECONDS / max(seconds, 1e-9))
             self.calls = min(max(self.calls, needed), _MOST_CALLS)
 
     def capture(self, candidate: Candidate) -> None:
         """Record a sample's calls as a graph."""
         torch = sys.modules["torch"]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph, device = torch.cuda.CUDAGraph(), self._timing.device
+        # Torch's own stream for captures is one of whichever GPU was the first; other threads may
+        # allocate meanwhile; and where a capture fails, older torch stays on its stream.
+        capture = {"stream": torch.cuda.Stream(device), "capture_error_mode": "thread_local"}
+        usual = torch.cuda.current_stream(device)
+        with torch.cuda.stream(usual), torch.cuda.graph(graph, **capture):
             for i in range(self.calls):
                 candidate.call(i)
         candidate.replay = graph.replay

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from hopyard.compat.flashinfer.autotuner_log import LOG
 from hopyard.compat.flashinfer.autotuner_measure import out_of_memory
 from hopyard.compat.flashinfer.autotuner_profiling import refuse_capture
 from hopyard.compat.flashinfer.autotuner_store import ChoiceStore
+from hopyard.devices import torch_module
 from hopyard.layer import PlanOptions, make_plan
 from hopyard.tuning import CallPath, TuningMachine, TuningTable, token_buckets
 
@@ -209,6 +209,12 @@ class _Task:
     tokens: Sequence[int]
 
     @property
+    def device(self) -> Any:
+        """Torch's name of the weights' GPU; None for the CPU."""
+        name = self.weights.device
+        return None if name == "cpu" else torch_module().device(name)
+
+    @property
     def options(self) -> PlanOptions:
         """Of a plan that takes every number of tokens."""
         return {**options_of(self.path), "max_tokens": self.tokens[-1]}
@@ -224,7 +230,7 @@ def _settle(task: _Task) -> BaseException | None:
     identity = (NAMESPACE, task.operation.name, repr(whole), task.path, tuple(task.tokens), False)
     if identity in group.settled:
         return None
-    refuse_capture()
+    refuse_capture(task.device)
     mine, error = Choices((identity,)), None
     if group.rank == 0:
         try:
@@ -243,7 +249,7 @@ def _settle(task: _Task) -> BaseException | None:
 def _measure(task: _Task) -> BaseException | None:
     if knows(_tables.of(task.weights.device), task.spec, task.options, task.tokens[-1]):
         return None
-    refuse_capture()
+    refuse_capture(task.device)
     name = task.operation.names[0]
     LOG.info("[AutoTuner]: Tuning %s at %d numbers of tokens", name, len(task.tokens))
     stats = AutoTuner.get().stats
@@ -260,8 +266,8 @@ def _measure(task: _Task) -> BaseException | None:
     except Exception as failure:
         if not out_of_memory(failure):
             raise
-        if task.weights.device != "cpu" and "torch" in sys.modules:
-            sys.modules["torch"].cuda.empty_cache()
+        if task.device is not None:
+            torch_module().cuda.empty_cache()
         LOG.warning("[Autotuner]: OOM detected, falling back to default tactic of %s", name)
         return None
     _count(name, found)

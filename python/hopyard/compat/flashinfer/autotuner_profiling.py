@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -96,19 +97,35 @@ class Call:
         return self.op, names, nearest_profile(profile.get_opt_shapes(), self.config)
 
 
-def _device_of(inputs: Iterable[Any]) -> Any:
+def device_of(inputs: Iterable[Any]) -> Any:
+    """The GPU of the first input that lies on one; None for the CPU."""
     for value in inputs:
         if is_torch(value) and value.device.type == "cuda":
             return value.device
     return None
 
 
-def refuse_capture() -> None:
-    """Nothing can be measured while a CUDA graph is captured."""
+def on_device(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """Within it a GPU is torch's current one: its streams, events and captures are meant.
+
+    Args:
+        device: of inputs; None for the CPU, where nothing changes.
+    """
+    if device is None:
+        return contextlib.nullcontext()
+    guard: contextlib.AbstractContextManager[Any] = sys.modules["torch"].cuda.device(device)
+    return guard
+
+
+def refuse_capture(device: Any) -> None:
+    """Nothing can be measured while a CUDA graph is captured, of this GPU or of the current one."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():  # asking fails without a driver
         return
-    if torch.cuda.is_current_stream_capturing():
+    capturing = torch.cuda.is_current_stream_capturing()
+    with on_device(device):
+        capturing = capturing or torch.cuda.is_current_stream_capturing()
+    if capturing:
         raise RuntimeError(
             "AutoTuner profiling cannot begin during an active outer CUDA Graph capture; make one "
             "call of each size under autotune before the capture"
@@ -191,24 +208,26 @@ class Profiler:
         """
         if not profiles:
             return True
-        refuse_capture()
+        device = device_of(call.inputs)
+        refuse_capture(device)
         bar = _progress_bar()
         steps = profiles
         if bar is not None:
             steps = bar(profiles, desc=f"[AutoTuner]: Tuning {call.op}", leave=False)
-        try:
-            for profile in steps:
-                self._measure(call, profile, ranking)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            self._give_back_memory(call)
+        with on_device(device):
+            try:
+                for profile in steps:
+                    self._measure(call, profile, ranking)
+                return True
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            # Here the error's frames are gone, and with them the inputs that they held.
+            self._give_back_memory(call, device)
             return False
-        return True
 
-    def _give_back_memory(self, call: Call) -> None:
+    def _give_back_memory(self, call: Call, device: Any) -> None:
         self.made.clear()
-        device = _device_of(call.inputs)
         recover(device)
         if device is not None:
             sys.modules["torch"].cuda.empty_cache()
@@ -224,11 +243,13 @@ class Profiler:
         inputs = make_inputs(profile, call.inputs, self.made)
         if call.config.inputs_pre_hook is not None:
             inputs = list(call.config.inputs_pre_hook(inputs))
-        candidates = self._candidates(call, profile, inputs)
+        batches = batches_of(call.config, inputs, self.how.repeat)
+        candidates = self._candidates(call, profile, inputs, batches)
         if len(candidates) == 1:  # nothing but the fallback
             return
         timing = Timing(
-            device=_device_of(inputs),
+            device=device_of(inputs),
+            batches=len(batches),
             warmup=self.how.warmup,
             repeat=self.how.repeat,
             use_graph=call.config.use_cuda_graph,
@@ -281,10 +302,13 @@ class Profiler:
         keys.add(call.key(runner, profile.get_opt_shapes()))
 
     def _candidates(
-        self, call: Call, profile: OptimizationProfile, inputs: list[Any]
+        self,
+        call: Call,
+        profile: OptimizationProfile,
+        inputs: list[Any],
+        batches: list[list[Any]],
     ) -> list[Candidate]:
         """The fallback, then every tactic of every runner."""
-        batches = batches_of(call.config, inputs, self.how.repeat)
 
         def bound(place: int, tactic: Any) -> Callable[[int], Any]:
             runner = call.runners[place]
@@ -309,7 +333,7 @@ class Profiler:
             if tactics and _takes_preparation(runner):
                 runner(inputs, tactic=FALLBACK, do_preparation=True, **call.kwargs)
         except Exception as error:
-            recover(_device_of(inputs))
+            recover(device_of(inputs))
             if out_of_memory(error):
                 raise
             LOG.debug("[Autotuner]: %s has no tactics: %s", scope_of(call.op, runner), error)

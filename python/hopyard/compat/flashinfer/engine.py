@@ -182,12 +182,7 @@ def _make_view(
     experts.derive(buffers)
     if is_torch(like) and like.device.type == "cuda":  # scales are about to be read by the host
         torch_module().cuda.current_stream(like.device).synchronize()
-    groups = experts.build(buffers)
-    weights = hopyard.Weights(spec, *groups)
-    # Its tensors read the views' structures when they end: who holds the weights (a layer among
-    # the plans, say) must hold the views. Attributes end in the order in which they were made.
-    weights._views = groups  # type: ignore[attr-defined]
-    return _View(weights, buffers)
+    return _View(hopyard.Weights(spec, *experts.build(buffers)), buffers)
 
 
 def _look(experts: Experts, buffers: Buffers, capturing: bool) -> None:

@@ -51,10 +51,14 @@ class _Managed(ctypes.Structure):
     _fields_ = (
         ("tensor", _Tensor),
         ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),  # null: nothing is owned
+        ("deleter", ctypes.c_void_p),
     )
 
 
+_libc = ctypes.CDLL(None)
+_allocate = _libc.malloc
+_allocate.restype = ctypes.c_void_p
+_allocate.argtypes = (ctypes.c_size_t,)
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -88,6 +92,9 @@ def describe(array: Array | None) -> Hashable:
 class View:
     """A DLPack view of an array's memory that does not keep it alive.
 
+    What the consumer gets is memory of its own, which it frees: the tensors of weights may outlive
+    this object, where the garbage collector ends a cycle in its own order.
+
     Args:
         array: NumPy array or torch tensor in host or CUDA memory.
     """
@@ -96,21 +103,31 @@ class View:
         self.shape = ops.shape_of(array)
         self.dtype = ops.type_of(array)
         self.ndim = len(self.shape)
-        code, bits = _TYPES[self.dtype]
-        sizes = ctypes.c_int64 * max(self.ndim, 1)
-        self._shape = sizes(*self.shape)
-        self._strides = sizes(*_strides_of(array))
-        device = _Device(_CPU, 0)
+        self._sizes = (*self.shape, *_strides_of(array))
+        self._address = address_of(array)
+        self._device = _CPU, 0
         if is_torch(array) and array.device.type == "cuda":
-            device = _Device(_CUDA, array.device.index or 0)
-        tensor = _Tensor(
-            address_of(array), device, self.ndim, code, bits, 1, self._shape, self._strides, 0
-        )
-        self._managed = _Managed(tensor, None, None)
+            self._device = _CUDA, array.device.index or 0
 
     def __dlpack__(self, **_: Any) -> Any:
-        return _new_capsule(ctypes.addressof(self._managed), b"dltensor", None)
+        sizes = ctypes.c_int64 * len(self._sizes)  # the shape, then the strides
+        begin = ctypes.sizeof(_Managed)
+        block = _allocate(begin + ctypes.sizeof(sizes))
+        if not block:
+            raise MemoryError("no memory for the description of an array")
+        sizes.from_address(block + begin)[:] = self._sizes
+        shape, strides = (
+            ctypes.cast(block + begin + offset, ctypes.POINTER(ctypes.c_int64))
+            for offset in (0, ctypes.sizeof(sizes) // 2)
+        )
+        code, bits = _TYPES[self.dtype]
+        managed = _Managed.from_address(block)
+        managed.tensor = _Tensor(
+            self._address, _Device(*self._device), self.ndim, code, bits, 1, shape, strides, 0
+        )
+        managed.context = None
+        managed.deleter = ctypes.cast(_libc.free, ctypes.c_void_p)
+        return _new_capsule(block, b"dltensor", None)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        device = self._managed.tensor.device
-        return device.kind, device.index
+        return self._device
