@@ -290,11 +290,11 @@ class Measurements {
     const std::string tactic = first + '+' + second;
     EXPECT_TRUE(lab_.Fits(tactic)) << tactic;
     bench_->Prepare(tactic);
+    reference_ = reference_.empty() ? tactic : reference_;
     for (int kind = 0; kind < lab_.kinds(); ++kind) {
       EXPECT_GT(bench_->Run(tactic, kind), 0.0) << tactic;
+      EXPECT_EQ(bench_->Check(tactic, reference_, kind), "") << tactic;
     }
-    reference_ = reference_.empty() ? tactic : reference_;
-    EXPECT_EQ(bench_->Check(tactic, reference_), "") << tactic;
     ran_.insert(RowOf(first, variant_));
     ran_.insert(RowOf(second, variant_));
   }
