@@ -8,6 +8,7 @@
 
 #include "hopyard/spec.h"
 #include "hopyard/tensor.h"
+#include "hopyard/weights.h"
 
 namespace hopyard {
 
@@ -39,6 +40,9 @@ struct PlanOptions {
   // predecessors. HOPYARD_OVERLAP_LAUNCHES=0, read by MakePlan and Explain, turns it off.
   bool overlap_launches = false;
   CallPath path;
+  // Of the weights that calls bring (OrdersOf): what measurements are looked for. A plan runs calls
+  // with all of them.
+  WeightOrders weight_orders;
   // Where no tactic is named, kernels come from measurements: of this table, then of those that
   // UseTuning gave, of the file that HOPYARD_TUNING_FILE names, and of those that come with the
   // library; without any, from a cost model.

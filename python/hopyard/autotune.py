@@ -327,7 +327,7 @@ class Session:
         if self._is_here(layer) and knows(self.table, layer.spec, options, tokens):
             return None
         # A run that ended early by its limits is not repeated for every layer that is alike.
-        how = [options.get(name) for name in ("overlap_launches", "num_threads")]
+        how = [options.get(name) for name in ("overlap_launches", "num_threads", "weight_orders")]
         about = (layer.spec, layer.device, _path_in(options), tokens, *how)
         error = None
         if about not in self._tried:

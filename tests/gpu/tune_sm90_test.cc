@@ -109,6 +109,28 @@ TEST_P(GpuTune, TunesThePathThatServes) {
   }
 }
 
+// What was measured with MN-major weights, whose kernels are others, is theirs alone.
+TEST(GpuTuneOnce, MnMajorWeightsHaveMeasurementsOfTheirOwn) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source = SourceOf({});
+  source.layout.major = MajorOrder::kMnMajor;
+  source.layout.order = RowOrder::kInterleavedGateUp;
+  TwinLayer layer(source);
+  PlanOptions options = PlanFor(16);
+  TuneOptions tune = QuickOptions();
+  tune.tokens = {16};
+  const TuningTable table = Tune(MakePlan(layer.spec(), kGpu, options), layer.gpu(), tune);
+  options.tuning = std::make_shared<TuningTable>(table);
+  EXPECT_EQ(MakePlan(layer.spec(), kGpu, options).Explain().ToString().find("tuned: "),
+            std::string::npos);
+  options.weight_orders = OrdersOf(layer.spec(), layer.gpu().desc());
+  EXPECT_THAT(MakePlan(layer.spec(), kGpu, options).Explain().ToString(), HasSubstr("tuned: "));
+  LayerInputs inputs(layer.spec(), 16);
+  RunOptions run;
+  run.plan = options;
+  layer.RunAndJudge(inputs.Logits(), run);
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Formats, GpuTune,
     ::testing::Values(FormatPair{WeightFormat::kBf16, ActivationFormat::kBf16},
