@@ -57,7 +57,9 @@ void AddOutputs(const MoeSpec& spec, int64_t tokens, const RunOptions& options,
   }
   out.routing_ids = arena.Array(DType::kInt32, {tokens, slots});
   out.routing_weights = arena.Array(DType::kFloat32, {tokens, slots});
-  out.rows = arena.Array(DType::kBf16, {tokens * slots, spec.hidden_size});
+  if (options.rows) {
+    out.rows = arena.Array(DType::kBf16, {tokens * slots, spec.hidden_size});
+  }
   out.slot_to_row = arena.Array(DType::kInt32, {tokens, slots});
   if (options.extras && options.replay) {
     out.replay = arena.Array(DType::kInt16, {tokens + options.spare_replay_rows, spec.top_k});
@@ -70,6 +72,8 @@ void AddOutputs(const MoeSpec& spec, int64_t tokens, const RunOptions& options,
     } else {
       std::fill_n(out.expert_load.as<int32_t>(), spec.num_experts, kLoadBase32);
     }
+  }
+  if (options.extras && options.activation) {
     out.gemm1_activation = arena.Array(DType::kBf16, {tokens * slots, spec.intermediate_size});
   }
 }
@@ -107,11 +111,7 @@ RunResult RunLayer(const MoeSpec& spec, const Weights& weights, const MoeInputs&
   EXPECT_TRUE(workspace.Intact()) << "Forward wrote outside of its workspace";
   EXPECT_TRUE(buffers.arena.Intact()) << "Forward wrote outside of an output";
   RunResult result = ResultOf(buffers.outputs);
-  for (const Candidate& candidate : plan.Explain().candidates) {
-    if (candidate.chosen) {
-      result.kernel = candidate.kernel;
-    }
-  }
+  result.kernel = plan.Explain().Chosen();
   return result;
 }
 

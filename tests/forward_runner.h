@@ -27,6 +27,8 @@ struct RunOptions {
   bool extras = true;      // ask for every optional output
   bool no_output = false;  // rows instead
   bool replay = true;      // among the extras
+  bool rows = true;
+  bool activation = true;
   int64_t spare_replay_rows = 3;
   int16_t replay_poison = -1;  // every element of replay before the call
   DType load_dtype = DType::kInt32;

@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "hopyard/spec.h"
 #include "hopyard/tensor.h"
+#include "hopyard/weights.h"
 
 namespace hopyard {
 
@@ -39,6 +41,9 @@ struct PlanOptions {
   // predecessors. HOPYARD_OVERLAP_LAUNCHES=0, read by MakePlan and Explain, turns it off.
   bool overlap_launches = false;
   CallPath path;
+  // Of the weights that calls bring (OrdersOf): what measurements are looked for. A plan runs calls
+  // with all of them.
+  WeightOrders weight_orders;
   // Where no tactic is named, kernels come from measurements: of this table, then of those that
   // UseTuning gave, of the file that HOPYARD_TUNING_FILE names, and of those that come with the
   // library; without any, from a cost model.
@@ -61,6 +66,8 @@ struct Explanation {
   std::vector<Candidate> candidates;
 
   [[nodiscard]] std::string ToString() const;
+  // Names of the chosen kernels, joined: where one batch takes all of them, its tactic.
+  [[nodiscard]] std::string Chosen(std::string_view between = "+") const;
 };
 
 // Immutable, cheap to copy, safe to share between threads. Concurrent Forwards need distinct

@@ -32,9 +32,7 @@ struct TuningMachine {
 [[nodiscard]] TuningMachine MachineOf(Device device, int num_threads = 0);
 
 // Everything of a spec and its calls that changes which kernels a layer has or which of them is
-// fast. Where the experts of a rank begin is not part of it: ranks share their tables. Nor is the
-// order of the weights in memory, which a plan does not know: MN-major ones run their kernels'
-// twins.
+// fast. Where the experts of a rank begin is not part of it: ranks share their tables.
 struct TuningKey {
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
@@ -50,6 +48,7 @@ struct TuningKey {
   bool router_weight_on_input = false;
   bool overlap_launches = false;
   CallPath path;
+  WeightOrders weight_orders;
 
   friend bool operator==(const TuningKey&, const TuningKey&) = default;
 };
@@ -190,11 +189,12 @@ struct TuneOptions {
 };
 
 // Measures the kernels of the plan's layer, on its device with these weights, and returns a table
-// with one layer. What runs is what PlanOptions::path says: logits or ids, finalised or not, with
-// replay or not. A candidate that throws, runs out of memory, takes far too long or gives other
-// values than the untuned kernels is a TuningFault of the result, not an error. Allocates and
-// waits; `stream` is where a GPU's calls are enqueued. Error{kInvalidArgument} for options that
-// mean nothing, for weights of another spec, and for a stream that is being captured.
+// with one layer, whose key has the order that these weights have. What runs is what
+// PlanOptions::path says: logits or ids, finalised or not, with replay or not. A candidate that
+// throws, runs out of memory, takes far too long or gives other values than the untuned kernels is
+// a TuningFault of the result, not an error. Allocates and waits; `stream` is where a GPU's calls
+// are enqueued. Error{kInvalidArgument} for options that mean nothing, for weights of another spec,
+// and for a stream that is being captured.
 [[nodiscard]] TuningTable Tune(const Plan& plan, const Weights& weights,
                                const TuneOptions& options = {}, Stream stream = {});
 

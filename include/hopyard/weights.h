@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string_view>
 #include <vector>
 
 #include "hopyard/quantize.h"
@@ -80,6 +81,26 @@ struct WeightsDesc {
   bool read_only = false;             // the memory must not be written: Update refuses
   std::shared_ptr<const void> owner;  // keeps the memory alive (a mapped file); may be null
 };
+
+// What of a matrix's layout has kernels of its own; K blocks, shuffled rows and the layouts of
+// scales have not, all of these are kKMajor.
+enum class ReadOrder : uint8_t {
+  kKMajor,
+  kMnMajor,
+  kMnMajorInterleaved,  // gate and up in alternate columns
+};
+[[nodiscard]] std::string_view ToString(ReadOrder order);
+
+// Of a layer's weights; kKMajor of shared experts that are not there.
+struct WeightOrders {
+  ReadOrder gemm1 = ReadOrder::kKMajor;
+  ReadOrder gemm2 = ReadOrder::kKMajor;
+  ReadOrder shared_gemm1 = ReadOrder::kKMajor;
+  ReadOrder shared_gemm2 = ReadOrder::kKMajor;
+
+  friend bool operator==(const WeightOrders&, const WeightOrders&) = default;
+};
+[[nodiscard]] WeightOrders OrdersOf(const MoeSpec& spec, const WeightsDesc& desc);
 
 // A copy in memory of `device`, which its `owner` holds: contiguous, MN-major matrices K-major. All
 // tensors of `desc` lie in host memory. Returns when the bytes have arrived.

@@ -38,7 +38,7 @@ from hopyard.tuning import (
     use_tuning,
     wait_for_tuning,
 )
-from hopyard.weights import ExpertWeights, Matrix, Weights
+from hopyard.weights import ExpertWeights, Matrix, WeightOrders, Weights
 
 __version__ = "0.1.0"
 
@@ -71,6 +71,7 @@ __all__ = [
     "TuningMachine",
     "TuningStats",
     "TuningTable",
+    "WeightOrders",
     "Weights",
     "autotune",
     "dequantize",

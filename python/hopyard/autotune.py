@@ -32,6 +32,7 @@ from hopyard.tuning import (
     CallPath,
     TunedLayer,
     TuningKey,
+    TuningMachine,
     TuningTable,
     use_tuning,
     wait_for_tuning,
@@ -283,7 +284,9 @@ class Session:
     """An open `autotune`.
 
     Attributes:
-        table: what is known, of the file and of this process.
+        tables: what is known, of the file and of this process, by machine: the CPU with a number of
+            threads is one, a GPU model another.
+        table: that of the machine of the layer that came last; before the first, the file's.
     """
 
     def __init__(
@@ -305,6 +308,8 @@ class Session:
         self._tried: set[Any] = set()  # measured, or waited for, in this session
         self._taken: dict[TuningKey, TunedLayer] = {}  # what this rank has waited for
         self.table: TuningTable | None = None
+        self.tables: dict[TuningMachine, TuningTable] = {}
+        self._machine: TuningMachine | None = None  # the file's
         if not 0 <= self._rank < self._ranks:
             raise ValueError(f"rank is {self._rank}, wanted 0 .. {self._ranks - 1}")
         if self._ranks > 1 and self._cache is None:
@@ -313,7 +318,7 @@ class Session:
                 "writes what the others use"
             )
         if self._cache is not None and self._cache.exists():
-            self.table = TuningTable.load(self._cache)
+            self._take_file(TuningTable.load(self._cache))
         self._opened = self.table
 
     def prepare(self, layer: MoeLayer, call: Mapping[str, Any]) -> None:
@@ -334,10 +339,13 @@ class Session:
     def _settle(self, layer: MoeLayer, options: PlanOptions, stream: Any) -> BaseException | None:
         """Have the layer in the table; the error that ended a measurement early."""
         tokens = max(self._options.get("tokens") or [layer.tokens_per_chunk])
-        if self._is_here(layer) and knows(self.table, layer.spec, options, tokens):
+        machine = TuningTable.empty(layer.device, layer.options.get("num_threads", 0)).machine
+        self._refuse_other(machine)
+        self.table = self.tables.get(machine)
+        if knows(self.table, layer.spec, options, tokens):
             return None
         # A run that ended early by its limits is not repeated for every layer that is alike.
-        how = [options.get(name) for name in ("overlap_launches", "num_threads")]
+        how = [options.get(name) for name in ("overlap_launches", "num_threads", "weight_orders")]
         about = (layer.spec, layer.device, _path_in(options), tokens, *how)
         error = None
         if about not in self._tried:
@@ -345,6 +353,7 @@ class Session:
                 error = self._measure(layer, options, stream)
             else:
                 self._wait(layer, options, tokens)
+                self._refuse_other(machine)
         if error is None:
             self._tried.add(about)
         return error
@@ -358,9 +367,18 @@ class Session:
             self.save()
         return error
 
-    def _is_here(self, layer: MoeLayer) -> bool:
-        here = TuningTable.empty(layer.device, layer.options.get("num_threads", 0))
-        return self.table is not None and self.table.machine == here.machine
+    def _refuse_other(self, machine: TuningMachine) -> None:
+        """Ranks have nothing but the file, which holds one machine's measurements."""
+        if self._ranks > 1 and self._machine not in (None, machine):
+            raise ValueError(
+                f"cache is {self._cache}, which holds for {self._machine}; this layer runs on "
+                f"{machine}: with several ranks tune layers of another machine in a context with a "
+                "file of its own"
+            )
+
+    def _take_file(self, table: TuningTable) -> None:
+        self._machine = table.machine
+        self.table = self.tables[table.machine] = table
 
     def _wait(self, layer: MoeLayer, options: PlanOptions, tokens: int) -> None:
         assert self._cache is not None
@@ -378,7 +396,7 @@ class Session:
                 new = bool(found.ranges) and found != self._taken.get(found.key, old)
                 if new or _reaches(found, tokens):
                     self._taken[found.key] = found
-                    self.table = TuningTable.load(self._cache)
+                    self._take_file(TuningTable.load(self._cache))
                     return
                 last = found.ranges[-1].last if found.ranges else 0
                 why = f"{self._cache} has it up to {last} tokens, wanted {tokens}"
@@ -390,27 +408,27 @@ class Session:
                 )
 
     def _add(self, found: TuningTable) -> None:
-        self._dirty = True
-        if self.table is not None and self.table.machine == found.machine:
-            self.table = self.table.merge(found)
-            return
-        if self.table is not None:
-            self._writes = False
+        machine = found.machine
+        known = self.tables.get(machine)
+        self.table = self.tables[machine] = found if known is None else known.merge(found)
+        self._machine = self._machine or machine
+        if machine == self._machine:
+            self._dirty = True
+        elif self._cache is not None and known is None:
             _LOG.warning(
-                "hopyard.autotune: the table so far (cache=%s) holds for %s, this is %s: it is "
-                "neither used nor written",
+                "hopyard.autotune: cache=%s holds for %s; what is measured on %s stays in this "
+                "process",
                 self._cache,
-                self.table.machine,
-                found.machine,
+                self._machine,
+                machine,
             )
-        self.table = found
 
     def save(self) -> None:
         """Merge what was measured into the file; where that fails the process keeps it."""
-        if not (self._writes and self._dirty and self.table is not None and self._cache):
+        if not (self._writes and self._dirty and self._machine and self._cache):
             return
         try:
-            self.table.save(self._cache)
+            self.tables[self._machine].save(self._cache)
             self._dirty = False
         except (ValueError, TimeoutError, OSError) as error:  # the next layer tries again
             if not self._warned:
@@ -436,8 +454,9 @@ def autotune(
 
     Args:
         cache: file of a `TuningTable`, loaded first, written after every layer; what it has, up to
-            the largest of `tokens`, is not measured again. One of another machine is left alone,
-            and one that cannot be written leaves the measurements to this process; both warn.
+            the largest of `tokens`, is not measured again. It is of one machine, the first layer's
+            where it is new: what is measured on others, or cannot be written, stays in this
+            process, with a warning.
         tokens: numbers of tokens to measure at; `token_buckets(max_tokens)` of the layer without.
         rank: of this process; others than 0 never measure, and wait for what rank 0 writes.
         world_size: number of ranks, which share `cache`.
@@ -445,7 +464,8 @@ def autotune(
         **options: see `TuneOptions`.
 
     Raises:
-        ValueError: ranks without a file, or a file that is no table.
+        ValueError: ranks without a file, or with layers on another machine than the file's; a file
+            that is no table.
     """
     if tokens is not None:
         options["tokens"] = list(tokens)
@@ -455,6 +475,6 @@ def autotune(
         yield session
     finally:
         before_calls.remove(session.prepare)
-        if session.table is not None:
-            use_tuning(session.table)
+        for table in session.tables.values():
+            use_tuning(table)
         session.save()

@@ -22,7 +22,7 @@ from hopyard.arrays import (
 from hopyard.calls import CallOptions, Form, converted, fault_of, form_of, option_value
 from hopyard.devices import CPU, Device, device_name, parse_device, stream_of
 from hopyard.spec import MoeSpec, spec_to_map
-from hopyard.weights import Weights
+from hopyard.weights import WeightOrders, Weights
 from hopyard.workspace import Workspaces
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class PlanOptions(TypedDict, total=False):
             measurements; a layer runs calls of every kind.
         unfinalised: calls get the rows instead of the output.
         records_replay: calls record the selected ids.
+        weight_orders: `Weights.orders` of the weights to come, for measurements, too; a layer's own
+            without.
         tuning: a table to look into before those that `hopyard.use_tuning` has given.
         untuned: choose kernels without any measurements.
     """
@@ -57,6 +59,7 @@ class PlanOptions(TypedDict, total=False):
     given_ids: bool
     unfinalised: bool
     records_replay: bool
+    weight_orders: WeightOrders
     tuning: TuningTable | None
     untuned: bool
 
@@ -65,7 +68,8 @@ def options_to_map(options: PlanOptions) -> dict[str, Any]:
     """Options as the extension reads them."""
     fields: dict[str, Any] = dict(options)
     tuning = fields.get("tuning")
-    return {**fields, "tuning": getattr(tuning, "_handle", tuning)}
+    orders = fields.get("weight_orders", WeightOrders())
+    return {**fields, "tuning": getattr(tuning, "_handle", tuning), "weight_orders": vars(orders)}
 
 
 def make_plan(spec: MoeSpec, device: int, options: PlanOptions) -> Any:
@@ -183,7 +187,11 @@ class MoeLayer:
     ) -> None:
         self._spec = spec
         self._weights = weights
-        self._options: PlanOptions = {**options, "max_tokens": max_tokens}
+        self._options: PlanOptions = {
+            "weight_orders": weights.orders,
+            **options,
+            "max_tokens": max_tokens,
+        }
         self._device = parse_device(weights.device if device is None else device, weights._device)
         self._plan = self.new_plan()
         self._require_fit(weights)

@@ -26,6 +26,7 @@ from hopyard.spec import (
     WeightFormat,
     spec_to_map,
 )
+from hopyard.weights import WeightOrders
 
 Path: TypeAlias = str | os.PathLike[str]
 
@@ -87,6 +88,7 @@ class TuningKey:
     router_weight_on_input: bool
     overlap_launches: bool
     path: CallPath
+    weight_orders: WeightOrders
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def _key_of(fields: Mapping[str, Any]) -> TuningKey:
     parts["routing"] = RoutingRule(**parts["routing"])
     parts["shared"] = SharedExperts(**parts["shared"])
     parts["path"] = CallPath(**parts["path"])
+    parts["weight_orders"] = WeightOrders(**parts["weight_orders"])
     return TuningKey(**parts)
 
 

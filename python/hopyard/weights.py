@@ -17,6 +17,7 @@ RowOrder: TypeAlias = Literal["up_gate", "gate_up", "interleaved_gate_up", "inte
 RowMap: TypeAlias = Literal["natural", "shuffled128", "shuffled64"]
 MajorOrder: TypeAlias = Literal["k", "mn", "block_k"]
 ScaleLayout: TypeAlias = Literal["linear", "swizzled128x4"]
+ReadOrder: TypeAlias = Literal["k_major", "mn_major", "mn_major_interleaved"]
 WeightPart: TypeAlias = Literal["gate", "up", "gemm1", "gemm2"]
 
 
@@ -164,6 +165,24 @@ class _Collector:
         return fields
 
 
+@dataclass(frozen=True)
+class WeightOrders:
+    """What of the matrices' layouts has GPU kernels of its own.
+
+    Attributes:
+        gemm1: "mn_major_interleaved" with gate and up in alternate columns; K blocks and shuffled
+            rows are "k_major".
+        gemm2: of the local experts, too.
+        shared_gemm1: of the shared experts; "k_major" where there are none.
+        shared_gemm2: of these, too.
+    """
+
+    gemm1: ReadOrder = "k_major"
+    gemm2: ReadOrder = "k_major"
+    shared_gemm1: ReadOrder = "k_major"
+    shared_gemm2: ReadOrder = "k_major"
+
+
 class Weights:
     """Weights of one layer: views of the caller's arrays, which are kept alive.
 
@@ -242,6 +261,12 @@ class Weights:
             return self
         handle = lib.copy_weights(self._handle, index)
         return Weights._from_handle(self._spec, handle, uses_torch=self._uses_torch)
+
+    @property
+    def orders(self) -> WeightOrders:
+        """What of their layouts measurements of kernels hold for."""
+        found = lib.weight_orders(self._handle)
+        return WeightOrders(**{str(name): str(order) for name, order in found.items()})  # type: ignore[arg-type]
 
     @property
     def bytes_per_expert(self) -> int:

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string_view>
 #include <utility>
 
 #include <CLI/CLI.hpp>
@@ -15,6 +16,7 @@
 #include "cli/device_option.h"
 #include "cli/layer_source.h"
 #include "cli/machine.h"
+#include "cli/recorded.h"
 #include "cli/session.h"
 #include "cli/timing.h"
 #include "cli/tokens.h"
@@ -42,6 +44,7 @@ struct BenchOptions {
   std::vector<int64_t> tokens = {1, 8, 64, 512};
   std::vector<std::string> weights;
   std::vector<std::string> skews = {"uniform"};
+  std::string recorded;
   double seconds = 2.0;
   bool tuned_vs_untuned = false;
   int threads = 0;
@@ -51,11 +54,13 @@ struct BenchOptions {
 struct InputSet {
   Tokens tokens;
   std::vector<float> logits;
+  std::vector<int32_t> recorded;  // experts of real tokens, to be forced; else empty
 };
 
 struct Point {
   int64_t tokens = 0;
   Skew skew = Skew::kUniform;
+  std::string_view routing;  // its name, or that experts were recorded
   std::vector<double> seconds;
   std::vector<double> untuned_seconds;  // --tuned-vs-untuned: of calls in turns with the others
   std::vector<double> gbps;
@@ -109,8 +114,8 @@ class RotatingWeights {
   std::vector<WeightsDesc> weights_;
 };
 
-std::vector<InputSet> MakeInputSets(int64_t tokens, Skew skew, const LoadedLayer& layer,
-                                    uint64_t seed) {
+std::vector<InputSet> MakeInputSets(int64_t tokens, Skew skew, const Recorded& recorded,
+                                    const LoadedLayer& layer, uint64_t seed) {
   const int64_t count =
       std::clamp<int64_t>(kInputSetTokens / std::max<int64_t>(tokens, 1), 2, kMaxInputSets);
   std::vector<InputSet> sets;
@@ -120,6 +125,7 @@ std::vector<InputSet> MakeInputSets(int64_t tokens, Skew skew, const LoadedLayer
         RandomTokens(tokens, layer.spec.hidden_size, seed + static_cast<uint64_t>(i) * 7919);
     set.logits = skew == Skew::kRouter ? RouterLogits(set.tokens, layer)
                                        : SkewedLogits(skew, tokens, layer.spec, seed, i * tokens);
+    set.recorded = recorded.Ids(i * tokens, tokens);
     sets.push_back(std::move(set));
   }
   return sets;
@@ -133,12 +139,12 @@ int64_t TouchedBytes(Session& session, const MoeInputs& inputs) {
 }
 
 // `untuned`: a plan to take turns with the session's; null: none.
-void TimePoint(const BenchOptions& options, Session& session, const RotatingWeights& rotating,
-               const Plan* untuned, Point* point) {
+void TimePoint(const BenchOptions& options, const Recorded& recorded, Session& session,
+               const RotatingWeights& rotating, const Plan* untuned, Point* point) {
   const std::vector<InputSet> sets =
-      MakeInputSets(point->tokens, point->skew, session.layer(), options.layer.seed);
+      MakeInputSets(point->tokens, point->skew, recorded, session.layer(), options.layer.seed);
   const auto inputs_of = [&](const InputSet& set) {
-    return MakeInputs(session.layer(), set.tokens, set.logits, {});
+    return MakeInputs(session.layer(), set.tokens, set.logits, set.recorded);
   };
   session.Calibrate(inputs_of(sets.front()));
   std::vector<int64_t> bytes;
@@ -208,7 +214,7 @@ void PrintPoint(const Point& point, const Session& session, const Ceilings& ceil
                {"weights", ToString(session.spec().weights)},
                {"activations", ToString(session.spec().activations)},
                {"tokens", point.tokens},
-               {"routing", ToString(point.skew)},
+               {"routing", point.routing},
                {"calls", point.seconds.size()},
                {"median_us", median * 1e6},
                {"p10_us", Quantile(point.seconds, 0.1) * 1e6},
@@ -256,14 +262,16 @@ void BenchFormat(const BenchOptions& options, const LayerRequest& request,
     untuned = MakePlan(plan.spec, device, plan_options);
   }
   const RotatingWeights rotating(session);
+  const Recorded recorded(options.recorded, plan.spec);
   const auto read = [&ceilings] { return ceilings.read ? ceilings.read->Measure() : 0.0; };
   for (const Skew skew : skews) {
     for (const int64_t tokens : options.tokens) {
       Point point;
       point.tokens = tokens;
       point.skew = skew;
+      point.routing = recorded.empty() ? ToString(skew) : "recorded";
       point.read_before = read();
-      TimePoint(options, session, rotating, untuned ? &*untuned : nullptr, &point);
+      TimePoint(options, recorded, session, rotating, untuned ? &*untuned : nullptr, &point);
       point.read_after = read();
       PrintPoint(point, session, ceilings, plan.name);
     }
@@ -284,13 +292,14 @@ void Run(const BenchOptions& options) {
     skews.push_back(ParseSkew(skew));
   }
   LimitThreads(options.threads);
-  // All formats are resolved before the first is measured: a typing error shows at once.
+  // All formats are resolved, and files read, before the first is measured: a typing error shows at
+  // once.
   std::vector<LayerRequest> requests;
   const std::vector<std::string> published = {options.layer.weights};
   for (const std::string& weights : options.weights.empty() ? published : options.weights) {
     requests.push_back(options.layer);
     requests.back().weights = weights;
-    (void)ResolveLayer(requests.back());
+    (void)Recorded(options.recorded, ResolveLayer(requests.back()).spec);
   }
   const int threads = MaxThreads();
   Ceilings ceilings;
@@ -317,9 +326,12 @@ void AddBenchCommand(CLI::App& app, CommandContext* context) {
       ->capture_default_str();
   command->add_option("--weights", options->weights, "Weight formats (default: as published)")
       ->delimiter(',');
-  command->add_option("--skew", options->skews, "Routing: balanced, uniform, zipf, hot or router")
-      ->delimiter(',')
-      ->capture_default_str();
+  CLI::Option* const skew =
+      command
+          ->add_option("--skew", options->skews, "Routing: balanced, uniform, zipf, hot or router")
+          ->delimiter(',')
+          ->capture_default_str();
+  AddRecordedOption(*command, &options->recorded, skew);
   command->add_option("--seconds", options->seconds, "Time spent on each point")
       ->capture_default_str();
   command->add_flag("--tuned-vs-untuned", options->tuned_vs_untuned,

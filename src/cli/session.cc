@@ -61,7 +61,10 @@ Session::Session(LoadedLayer layer, const PlanOptions& options, Device device)
     : layer_(std::move(layer)) {
   const bool on_host = device.kind == DeviceKind::kCpu;
   const int64_t max_tokens = options.max_tokens;
-  plan_ = MakePlan(layer_.spec, device, options);
+  PlanOptions of_layer = options;
+  // Those of a copy on a GPU are K-major, whatever the host's are.
+  of_layer.weight_orders = on_host ? OrdersOf(layer_.spec, layer_.weights) : WeightOrders{};
+  plan_ = MakePlan(layer_.spec, device, of_layer);
   if (NeedsStaticScales(layer_.spec.activations)) {
     scales_ = std::make_shared<StaticScales>();
     device_scales_ = DeviceMemory(device, sizeof(StaticScales));

@@ -17,6 +17,7 @@
 #include "cli/commands.h"
 #include "cli/device_option.h"
 #include "cli/layer_source.h"
+#include "cli/recorded.h"
 #include "cli/session.h"
 #include "cli/tokens.h"
 #include "cli/tune_files.h"
@@ -103,12 +104,8 @@ TuningTable Measure(const Options& options, const LayerPlan& plan, std::vector<T
   TuneOptions tune = options.tune;
   tune.tokens = options.tokens;
   tune.seed = options.layer.seed;
-  std::vector<int32_t> recorded;
-  if (!options.recorded.empty()) {
-    recorded = ReadReplay(options.recorded, -1, plan.spec);
-    const auto rows = static_cast<int64_t>(recorded.size()) / plan.spec.top_k;
-    tune.recorded = TensorView::Contiguous(recorded.data(), DType::kInt32, {rows, plan.spec.top_k});
-  }
+  const Recorded recorded(options.recorded, plan.spec);
+  tune.recorded = recorded.View();
   const InterruptGuard guard;
   StatusLine line;
   tune.progress = [&](const TuneProgress& progress) {
@@ -167,13 +164,13 @@ void AddOptions(CLI::App& command, Options* options) {
   command.add_option("--max-tokens", options->max_tokens, "Largest number of tokens")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command
-      .add_option("--routing", options->tune.routings,
-                  "Routings that calls rotate over: uniform, zipf, balanced, hot")
-      ->delimiter(',')
-      ->capture_default_str();
-  command.add_option("--recorded", options->recorded,
-                     "Replay of real tokens to route by, as run --output writes it");
+  CLI::Option* const routing =
+      command
+          .add_option("--routing", options->tune.routings,
+                      "Routings that calls rotate over: uniform, zipf, balanced, hot")
+          ->delimiter(',')
+          ->capture_default_str();
+  AddRecordedOption(command, &options->recorded, routing);
   command.add_option("--seconds", options->tune.max_seconds, "Time limit")->capture_default_str();
   command.add_option("--margin", options->tune.margin, "A winner is faster by this share")
       ->capture_default_str();

@@ -61,6 +61,13 @@ WeightsRef MakeWeightsFn(const Dict& spec, const Dict& desc) {
 }
 
 // A copy on another device.
+Dict WeightOrdersFn(const WeightsRef& weights) {
+  return Guarded([&] {
+    const Weights& of = weights->weights;
+    return DictOf(OrdersOf(of.spec(), of.desc()));
+  });
+}
+
 WeightsRef CopyWeightsFn(const WeightsRef& weights, int device) {
   return Guarded([&] {
     const Weights& from = weights->weights;
@@ -281,6 +288,7 @@ Dict CheckpointLayerFn(const CheckpointRef& checkpoint, int index, const ffi::St
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_plan, MakePlanFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, ExplainFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_weights, MakeWeightsFn);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(weight_orders, WeightOrdersFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy_weights, CopyWeightsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(update_weights, UpdateWeightsFn);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_form, LayerFormFn);

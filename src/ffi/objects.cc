@@ -61,6 +61,11 @@ constexpr Named<MajorOrder> kMajors[] = {
     {"mn", MajorOrder::kMnMajor},
     {"block_k", MajorOrder::kBlockKMajor},
 };
+constexpr Named<ReadOrder> kReadOrders[] = {
+    {"k_major", ReadOrder::kKMajor},
+    {"mn_major", ReadOrder::kMnMajor},
+    {"mn_major_interleaved", ReadOrder::kMnMajorInterleaved},
+};
 constexpr Named<ScaleLayout> kScaleLayouts[] = {
     {"linear", ScaleLayout::kLinear},
     {"swizzled128x4", ScaleLayout::kSwizzled128x4},
@@ -297,6 +302,24 @@ Dict ToDict(const MoeSpec& spec) {
               {"router_weight_on_input", spec.router_weight_on_input}};
 }
 
+namespace {
+
+WeightOrders WeightOrdersOf(const Fields& fields) {
+  const auto order = [&](const char* matrix) {
+    return Parse(kReadOrders, fields.Text(matrix, "k_major"), matrix);
+  };
+  return {order("gemm1"), order("gemm2"), order("shared_gemm1"), order("shared_gemm2")};
+}
+
+}  // namespace
+
+Dict DictOf(const WeightOrders& orders) {
+  return Dict{{"gemm1", NameOf(kReadOrders, orders.gemm1)},
+              {"gemm2", NameOf(kReadOrders, orders.gemm2)},
+              {"shared_gemm1", NameOf(kReadOrders, orders.shared_gemm1)},
+              {"shared_gemm2", NameOf(kReadOrders, orders.shared_gemm2)}};
+}
+
 PlanOptions PlanOptionsOf(const Fields& fields) {
   PlanOptions options;
   options.max_tokens = fields.Get<int64_t>("max_tokens", 0);
@@ -308,6 +331,7 @@ PlanOptions PlanOptionsOf(const Fields& fields) {
   options.path.ids = fields.Get<bool>("given_ids", false);
   options.path.unfinalised = fields.Get<bool>("unfinalised", false);
   options.path.replay = fields.Get<bool>("records_replay", false);
+  options.weight_orders = WeightOrdersOf(fields.Nested("weight_orders"));
   options.untuned = fields.Get<bool>("untuned", false);
   const auto tuning = fields.Get<ffi::Optional<TuningTableRef>>("tuning", std::nullopt);
   if (tuning) {

@@ -91,6 +91,7 @@ class CheckpointRef : public tvm::ffi::ObjectRef {
 [[nodiscard]] MoeSpec SpecOf(const Fields& fields);
 [[nodiscard]] Dict ToDict(const MoeSpec& spec);
 [[nodiscard]] PlanOptions PlanOptionsOf(const Fields& fields);
+[[nodiscard]] Dict DictOf(const WeightOrders& orders);
 [[nodiscard]] Format FormatOf(const std::string& name);
 [[nodiscard]] ScaleLayout ScaleLayoutOf(const std::string& name);
 // Views of the caller's tensors, which desc.owner keeps alive.

@@ -29,6 +29,11 @@ TuningKey KeyOf(const MoeSpec& spec, const PlanOptions& options) {
   key.router_weight_on_input = spec.router_weight_on_input;
   key.overlap_launches = options.overlap_launches;
   key.path = options.path;
+  key.weight_orders = options.weight_orders;
+  if (spec.shared.count == 0) {
+    key.weight_orders.shared_gemm1 = ReadOrder::kKMajor;
+    key.weight_orders.shared_gemm2 = ReadOrder::kKMajor;
+  }
   return key;
 }
 

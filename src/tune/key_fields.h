@@ -34,6 +34,10 @@ void VisitFields(Key& key, Visit&& visit) {
   visit("path.ids", key.path.ids);
   visit("path.unfinalised", key.path.unfinalised);
   visit("path.replay", key.path.replay);
+  visit("weight_orders.gemm1", key.weight_orders.gemm1);
+  visit("weight_orders.gemm2", key.weight_orders.gemm2);
+  visit("weight_orders.shared_gemm1", key.weight_orders.shared_gemm1);
+  visit("weight_orders.shared_gemm2", key.weight_orders.shared_gemm2);
 }
 
 }  // namespace hopyard::tune

@@ -26,11 +26,15 @@ auto MembersOf(const CallPath& path) {
   const auto& [ids, unfinalised, replay] = path;
   return std::tie(ids, unfinalised, replay);
 }
+auto MembersOf(const WeightOrders& orders) {
+  const auto& [gemm1, gemm2, shared_gemm1, shared_gemm2] = orders;
+  return std::tie(gemm1, gemm2, shared_gemm1, shared_gemm2);
+}
 auto MembersOf(const TuningKey& key) {
   const auto& [hidden, intermediate, experts, local_experts, local, top_k, routing, activation,
-               weights, activations, shared, on_input, overlap, path] = key;
+               weights, activations, shared, on_input, overlap, path, orders] = key;
   return std::tie(hidden, intermediate, experts, local_experts, local, top_k, routing, activation,
-                  weights, activations, shared, on_input, overlap, path);
+                  weights, activations, shared, on_input, overlap, path, orders);
 }
 
 using Addresses = std::multiset<const void*>;
@@ -157,6 +161,8 @@ TEST(KeyOf, TakesWhatChangesKernelsOrTheirTimes) {
   PlanOptions options;
   options.overlap_launches = true;
   options.path = {true, false, true};
+  options.weight_orders.gemm1 = ReadOrder::kMnMajorInterleaved;
+  options.weight_orders.shared_gemm2 = ReadOrder::kMnMajor;
   const TuningKey key = KeyOf(ASpec(), options);
   EXPECT_EQ(ToString(key),
             "hidden_size=64 intermediate_size=32 num_experts=16 local_experts=4 local=range "
@@ -165,7 +171,9 @@ TEST(KeyOf, TakesWhatChangesKernelsOrTheirTimes) {
             "routing.top_groups=2 routing.scaling_factor=2.5 activation=geglu weights=mxfp4 "
             "activations=mxfp8 shared.count=1 shared.per_token_weight=true shared.weight=0.5 "
             "shared.weights=bf16 router_weight_on_input=true overlap_launches=true path.ids=true "
-            "path.unfinalised=false path.replay=true");
+            "path.unfinalised=false path.replay=true weight_orders.gemm1=mn_major_interleaved "
+            "weight_orders.gemm2=k_major weight_orders.shared_gemm1=k_major "
+            "weight_orders.shared_gemm2=mn_major");
 }
 
 TEST(KeyOf, RanksShareAKey) {
@@ -181,9 +189,13 @@ TEST(TuningKey, WithoutSharedExpertsTheirFieldsMeanNothing) {
   MoeSpec spec;
   MoeSpec other;
   other.shared = {0, true, 0.5F, WeightFormat::kMxFp4};
-  EXPECT_EQ(KeyOf(spec, {}), KeyOf(other, {}));
+  PlanOptions options;
+  options.weight_orders.shared_gemm1 = ReadOrder::kMnMajor;
+  options.weight_orders.shared_gemm2 = ReadOrder::kMnMajor;
+  EXPECT_EQ(KeyOf(spec, {}), KeyOf(other, options));
   other.shared.count = 1;
   EXPECT_FALSE(KeyOf(spec, {}) == KeyOf(other, {}));
+  EXPECT_FALSE(KeyOf(other, {}) == KeyOf(other, options));
 }
 
 }  // namespace

@@ -30,8 +30,9 @@ class Bench {
   virtual void Prepare(const std::string& tactic) = 0;
   // Microseconds of a call with routing of this kind, the mean over the calls of one round.
   virtual double Run(const std::string& tactic, int kind) = 0;
-  // What tells the tactic's output from that of `reference`; empty: nothing does.
-  virtual std::string Check(const std::string& tactic, const std::string& reference) = 0;
+  // What tells the tactic's output from that of `reference` with routing of this kind; empty:
+  // nothing does.
+  virtual std::string Check(const std::string& tactic, const std::string& reference, int kind) = 0;
 };
 
 class Lab {

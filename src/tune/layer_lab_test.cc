@@ -144,11 +144,46 @@ TEST(LayerLab, OneKernelsOutputIsTheOthers) {
   const std::unique_ptr<Bench> bench = lab.Open(4);
   for (const std::string& kernel : kernels.gemm1) {
     bench->Prepare(kernel);
-    EXPECT_EQ(bench->Check(kernel, kernels.untuned), "") << kernel;
+    EXPECT_EQ(bench->Check(kernel, kernels.untuned, 0), "") << kernel;
   }
   const test::Caught caught = test::CatchError([&] { bench->Prepare("cpu_abacus_bf16"); });
   EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
   EXPECT_TRUE(lab.Recover());
+}
+
+// The expert of `ids` that is none of `others`.
+int32_t ExpertOnlyIn(const std::vector<int32_t>& ids, const std::vector<int32_t>& others) {
+  const auto found = std::find_if(ids.begin(), ids.end(), [&](int32_t id) {
+    return std::find(others.begin(), others.end(), id) == others.end();
+  });
+  EXPECT_NE(found, ids.end());
+  return found == ids.end() ? 0 : *found;
+}
+
+// An expert that one kind of routing alone reads computes something else than it did for the
+// reference, as with a kernel that is wrong for it.
+TEST(LayerLab, OutputsAreComparedWithEachRouting) {
+  test::WeightSource source;
+  source.spec = test::MiniSpec();
+  const test::LayerWeights storage(source);
+  PlanOptions options = PlanFor(4);
+  options.path.ids = true;
+  TuneOptions tune = QuickOptions();
+  tune.routings = {"hot", "uniform"};
+  LayerTask task = MakeTask(MakePlan(source.spec, Device{}, options), storage.Make(), tune, {});
+  const int32_t expert =
+      ExpertOnlyIn(task.workload.Make(1, 0, 4).ids, task.workload.Make(0, 0, 4).ids);
+  LayerLab lab(std::move(task));
+  const std::string kernel = lab.KernelsAt(4).untuned;
+  const std::unique_ptr<Bench> bench = lab.Open(4);
+  bench->Prepare(kernel);
+  for (const int kind : {0, 1}) {
+    EXPECT_EQ(bench->Check(kernel, kernel, kind), "");
+  }
+  const TensorView& values = storage.desc().routed.gemm2.values;
+  std::fill_n(values.as<uint16_t>() + expert * values.strides[0], values.strides[0], uint16_t{0});
+  EXPECT_EQ(bench->Check(kernel, kernel, 0), "");
+  EXPECT_THAT(bench->Check(kernel, kernel, 1), HasSubstr("uniform: row "));
 }
 
 test::Caught Refused(const TuneOptions& options) {

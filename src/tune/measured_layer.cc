@@ -203,12 +203,15 @@ double MeasuredLayer::Run(const std::string& tactic, int kind) {
   return tactics_.at(tactic).kinds[static_cast<size_t>(kind)]->Run();
 }
 
-std::string MeasuredLayer::Check(const std::string& tactic, const std::string& reference) {
-  if (reference_rows_.empty()) {
-    reference_rows_ = RowsOf(tactics_.at(reference).plan);
+std::string MeasuredLayer::Check(const std::string& tactic, const std::string& reference,
+                                 int kind) {
+  if (reference_rows_.count(kind) == 0) {
+    reference_rows_[kind] = RowsOf(tactics_.at(reference).plan, kind);
   }
-  return DescribeDifference(RowsOf(tactics_.at(tactic).plan), reference_rows_,
-                            task_.spec.hidden_size, RowBound(task_.spec.activations));
+  const std::string difference =
+      DescribeDifference(RowsOf(tactics_.at(tactic).plan, kind), reference_rows_[kind],
+                         task_.spec.hidden_size, RowBound(task_.spec.activations));
+  return difference.empty() ? difference : task_.workload.name(kind) + ": " + difference;
 }
 
 // BF16 of these bits is no number: what a kernel leaves out shows.
@@ -221,12 +224,12 @@ void MeasuredLayer::Poison(const TensorView& tensor) const {
   }
 }
 
-std::vector<uint16_t> MeasuredLayer::RowsOf(const Plan& plan) {
+std::vector<uint16_t> MeasuredLayer::RowsOf(const Plan& plan, int kind) {
   const int64_t hidden = task_.spec.hidden_size;
   const bool finalised = outputs_.output.defined();
   const TensorView& values = finalised ? outputs_.output : outputs_.rows;
   Poison(values);
-  CallOf(plan, inputs_.front().front())(task_.stream.handle);
+  CallOf(plan, inputs_[static_cast<size_t>(kind)].front())(task_.stream.handle);
   Synchronize(task_.device, task_.stream);
   std::vector<int32_t> rows(static_cast<size_t>(values.shape[0]));
   std::iota(rows.begin(), rows.end(), 0);

@@ -40,7 +40,7 @@ class MeasuredLayer : public Bench {
 
   void Prepare(const std::string& tactic) override;
   double Run(const std::string& tactic, int kind) override;
-  std::string Check(const std::string& tactic, const std::string& reference) override;
+  std::string Check(const std::string& tactic, const std::string& reference, int kind) override;
 
  private:
   struct Tactic {
@@ -58,9 +58,9 @@ class MeasuredLayer : public Bench {
   void MakeInputs();
   void MakeOutputs();
   [[nodiscard]] device::Call CallOf(const Plan& plan, const MoeInputs& inputs) const;
-  // The output of the first call, rows in the order of tokens, or of slots where it is not
-  // finalised; of a large output every n-th.
-  [[nodiscard]] std::vector<uint16_t> RowsOf(const Plan& plan);
+  // The output of the first call with this kind of routing, rows in the order of tokens, or of
+  // slots where it is not finalised; of a large output every n-th.
+  [[nodiscard]] std::vector<uint16_t> RowsOf(const Plan& plan, int kind);
   void Poison(const TensorView& tensor) const;
 
   const LayerTask& task_;
@@ -73,7 +73,7 @@ class MeasuredLayer : public Bench {
   DeviceMemory workspace_;
   DeviceMemory flush_;
   std::map<std::string, Tactic> tactics_;
-  std::vector<uint16_t> reference_rows_;
+  std::map<int, std::vector<uint16_t>> reference_rows_;  // by kind
 };
 
 }  // namespace hopyard::tune

@@ -124,7 +124,10 @@ bool Race::Enter(const std::string& tactic) {
            true, true);
       return false;
     }
-    const std::string wrong = bench_->Check(tactic, reference_);
+    std::string wrong;
+    for (int kind = 0; kind < lab_->kinds() && wrong.empty(); ++kind) {
+      wrong = bench_->Check(tactic, reference_, kind);
+    }
     if (!wrong.empty()) {
       Fail(tactic, wrong, true, true);
     }

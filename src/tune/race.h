@@ -77,8 +77,8 @@ class Race {
     std::vector<std::vector<double>> times;  // [kind][round]
   };
 
-  // Prepares a tactic, runs it once and looks at its output, where that has not been done; false
-  // where it failed.
+  // Prepares a tactic, runs it once and looks at its output with each kind of routing, where that
+  // has not been done; false where it failed.
   bool Enter(const std::string& tactic);
   void Fail(const std::string& tactic, const std::string& reason, bool everywhere, bool broke);
   void FailWithCurrentException(const std::string& tactic);

@@ -163,12 +163,19 @@ void ReadField(const FieldReader& fields, const char* name, Field* field) {
   }
 }
 
-TuningKey ReadKey(const Section& section) {
+// Files of version 1 do not tell how weights lie in memory: their layers are K-major.
+bool IsOfVersion1(std::string_view field) {
+  return !field.starts_with("weight_orders.");
+}
+
+TuningKey ReadKey(const Section& section, int64_t version) {
   TuningKey key;
   size_t count = 0;
   tune::VisitFields(key, [&](const char* name, auto& field) {
-    ReadField(section.fields, name, &field);
-    ++count;
+    if (version > 1 || IsOfVersion1(name)) {
+      ReadField(section.fields, name, &field);
+      ++count;
+    }
   });
   // A field that this library does not know may tell two layers apart.
   HOPYARD_CHECK(section.object->size() == count, kInvalidArgument)
@@ -193,9 +200,10 @@ TuningFault ReadFault(const FieldReader& fields) {
   return {fields.String("tactic"), fields.Int("tokens", {}), fields.String("reason")};
 }
 
-TunedLayer ReadLayer(const Section& section, const std::string& file, const std::string& where) {
+TunedLayer ReadLayer(const Section& section, int64_t version, const std::string& file,
+                     const std::string& where) {
   TunedLayer layer;
-  layer.key = ReadKey(section.Object("key"));
+  layer.key = ReadKey(section.Object("key"), version);
   layer.routing = section.fields.String("routing");
   for (const Section& range : Objects(section, file, where, "ranges")) {
     layer.ranges.push_back(ReadRange(range.fields));
@@ -206,7 +214,8 @@ TunedLayer ReadLayer(const Section& section, const std::string& file, const std:
   return layer;
 }
 
-void CheckFormat(const Section& root, const std::string& file) {
+// The file's version.
+int64_t CheckFormat(const Section& root, const std::string& file) {
   HOPYARD_CHECK(root.fields.String("format") == kFormatName, kInvalidArgument)
       << root.fields.Where("format") << " is no '" << kFormatName
       << "': name a file that Hopyard's "
@@ -215,6 +224,7 @@ void CheckFormat(const Section& root, const std::string& file) {
   HOPYARD_CHECK(version <= tune::kTableVersion, kInvalidArgument)
       << file << ": is a tuning table of version " << version << "; this library knows "
       << tune::kTableVersion << ": use the newer library that wrote it, or tune into another file";
+  return version;
 }
 
 }  // namespace
@@ -242,12 +252,12 @@ TuningTable ParseTable(std::string_view text, const std::string& file) {
   const json document = checkpoint::ParseJsonObject(text.data(), text.size(), file);
   const std::string name = checkpoint::Printable(file);
   const Section root = {&document, FieldReader(document, file)};
-  CheckFormat(root, name);
+  const int64_t version = CheckFormat(root, name);
   TuningTable table(ReadMachine(root.Object("machine")));
   size_t count = 0;
   for (const Section& section : Objects(root, name, "", "layers")) {
     const std::string where = fmt::format("layers[{}].", count++);
-    TunedLayer layer = ReadLayer(section, name, where);
+    TunedLayer layer = ReadLayer(section, version, name, where);
     HOPYARD_CHECK(table.Find(layer.key) == nullptr, kInvalidArgument)
         << name << ": field '" << where << "key' is that of another layer as well";
     try {

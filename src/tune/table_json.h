@@ -9,7 +9,7 @@
 
 namespace hopyard::tune {
 
-inline constexpr int kTableVersion = 1;
+inline constexpr int kTableVersion = 2;
 // Far above what all layers of all models take: 1 KB each for some hundreds of them.
 inline constexpr uint64_t kMaxTableBytes = 64U << 20;
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Text that is no table is refused, and says why.
 #include <fstream>
+#include <regex>
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "tune/tune_testing.h"
@@ -39,7 +41,7 @@ TEST(TableJson, IsReadable) {
   EXPECT_EQ(table.ToJson(),
             R"({
   "format": "hopyard tuning table",
-  "version": 1,
+  "version": 2,
   "machine": {"device": "A processor", "units": 8, "isa": "avx2", "library": "0.1.0"},
   "layers": [
     {
@@ -51,7 +53,9 @@ TEST(TableJson, IsReadable) {
             R"("activations": "bf16", "shared.count": 0, "shared.per_token_weight": false, )"
             R"("shared.weight": 1, "shared.weights": "bf16", "router_weight_on_input": false, )"
             R"("overlap_launches": false, "path.ids": false, "path.unfinalised": false, )"
-            R"("path.replay": false},
+            R"("path.replay": false, "weight_orders.gemm1": "k_major", )"
+            R"("weight_orders.gemm2": "k_major", "weight_orders.shared_gemm1": "k_major", )"
+            R"("weight_orders.shared_gemm2": "k_major"},
       "routing": "uniform,zipf",
       "ranges": [
         {"last": 16, "tokens": 8, "tactic": "tactic_a", "us": 12.5, "untuned": "tactic_b", )"
@@ -102,11 +106,32 @@ TEST(TableJson, TruncatedAnywhere) {
 
 TEST(TableJson, OfALaterFormat) {
   ExpectError(ErrorKind::kInvalidArgument,
-              {"version 2; this library knows 1", "use the newer library"}, [] {
+              {"version 3; this library knows 2", "use the newer library"}, [] {
                 // What it holds beside the version is not looked at.
                 std::ignore = TuningTable::FromJson(
-                    R"({"format": "hopyard tuning table", "version": 2, "other": []})");
+                    R"({"format": "hopyard tuning table", "version": 3, "other": []})");
               });
+}
+
+// They had no order of weights, and none but K-major was told apart.
+TEST(TableJson, OfTheFirstFormat) {
+  const std::string orders =
+      R"(, "weight_orders.gemm1": "k_major", "weight_orders.gemm2": "k_major", )"
+      R"("weight_orders.shared_gemm1": "k_major", "weight_orders.shared_gemm2": "k_major")";
+  TuningTable table(AMachine());
+  table.Put(ALayer(1));
+  const std::string second = table.ToJson();
+  const std::string first =
+      Replaced(Replaced(second, orders, ""), "\"version\": 2", "\"version\": 1");
+  EXPECT_EQ(TuningTable::FromJson(first), table);
+  // Each version has its own fields and no other.
+  for (const auto& [text, version] : {std::pair{first, "2"}, std::pair{second, "1"}}) {
+    ExpectError(
+        ErrorKind::kInvalidArgument, {"layers[0].key"}, [&, &text = text, &version = version] {
+          std::ignore = TuningTable::FromJson(std::regex_replace(
+              text, std::regex("\"version\": [12]"), std::string("\"version\": ") + version));
+        });
+  }
 }
 
 TEST(TableJson, OtherJson) {
@@ -121,12 +146,12 @@ TEST(TableJson, OtherJson) {
   ExpectError(ErrorKind::kInvalidArgument, {"an object is wanted"},
               [] { std::ignore = TuningTable::FromJson("[]"); });
   refused("hopyard tuning table", "something else", {"'format' is no 'hopyard tuning table'"});
-  refused("\"version\": 1", "\"version\": 0", {"'version' is 0"});
-  refused("\"version\": 1", "\"version\": \"1\"", {"'version' is \"1\" (string)"});
+  refused("\"version\": 2", "\"version\": 0", {"'version' is 0"});
+  refused("\"version\": 2", "\"version\": \"1\"", {"'version' is \"1\" (string)"});
   refused("\"layers\": [", "\"layers\": {}, \"more\": [", {"'layers' is missing or no array"});
   refused("\"units\": 8", "\"units\": 8.5", {"'machine.units' is 8.5"});
   refused("\"hidden_size\": 65, ", "", {"'layers[0].key.hidden_size' is missing"});
-  refused("\"hidden_size\": 65, ", "\"hidden_size\": 65, \"new\": 1, ", {"layers[0].key", "26"});
+  refused("\"hidden_size\": 65, ", "\"hidden_size\": 65, \"new\": 1, ", {"layers[0].key", "30"});
   refused("\"hidden_size\": 65", "\"hidden_size\": 66", {"layers[1].key", "another layer as well"});
   refused("\"top_k\": 0", "\"top_k\": 0, \"top_k\": 0", {"'top_k' twice"});
   refused("\"weights\": \"bf16\"", "\"weights\": \"bf17\"",

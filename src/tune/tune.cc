@@ -17,7 +17,9 @@ TuningTable Tune(const Plan& plan, const Weights& weights, const TuneOptions& op
     tokens = TokenBuckets(plan.tokens_per_chunk());
   }
   TunedLayer layer;
-  layer.key = KeyOf(plan.spec(), plan.options());
+  PlanOptions measured = plan.options();
+  measured.weight_orders = OrdersOf(weights.spec(), weights.desc());
+  layer.key = KeyOf(plan.spec(), measured);
   layer.routing = task.workload.ToString();
   tune::LayerLab lab(std::move(task));
   tune::TunerResult result = tune::Tuner(&lab, std::move(tokens), options).Run();

@@ -36,15 +36,6 @@ TuneOptions QuickOptions() {
   return options;
 }
 
-std::string ChosenBy(const Plan& plan) {
-  for (const Candidate& candidate : plan.Explain().candidates) {
-    if (candidate.chosen) {
-      return candidate.kernel;
-    }
-  }
-  return {};
-}
-
 TEST(Tune, GivesATableThatPlansUse) {
   const test::TestLayer layer(test::MiniSpec());
   const Plan plan = MakePlan(layer.spec(), Device{}, PlanFor(4));
@@ -62,7 +53,7 @@ TEST(Tune, GivesATableThatPlansUse) {
   const std::vector<std::string> kernels = test::RunnableKernels(layer.spec());
   for (const TunedRange& range : tuned.ranges) {
     EXPECT_NE(std::find(kernels.begin(), kernels.end(), range.tactic), kernels.end());
-    EXPECT_EQ(range.untuned, ChosenBy(plan));
+    EXPECT_EQ(range.untuned, plan.Explain().Chosen());
   }
   EXPECT_GE(GetTuningStats().measured, 1);
   EXPECT_NE(std::find(measured.begin(), measured.end(), tuned.ranges.front().tactic),
@@ -73,7 +64,55 @@ TEST(Tune, GivesATableThatPlansUse) {
   with.tuning = std::make_shared<TuningTable>(table);
   const Plan second = MakePlan(layer.spec(), Device{}, with);
   EXPECT_EQ(GetTuningStats().hits, 1);
-  EXPECT_EQ(ChosenBy(second), tuned.ranges.front().tactic) << second.Explain().ToString();
+  EXPECT_EQ(second.Explain().Chosen(), tuned.ranges.front().tactic) << second.Explain().ToString();
+}
+
+// What was measured with MN-major weights is found for such, and for no others.
+TEST(Tune, MnMajorWeightsAreALayerOfTheirOwn) {
+  test::WeightSource source;
+  source.spec = test::MiniSpec();
+  source.layout.major = MajorOrder::kMnMajor;
+  source.layout.order = RowOrder::kInterleavedGateUp;
+  const test::TestLayer layer(source);
+  const TuningTable table =
+      Tune(MakePlan(layer.spec(), Device{}, PlanFor(4)), layer.weights(), QuickOptions());
+  WeightOrders orders;
+  orders.gemm1 = ReadOrder::kMnMajorInterleaved;
+  orders.gemm2 = ReadOrder::kMnMajor;
+  EXPECT_EQ(table.layers().front().key.weight_orders, orders);
+  PlanOptions with = PlanFor(4);
+  with.tuning = std::make_shared<TuningTable>(table);
+  EXPECT_THAT(MakePlan(layer.spec(), Device{}, with).Explain().ToString(),
+              HasSubstr("no table has measurements of this layer"));
+  with.weight_orders = orders;
+  EXPECT_THAT(MakePlan(layer.spec(), Device{}, with).Explain().ToString(), HasSubstr("tuned: "));
+}
+
+// Everything but MN-major matrices has the K-major kernels.
+TEST(OrdersOf, AreThoseThatHaveKernels) {
+  test::WeightSource source;
+  source.spec = test::MiniSpec();
+  const auto orders = [&] { return OrdersOf(source.spec, test::LayerWeights(source).desc()); };
+  for (const test::WeightLayout& layout : test::KMajorLayouts(0)) {
+    if (layout.major == MajorOrder::kKMajor) {  // blocks of K need larger matrices
+      source.layout = layout;
+      EXPECT_EQ(orders(), WeightOrders()) << test::ToString(layout);
+    }
+  }
+  source.layout = {};
+  source.layout.major = MajorOrder::kMnMajor;
+  source.layout.order = RowOrder::kInterleavedUpGate;
+  EXPECT_EQ(orders().gemm1, ReadOrder::kMnMajorInterleaved);
+  EXPECT_EQ(orders().gemm2, ReadOrder::kMnMajor);
+  EXPECT_EQ(orders().shared_gemm1, ReadOrder::kKMajor);  // none
+  source.spec.shared.count = 1;
+  EXPECT_EQ(orders().shared_gemm1, ReadOrder::kMnMajorInterleaved);
+  EXPECT_EQ(orders().shared_gemm2, ReadOrder::kMnMajor);
+  source.layout.separate = true;  // each matrix has rows of its own
+  EXPECT_EQ(orders().gemm1, ReadOrder::kMnMajor);
+  source.layout.separate = false;
+  source.spec.activation.kind = ActivationKind::kRelu2;
+  EXPECT_EQ(orders().gemm1, ReadOrder::kMnMajor);
 }
 
 TEST(Tune, KeepsToTheKernelsThatMayRun) {

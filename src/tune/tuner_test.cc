@@ -182,6 +182,19 @@ TEST(Tuner, WrongValuesAreAFault) {
   EXPECT_EQ(tuned.faults.size(), 2U) << Shown(tuned);
 }
 
+// The default's output is not the candidate's with the last kind of routing alone.
+TEST(Tuner, WrongValuesWithOneRoutingAreAFault) {
+  FakeLab lab;
+  lab.num_kinds = 3;
+  lab.right_kinds = 2;
+  lab.time = TimesOf({{"a", 50}, {"b", 10}, {"x", 50}, {"y", 50}});
+  lab.wrong = {{"b", "hot: row 3 is NaN"}};
+  const TunerResult tuned = Tune(&lab, {1});
+  EXPECT_EQ(tuned.ranges.front().tactic, "a+x");
+  ASSERT_NE(FindFault(tuned, "b+x"), nullptr) << Shown(tuned);
+  EXPECT_EQ(FindFault(tuned, "b+x")->reason, "hot: row 3 is NaN");
+}
+
 // Less memory may do for other numbers of tokens.
 TEST(Tuner, OutOfMemoryHoldsForThatNumberOfTokensOnly) {
   FakeLab lab;

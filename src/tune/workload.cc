@@ -8,6 +8,7 @@
 
 #include "hopyard/routing.h"
 
+#include "core/cyclic_rows.h"
 #include "core/error.h"
 #include "core/parallel.h"
 #include "core/random_bits.h"
@@ -133,12 +134,7 @@ std::vector<int32_t> Workload::RecordedIds(int set, int64_t tokens) const {
   const auto rows = static_cast<int64_t>(recorded_.size()) / spec_.top_k;
   const auto begin = static_cast<int64_t>(
       StreamSeed(seed_, kRecordedRows, static_cast<uint64_t>(set)) % static_cast<uint64_t>(rows));
-  std::vector<int32_t> ids;
-  for (int64_t t = 0; t < tokens; ++t) {
-    const auto row = recorded_.begin() + (begin + t) % rows * spec_.top_k;
-    ids.insert(ids.end(), row, row + spec_.top_k);
-  }
-  return ids;
+  return CyclicRows(recorded_, spec_.top_k, begin, tokens);
 }
 
 void Workload::RouteOnHost(RoutedTokens* routed, int64_t tokens) const {

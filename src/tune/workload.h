@@ -25,6 +25,9 @@ class Workload {
   Workload(const MoeSpec& spec, const CallPath& path, const TuneOptions& options);
 
   [[nodiscard]] int kinds() const { return static_cast<int>(names_.size()); }
+  [[nodiscard]] const std::string& name(int kind) const {
+    return names_[static_cast<size_t>(kind)];
+  }
   // "uniform,zipf" or "recorded"
   [[nodiscard]] std::string ToString() const;
   [[nodiscard]] RoutingInput mode() const { return mode_; }

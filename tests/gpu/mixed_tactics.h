@@ -38,7 +38,7 @@ namespace hopyard::test {
       const std::string& other = others[(start + i) % others.size()].kernel;
       const std::string tactic = is_gemm1 ? kernel + '+' + other : other + '+' + kernel;
       if (TilesOf(kernel) != TilesOf(other) &&
-          sm90::FindBackend()->HasTactic(spec, options, tactic)) {
+          sm90::FindBackend()->HasTactic(spec, tactic)) {
         tactics.push_back(tactic);
         return;
       }

@@ -434,6 +434,23 @@ def test_bench_lines() -> None:
     assert one_token["gbps"] == pytest.approx(rate, rel=0.5)
 
 
+def test_bench_of_recorded_experts(tmp_path: Path) -> None:
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.tile(np.arange(8, dtype=np.int16), (3, 1)))  # the same experts for every token
+    args = ("bench", *SMALL, "--tokens", "1,5", "--weights", "bf16", "--seconds", 0.05)
+    lines = [json.loads(x) for x in hopyard(*args, "--recorded", ids).stdout.splitlines()]
+    assert [(p["routing"], p["tokens"]) for p in lines] == [("recorded", 1), ("recorded", 5)]
+    # Five tokens read the weights of as many experts as one.
+    for point in lines:
+        rate = 8 * 3 * HIDDEN * 768 * 2 / point["median_us"] * 1e-3
+        assert point["gbps"] == pytest.approx(rate, rel=0.1)
+    np.save(ids, np.zeros((0, 8), np.int16))
+    assert "ids.npy, which has no tokens; wanted one at least" in refusal(*args, "--recorded", ids)
+    np.save(ids, np.full((2, 8), 9999, np.int16))
+    assert "expert id 9999 at token 0" in refusal(*args, "--recorded", ids)
+    assert "--skew excludes --recorded" in refusal(*args, "--recorded", ids, "--skew", "hot")
+
+
 # ---- refusals
 
 

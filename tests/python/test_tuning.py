@@ -57,6 +57,10 @@ def key_fields(**changes):
         "path.ids": False,
         "path.unfinalised": False,
         "path.replay": False,
+        "weight_orders.gemm1": "k_major",
+        "weight_orders.gemm2": "k_major",
+        "weight_orders.shared_gemm1": "k_major",
+        "weight_orders.shared_gemm2": "k_major",
         **changes,
     }
 
@@ -122,6 +126,42 @@ def test_the_fields_of_a_key_are_those_of_the_file():
     assert list(written) == list(key_fields())
 
 
+def mn_major_layer():
+    """The usual layer with gate and up in alternate columns, MN-major."""
+    data = layers.arrays()
+    rows = np.stack([data.gate, data.up], 2).reshape(data.gemm1.shape)
+    gemm1 = hopyard.to_bf16(np.ascontiguousarray(rows.transpose(0, 2, 1)))
+    weights = data.weights(
+        layers.spec(),
+        gemm1=hopyard.Matrix(gemm1, major="mn"),
+        row_order="interleaved_gate_up",
+    )
+    layer = hopyard.MoeLayer(layers.spec(), weights, layers.TOKENS, num_threads=1)
+    return layer, data
+
+
+def test_mn_major_weights_are_a_layer_of_their_own():
+    layer, data = mn_major_layer()
+    orders = hopyard.WeightOrders(gemm1="mn_major_interleaved")
+    assert layer.weights.orders == layer.options["weight_orders"] == orders
+    usual = layers.make(num_threads=1)[0]
+    assert usual.options["weight_orders"] == hopyard.WeightOrders()
+    with hopyard.autotune(tokens=[1, 24], max_seconds=20) as session:
+        layer(data.bits, logits=data.logits)
+        runs = hopyard.tuning_stats().measured
+        assert runs > 0
+        again = mn_major_layer()[0]
+        again(data.bits, logits=data.logits)  # known by its own key
+        assert hopyard.tuning_stats().measured == runs
+        assert "tuned: " in again.explain().text
+        usual(data.bits, logits=data.logits)
+        assert hopyard.tuning_stats().measured > runs
+    assert {x.key.weight_orders for x in session.table.layers} == {orders, hopyard.WeightOrders()}
+    assert session.table.find(layers.spec(), weight_orders=orders).key.weight_orders == orders
+    with pytest.raises(ValueError, match="gemm1 is 'k', wanted one of k_major, mn_major"):
+        explained(weight_orders=hopyard.WeightOrders(gemm1="k"))
+
+
 def test_merge_and_find():
     merged = table(us=1.0).merge(table(us=2.0)).merge(table(us=3.0, top_k=1))
     assert len(merged) == 2
@@ -146,8 +186,8 @@ def test_files(tmp_path):
         table().save(tmp_path / "file" / "table.json")
     with pytest.raises(ValueError, match="No such file"):
         hopyard.TuningTable.load(tmp_path / "none.json")
-    (tmp_path / "later.json").write_text('{"format": "hopyard tuning table", "version": 2}')
-    with pytest.raises(ValueError, match="version 2; this library knows 1"):
+    (tmp_path / "later.json").write_text('{"format": "hopyard tuning table", "version": 3}')
+    with pytest.raises(ValueError, match="version 3; this library knows 2"):
         hopyard.use_tuning(tmp_path / "later.json")
 
 

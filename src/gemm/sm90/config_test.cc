@@ -102,6 +102,28 @@ TEST(Configs, EveryPairHasBothGemmsWithACommonTile) {
   }
 }
 
+// Whether the row runs a GEMM of a layer, exactly or, by name, rounding its operands.
+bool RunsSomeLayer(int index) {
+  for (const FormatPair& pair : SupportedPairs()) {
+    const LayerOperands exact = OperandsOf(pair.weights, pair.activations);
+    for (const LayerOperands& operands :
+         {exact, RoundedOperandsOf(pair.weights, pair.activations).value_or(exact)}) {
+      if (Runs(index, pair.weights, operands.x, true) ||
+          Runs(index, pair.weights, operands.x, false) ||
+          Runs(index, pair.weights, operands.h, false)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+TEST(Configs, NoRowIsWithoutALayer) {
+  for (int i = 0; i < NumKernels(); ++i) {
+    EXPECT_TRUE(RunsSomeLayer(i)) << KernelAt(i).name;
+  }
+}
+
 // Plans do not know the order of the weights that calls will bring.
 TEST(Configs, EveryBf16RowHasTwinsForMnMajorWeights) {
   std::set<int> twins;  // rows with clusters or parts of K have those of the row without

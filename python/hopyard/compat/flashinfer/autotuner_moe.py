@@ -160,7 +160,8 @@ def make_layer(
         table = _tables.of(weights.device)
         if table is not None:
             options = {**options, "tuning": table}
-        if knows(_tables.in_file(weights.device), spec, options):
+        orders = weights.orders
+        if knows(_tables.in_file(weights.device), spec, {**options, "weight_orders": orders}):
             _report_hit(operation, spec)
     return hopyard.MoeLayer(spec, weights, **options)
 
@@ -184,7 +185,7 @@ def tune_once(
     if not tuner.is_tuning_mode or operation.skipped:
         return
     tokens = operation.tokens()
-    about = (operation.name, spec, weights.device, path, tokens[-1])
+    about = (operation.name, spec, weights.device, weights.orders, path, tokens[-1])
     with tuner._lock:
         _tables.current()
         if about in _tables.settled:
@@ -217,7 +218,8 @@ class _Task:
     @property
     def options(self) -> PlanOptions:
         """Of a plan that takes every number of tokens."""
-        return {**options_of(self.path), "max_tokens": self.tokens[-1]}
+        orders = self.weights.orders
+        return {**options_of(self.path), "max_tokens": self.tokens[-1], "weight_orders": orders}
 
 
 def _settle(task: _Task) -> BaseException | None:
@@ -227,7 +229,8 @@ def _settle(task: _Task) -> BaseException | None:
     if group is None:
         return _measure(task)
     whole = replace(task.spec, local=hopyard.ExpertMap())  # ranks share their tables
-    identity = (NAMESPACE, task.operation.name, repr(whole), task.path, tuple(task.tokens), False)
+    stored = repr((whole, task.weights.orders))
+    identity = (NAMESPACE, task.operation.name, stored, task.path, tuple(task.tokens), False)
     if identity in group.settled:
         return None
     refuse_capture(task.device)
