@@ -57,7 +57,7 @@ class TrtllmMoERoutingMetadata:
 
 def _check_metadata(a: Arguments, tile_ns: Sequence[int]) -> None:
     checks.require(a.topk_ids, "topk_ids", f"an int32 array [num_tokens, {a.top_k}]")
-    checks.require_memory(a.topk_ids, "topk_ids", ValueError)
+    checks.require_memory(a.topk_ids, "topk_ids")
     shape = ops.shape_of(a.topk_ids)
     want(
         len(shape) == 2 and shape[1] == a.top_k,
@@ -151,7 +151,7 @@ def populate_trtllm_moe_routing_metadata_(
         ops.shape_of(topk_ids) == shape,
         f"topk_ids has shape {list(ops.shape_of(topk_ids))}, wanted {list(shape)} as allocated",
     )
-    checks.require_memory(topk_ids, "topk_ids", ValueError)
+    checks.require_memory(topk_ids, "topk_ids")
     ids = ops.to_numpy(topk_ids)
     if metadata.routing_input_mode is RoutingInputMode.PackedPrecomputed:
         bits = (ids & 0xFFFF).astype(np.uint16)
@@ -179,7 +179,7 @@ def _check_weights_of(weights: Array | None, ids: Array) -> None:
         ops.place_of(weights) == ops.place_of(ids),
         f"{name} must be where topk_ids are, {ops.place_of(ids)}; got {ops.place_of(weights)}",
     )
-    checks.require_memory(weights, name, ValueError)
+    checks.require_memory(weights, name)
 
 
 def _fill_slot(
@@ -214,7 +214,7 @@ def pack_topk_ids(ids: Array, weights: Array) -> Array:
         ValueError: shapes that differ, or ids that 16 bits cannot hold.
     """
     for name, array in (("ids", ids), ("weights", weights)):
-        checks.require_memory(array, name, ValueError)
+        checks.require_memory(array, name)
     want(
         ops.shape_of(ids) == ops.shape_of(weights),
         f"weights have shape {list(ops.shape_of(weights))}, wanted that of ids, "

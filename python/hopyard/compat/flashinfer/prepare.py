@@ -142,7 +142,7 @@ def _begin(
     }
     for argument, shape in wanted.items():
         array = getattr(a, argument)
-        checks.require_memory(array, f"{name}: {argument}", ValueError)
+        checks.require_memory(array, f"{name}: {argument}")
         if not ops.is_type(array, "bfloat16"):
             raise wrong_type(f"{name}: {argument} is {ops.type_of(array)}, wanted bfloat16")
         if ops.shape_of(array) != shape:
@@ -201,7 +201,7 @@ def prepare_trtllm_fp4_weights(a: Arguments) -> Prepared:
 def _check_hidden(hidden: Array, wrong_type: type[Exception] = ValueError) -> tuple[int, ...]:
     """Shape of BF16 hidden states [tokens, hidden]."""
     name, shape = "hidden_states_bf16", ops.shape_of(hidden)
-    checks.require_memory(hidden, name, ValueError)
+    checks.require_memory(hidden, name)
     if len(shape) != 2:
         raise ValueError(f"{name} has shape {list(shape)}, wanted [tokens, hidden]")
     if not ops.is_type(hidden, "bfloat16"):

@@ -49,7 +49,7 @@ def _scalar(value: Any, name: str) -> float:
 def _matrix(source: Array, name: str, block: int) -> Array:
     """The source as a host matrix [M, K]; leading dimensions are rows."""
     kinds = ("float32", "float16", "bfloat16")
-    checks.require_memory(source, name, ValueError)
+    checks.require_memory(source, name)
     if not ops.is_type(source, *kinds):
         raise ValueError(f"{name} has dtype {ops.type_of(source)}, wanted one of {list(kinds)}")
     shape = ops.shape_of(source)
@@ -196,7 +196,7 @@ def mxfp8_quantize(a: Arguments) -> tuple[Array, Array]:
 
 
 def _linear_scales(scales: Array, rows: int, cols: int, swizzled: bool) -> np.ndarray[Any, Any]:
-    checks.require_memory(scales, "the scale tensor", ValueError)
+    checks.require_memory(scales, "the scale tensor")
     flat = ops.to_numpy(scales).view(np.uint8).reshape(-1)
     least = layouts.swizzled_numel(rows, cols) if swizzled else rows * cols
     if flat.size < least:
@@ -232,7 +232,7 @@ def e2m1_and_ufp8sf_scale_to_float(a: Arguments) -> Array:
     """
     if a.ufp8_type not in (0, 1):
         raise ValueError(f"ufp8_type is {a.ufp8_type}, wanted 0 (e8m0) or 1 (e4m3)")
-    checks.require_memory(a.e2m1_tensor, "e2m1_tensor", ValueError)
+    checks.require_memory(a.e2m1_tensor, "e2m1_tensor")
     packed = ops.to_numpy(a.e2m1_tensor).view(np.uint8)
     rows, cols = packed.shape[0], packed.shape[1] * 2
     if cols % a.sf_vec_size:
@@ -257,7 +257,7 @@ def mxfp8_dequantize_host(
     input: Array, scale_tensor: Array, is_sf_swizzled_layout: bool = True
 ) -> Array:
     """Decode MXFP8 codes [M, K] to float32 in host memory."""
-    checks.require_memory(input, "input", ValueError)
+    checks.require_memory(input, "input")
     codes = ops.to_numpy(input).view(np.uint8)
     rows, cols = codes.shape
     scales = _linear_scales(scale_tensor, rows, cols // 32, is_sf_swizzled_layout)

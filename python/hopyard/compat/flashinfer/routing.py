@@ -292,7 +292,7 @@ class TrtllmGenRoutingResult(NamedTuple):
 def _check_gen_routing(a: Arguments) -> RoutingMethodType:
     method = method_of(a.routing_method, ValueError)
     checks.require(a.routing_logits, "routing_logits", "an array [num_tokens, num_experts]")
-    checks.require_memory(a.routing_logits, "routing_logits", ValueError)
+    checks.require_memory(a.routing_logits, "routing_logits")
     shape = ops.shape_of(a.routing_logits)
     want(len(shape) == 2, f"routing_logits must be 2D; got shape {list(shape)}")
     want(
