@@ -335,16 +335,33 @@ def test_ids_that_cannot_be_packed():
 
 
 def test_what_computes_on_the_host_cannot_be_captured(monkeypatch):
-    ids, weights = torch.zeros(3, 2).int(), torch.ones(3, 2)
-    metadata = fi.trtllm_moe_allocate_routing_metadata_multi_tile(
-        ids, topk_weights=weights, **UNPACKED
-    )
+    codes, scales = fi.fp4_quantize(torch.zeros(2, 32))
+    weights = torch.zeros(1, 512, 256).bfloat16(), torch.zeros(1, 256, 256).bfloat16()
+    sizes = {"num_local_experts": 1, "hidden_size": 256, "intermediate_size": 256}
     monkeypatch.setattr(ops, "is_capturing", lambda array: True)
     for call in (
-        lambda: fi.pack_topk_ids(ids, weights),
-        lambda: fi.populate_trtllm_moe_routing_metadata_(metadata, ids, weights),
-        lambda: fi.trtllm_gen_routing(torch.zeros(3, 4), None, METHOD.Renormalize, 2),
-        lambda: fi.fp4_quantize(torch.zeros(2, 32)),
+        lambda: fi.e2m1_and_ufp8sf_scale_to_float(codes, scales),
+        lambda: fi.mxfp8_dequantize_host(codes, scales),
+        lambda: fi.prepare_trtllm_mxint4_weights(*weights, **sizes),
+        lambda: fi.shuffle_matrix_a(torch.zeros(128, 2, device="meta"), 128),
     ):
         with pytest.raises(RuntimeError, match="is being captured, and this function computes on"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"num_local_experts": 0}, "num_local_experts=0: wanted at least one expert"),
+        ({"local_expert_offset": 1}, "local_expert_offset=1 with num_local_experts=16"),
+        ({"local_expert_offset": -1}, "local_expert_offset=-1"),
+    ],
+)
+def test_ranges_of_routing_metadata(changes, part):
+    ids = torch.zeros(3, 2, dtype=torch.int32)
+    allocate = fi.trtllm_moe_allocate_routing_metadata_multi_tile
+    with pytest.raises(ValueError, match=part):
+        allocate(ids, topk_weights=torch.ones(3, 2), **(UNPACKED | changes))
+    metadata = allocate(ids, topk_weights=torch.ones(3, 2), **UNPACKED)
+    with pytest.raises(ValueError, match="topk_ids must be int32; got int64"):
+        fi.populate_trtllm_moe_routing_metadata_(metadata, ids.long(), torch.ones(3, 2))
