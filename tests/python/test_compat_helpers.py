@@ -276,6 +276,14 @@ def test_scale_interleave(shape, dtype):
         fi.block_scale_interleave(scales.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+def test_scales_are_shuffled_alike_for_both_block_sizes(dtype):
+    scales = torch.randint(1, 99, (128, 6)).to(dtype)
+    first, second = (fi.shuffle_matrix_sf_a(scales, 128, vec) for vec in (16, 32))
+    assert torch.equal(first, second)
+    assert torch.equal(first, fi.block_scale_interleave(fi.shuffle_matrix_a(scales, 128)))
+
+
 def test_blocks_and_cached_indices():
     x = torch.arange(6 * 8).view(6, 8)
     blocks = fi.convert_to_block_layout(x, 4)

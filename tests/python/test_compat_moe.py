@@ -17,6 +17,8 @@ import compat_layers as cl
 import compat_reference as ref
 import hopyard.compat.flashinfer as fi
 from compat_layers import one_torch_thread  # noqa: F401
+from elsewhere import has_gpu_backend
+from hopyard.compat.flashinfer import tuning
 
 MODES = list(cl.WEIGHTS)
 DEVICES = pytest.mark.parametrize("device", cl.DEVICES)
@@ -369,3 +371,39 @@ def test_numpy_arrays_give_the_bits_of_torch(mode):
     result = result[0] if isinstance(result, list) else result
     assert result.dtype == np.uint16
     np.testing.assert_array_equal(result, cl.bits(wanted))
+
+
+# --- kernels
+
+NVFP4 = fi.DtypeTrtllmGen.E2m1
+SMALL = (NVFP4, NVFP4, fi.Fp8QuantizationType.NoneFp8, 2, 1024, 1024, 16)
+SMALL += (fi.ActivationType.Swiglu, True, fi.WeightLayout.MajorK, False)
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_small_problem_has_the_smallest_tile(device, tokens, monkeypatch):
+    """FlashInfer's test of its small NVFP4 problem, which wants its smallest tile, 8. Ours are 16
+    rows on Hopper and one on a CPU."""
+    if device == "cuda" and not has_gpu_backend():
+        pytest.skip("a library without GPU kernels")
+    monkeypatch.setattr(tuning, "_device", lambda: device)
+    problem = (*SMALL, tokens)
+    configs = fi.trtllm_get_valid_moe_configs(*problem)
+    tiles = {tile for tile, _ in configs}
+    smallest = 16 if device == "cuda" else 1
+    assert min(tiles) == smallest
+    assert device == "cpu" or {16, 32, 64} <= tiles
+    name = fi.trtllm_moe_tactic_name([smallest, -1], *problem)
+    assert name in {fi.trtllm_moe_tactic_name(config, *problem) for config in configs}
+    with pytest.raises(RuntimeError, match="missing MoE launcher for tile_N=8; wanted one of"):
+        fi.trtllm_moe_tactic_name([8, 0], *problem)
+
+
+@pytest.mark.skipif(not cl.CUDA, reason="no GPU, or a library without its kernels")
+def test_the_smallest_tile_runs_the_small_problem():
+    case = cl.make("nvfp4", cl.Sizes(1024, 1024, 16, 2, 32), device="cuda")
+    logits = cl.logits_of(case)
+    with fi.forced_tactic(fi.trtllm_moe_tactic_name([16, -1], *SMALL, 32)):
+        output = cl.call(case, logits=logits)
+    cl.judge(case, output, *ref.route("Renormalize", logits, 2))

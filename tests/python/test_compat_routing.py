@@ -182,6 +182,8 @@ TOPK = [
     and (groups == 1 or (experts <= 256 and experts // groups <= 32))
     and (groups == 1 or experts // groups * kept <= 128)
 ]
+# More than FlashInfer's kernel can do, which its checks let pass.
+BEYOND = [(64, 8, 6, 8), (128, 16, 8, 8), (96, 32, 3, 4)]
 # Relative error of a result that is rounded to its type.
 STEP = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
@@ -190,7 +192,7 @@ STEP = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 @pytest.mark.parametrize("scores_type", STEP)
 @pytest.mark.parametrize("bias_type", STEP)
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64])
-@pytest.mark.parametrize("sizes", TOPK)
+@pytest.mark.parametrize("sizes", TOPK + BEYOND)
 def test_fused_topk_deepseek(sizes, tokens, bias_type, scores_type, device):
     experts, groups, kept, top_k = sizes
     scores = cl.normal((tokens, experts), experts + tokens).to(scores_type).to(device)
@@ -241,6 +243,55 @@ def test_hash_topk(shared, device):
     assert (weights[1:3, :4] == 0).all()
     for array in fi.hash_topk(logits[:0], tokens[:0], table, shared, 2.5):
         assert array.shape == (0, 4 + shared)
+
+
+# --- defects of FlashInfer that are not repeated
+
+
+@DEVICES
+@pytest.mark.parametrize(
+    "rule", [("DeepSeekV3", 1, 1), ("DeepSeekV3", 4, 2), ("MiniMax2", 0, 0)], ids=str
+)
+def test_a_missing_bias_is_zeros(rule, device):
+    method, groups, kept = rule
+    logits = tie_free(5, 16).to(device)
+    call = {"n_group": groups, "topk_group": kept, "routed_scaling_factor": 2.5}
+    missing, zeros = (
+        fi.trtllm_gen_routing(logits, bias, METHOD[method], 4, **call)
+        for bias in (None, torch.zeros(16, device=device))
+    )
+    assert (missing.topk_ids == zeros.topk_ids).all()
+    assert (missing.topk_weights == zeros.topk_weights).all()
+    if groups < 2:
+        best = logits.topk(4).indices
+        assert (missing.topk_ids.long().sort(-1).values == best.sort(-1).values).all()
+
+
+@DEVICES
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_float32_bias_is_not_rounded(groups, device):
+    """Of equal logits the bias chooses experts, by less than BF16 can tell apart."""
+    bias = 8 + torch.arange(16).float() / 1024
+    assert bias.bfloat16().unique().numel() == 1
+    logits = torch.zeros(3, 16, device=device)
+    r = fi.trtllm_gen_routing(
+        logits, bias.to(device), METHOD.DeepSeekV3, 4, n_group=groups, topk_group=min(groups, 2)
+    )
+    assert (r.topk_ids.cpu() == torch.tensor([15, 14, 13, 12])).all()
+
+
+@DEVICES
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+def test_llama4_of_few_tokens_on_a_rank_with_an_offset(tokens, device):
+    logits = tie_free(tokens, 16).to(device)
+    best = logits.argmax(-1)
+    for offset in (0, 4, 12):
+        r = fi.trtllm_gen_routing(
+            logits, None, METHOD.Llama4, 1, local_expert_offset=offset, local_num_experts=4
+        )
+        here = (best >= offset) & (best < offset + 4)
+        assert (r.topk_ids[:, 0] == torch.where(here, best, -1)).all()
+        check_permutation(r, torch.where(here, best - offset, -1)[:, None], 4, 8)
 
 
 # --- metadata and packed ids
@@ -335,16 +386,33 @@ def test_ids_that_cannot_be_packed():
 
 
 def test_what_computes_on_the_host_cannot_be_captured(monkeypatch):
-    ids, weights = torch.zeros(3, 2).int(), torch.ones(3, 2)
-    metadata = fi.trtllm_moe_allocate_routing_metadata_multi_tile(
-        ids, topk_weights=weights, **UNPACKED
-    )
+    codes, scales = fi.fp4_quantize(torch.zeros(2, 32))
+    weights = torch.zeros(1, 512, 256).bfloat16(), torch.zeros(1, 256, 256).bfloat16()
+    sizes = {"num_local_experts": 1, "hidden_size": 256, "intermediate_size": 256}
     monkeypatch.setattr(ops, "is_capturing", lambda array: True)
     for call in (
-        lambda: fi.pack_topk_ids(ids, weights),
-        lambda: fi.populate_trtllm_moe_routing_metadata_(metadata, ids, weights),
-        lambda: fi.trtllm_gen_routing(torch.zeros(3, 4), None, METHOD.Renormalize, 2),
-        lambda: fi.fp4_quantize(torch.zeros(2, 32)),
+        lambda: fi.e2m1_and_ufp8sf_scale_to_float(codes, scales),
+        lambda: fi.mxfp8_dequantize_host(codes, scales),
+        lambda: fi.prepare_trtllm_mxint4_weights(*weights, **sizes),
+        lambda: fi.shuffle_matrix_a(torch.zeros(128, 2, device="meta"), 128),
     ):
         with pytest.raises(RuntimeError, match="is being captured, and this function computes on"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"num_local_experts": 0}, "num_local_experts=0: wanted at least one expert"),
+        ({"local_expert_offset": 1}, "local_expert_offset=1 with num_local_experts=16"),
+        ({"local_expert_offset": -1}, "local_expert_offset=-1"),
+    ],
+)
+def test_ranges_of_routing_metadata(changes, part):
+    ids = torch.zeros(3, 2, dtype=torch.int32)
+    allocate = fi.trtllm_moe_allocate_routing_metadata_multi_tile
+    with pytest.raises(ValueError, match=part):
+        allocate(ids, topk_weights=torch.ones(3, 2), **(UNPACKED | changes))
+    metadata = allocate(ids, topk_weights=torch.ones(3, 2), **UNPACKED)
+    with pytest.raises(ValueError, match="topk_ids must be int32; got int64"):
+        fi.populate_trtllm_moe_routing_metadata_(metadata, ids.long(), torch.ones(3, 2))

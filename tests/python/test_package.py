@@ -13,9 +13,12 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
+
+from hopyard import _library
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTE = 10**6
@@ -75,6 +78,12 @@ def test_the_wheel_is_small_and_whole(installed):
     assert len(memory.getvalue()) < 100 * MEGABYTE
     sources = {str(f.relative_to(ROOT / "python")) for f in (ROOT / "python").rglob("*.py")}
     assert sources | {"hopyard/libhopyard_ffi.so", "hopyard/py.typed"} <= names
+
+
+def test_the_library_leaves_room_in_the_wheel():
+    """Whichever variant these tests run with: kernels for GPUs, too."""
+    library = _library._library_path()
+    assert len(zlib.compress(library.read_bytes(), 1)) < 95 * MEGABYTE
 
 
 def test_import_and_first_call_take_less_than_two_seconds(tmp_path):

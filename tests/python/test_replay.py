@@ -29,6 +29,8 @@ NATIVE = hopyard.RoutingRule
 RULES = [
     (Rule("Default"), NATIVE.default()),
     (Rule("Renormalize"), NATIVE.renormalize()),
+    (Rule("RenormalizeNaive"), NATIVE.renormalize()),
+    (Rule("Llama4"), NATIVE.llama4()),
     (Rule("TopK"), NATIVE.top_k()),
     (Rule("Sigmoid"), NATIVE.sigmoid()),
     (Rule("SigmoidRenorm"), NATIVE.sigmoid_renorm(True)),
@@ -37,6 +39,10 @@ RULES = [
     (Rule("DeepSeekV3", 4, 2, 2.5, bias="float32"), NATIVE.deepseek_v3(4, 2, 2.5)),
 ]
 METHODS = pytest.mark.parametrize(("rule", "native"), RULES, ids=[r.method for r, _ in RULES])
+
+
+def top_k_of(rule):
+    return 1 if rule.method == "Llama4" else 4
 
 
 def counted(replay, experts):
@@ -52,35 +58,49 @@ def recorder(tokens, top_k, device, tail=3):
 # --- the operations of the compat package
 
 
+def unfinalised(case, wanted, **call):
+    """Rows before they are summed, and where they are; the call records `wanted`."""
+    replay = torch.full_like(wanted, -7)
+    rows, _, place = cl.call(case, **call, routing_replay_out=replay, do_finalize=False)
+    assert (replay == wanted).all()
+    return rows, place
+
+
 @DEVICES
 @METHODS
 @pytest.mark.parametrize("mode", list(cl.WEIGHTS))
 def test_what_an_operation_records_the_routed_one_replays(mode, rule, native, device):
-    case = cl.make(mode, cl.Sizes(256, 128, 16, 4, 7), device=device)
+    top_k = top_k_of(rule)
+    case = cl.make(mode, cl.Sizes(256, 128, 16, top_k, 7), device=device)
     call = {name: cl.move(value, device) for name, value in cl.routing_by(rule, case).items()}
-    replay = recorder(7, 4, device)
+    replay = recorder(7, top_k, device)
     output = cl.call(case, **call, routing_replay_out=replay)
     assert (replay[7:] == -7).all()
     ids = replay[:7].contiguous()
     loads = torch.zeros(16, dtype=torch.int32, device=device)
     again, weights = hopyard.route(
-        call["logits"], native, 4, bias=call["bias"], forced_ids=ids, load_out=loads
+        call["logits"], native, top_k, bias=call["bias"], forced_ids=ids, load_out=loads
     )
     assert (again == ids).all()
     assert (loads.cpu() == counted(ids, 16)).all()
     cl.same(output, cl.call(case, **call))  # recording changes nothing
     method = cl.method_of(call)
-    second = recorder(7, 4, device)
+    second = recorder(7, top_k, device)
     replayed = cl.call(case, routed=(ids.int(), weights), routing_replay_out=second, **method)
     cl.same(output, replayed)
     assert (second == replay).all()
     rounded = weights.bfloat16()
-    packed, third = fi.pack_topk_ids(ids.int(), rounded), recorder(7, 4, device)
+    packed, third = fi.pack_topk_ids(ids.int(), rounded), recorder(7, top_k, device)
     cl.same(
         cl.call(case, routed=packed, routing_replay_out=third, **method),
         cl.call(case, routed=(ids.int(), rounded), **method),
     )
     assert (third == replay).all()
+    rows = unfinalised(case, replay, **call)
+    for left, right in zip(
+        rows, unfinalised(case, replay, routed=(ids.int(), weights), **method), strict=True
+    ):
+        assert (left == right).all()
 
 
 def test_every_operation_that_records_is_tested():
@@ -92,7 +112,7 @@ def test_every_operation_that_records_is_tested():
     }
     operations = {cl.OPERATIONS.get(mode, "trtllm_fp4_block_scale") for mode in cl.WEIGHTS}
     tested = {f"{name}{kind}" for name in operations for kind in ("_moe", "_routed_moe")}
-    assert recording == tested | {"fused_topk_deepseek"}  # which test_compat_routing.py has
+    assert recording == tested | {"fused_topk_deepseek"}
 
 
 # --- layers and operators
@@ -166,21 +186,22 @@ def test_what_a_layer_records_it_replays(weights, activations, kind, device):
 @DEVICES
 @METHODS
 def test_what_route_records_it_replays(rule, native, device):
+    top_k = top_k_of(rule)
     logits = cl.normal((50, 24), 1).float().to(device)
     bias = cl.normal((24,), 2).float().to(device) if rule.bias else None
     handle = torch_ops.rule_text(native)
-    replay, loads = recorder(50, 4, device), torch.zeros(24, dtype=torch.int32, device=device)
+    replay, loads = recorder(50, top_k, device), torch.zeros(24, dtype=torch.int32, device=device)
     outputs = {"replay_out": replay, "load_out": loads}
-    ids, weights = hopyard.route(logits, native, 4, bias=bias, **outputs)
+    ids, weights = hopyard.route(logits, native, top_k, bias=bias, **outputs)
     assert (replay[:50] == ids).all()
     assert (replay[50:] == -7).all()
     assert (loads.cpu() == counted(replay, 24)).all()
     for call in (hopyard.route, torch.ops.hopyard.route):
-        second, more = recorder(50, 4, device), torch.zeros_like(loads)
+        second, more = recorder(50, top_k, device), torch.zeros_like(loads)
         again, same = call(
             logits,
             native if call is hopyard.route else handle,
-            4,
+            top_k,
             bias=bias,
             forced_ids=replay[:50],
             replay_out=second,
@@ -190,6 +211,35 @@ def test_what_route_records_it_replays(rule, native, device):
         assert (same == weights).all()
         assert (second == replay).all()
         assert (more == loads).all()
+    second, more = recorder(50, top_k, device), torch.zeros_like(loads)
+    again, same = torch.full_like(ids, -7), torch.full_like(weights, -7)
+    given = {"bias": bias, "forced_ids": replay[:50], "replay_out": second, "load_out": more}
+    torch.ops.hopyard.route_out(logits, handle, top_k, again, same, **given)
+    for left, right in ((again, ids), (same, weights), (second, replay), (more, loads)):
+        assert (left == right).all()
+
+
+@DEVICES
+@pytest.mark.parametrize("scores_type", [torch.float32, torch.bfloat16])
+def test_what_fused_topk_deepseek_records_route_replays(scores_type, device):
+    scores = cl.normal((50, 32), 1).to(scores_type).to(device)
+    bias = cl.normal((32,), 2).float().to(device)
+    replay, ids = recorder(50, 4, device), torch.zeros(50, 4, dtype=torch.int32, device=device)
+    values = torch.zeros(50, 4, dtype=scores_type, device=device)
+    fi.fused_topk_deepseek(scores, bias, 4, 2, 4, 2.5, values, ids, routing_replay_out=replay)
+    loads = torch.zeros(32, dtype=torch.int32, device=device)
+    again, same = hopyard.route(
+        scores,
+        NATIVE.deepseek_v3(4, 2, 2.5),
+        4,
+        bias=bias,
+        forced_ids=replay[:50],
+        load_out=loads,
+        weights_dtype=str(scores_type).removeprefix("torch."),
+    )
+    assert (again == ids).all()
+    assert (same == values).all()
+    assert (loads.cpu() == counted(replay, 32)).all()
 
 
 @DEVICES

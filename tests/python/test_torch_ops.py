@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 from torch._dynamo.testing import CompileCounter  # noqa: E402
 from torch._subclasses import FakeTensor, FakeTensorMode  # noqa: E402
 
+import hopyard.compat.flashinfer as fi  # noqa: E402
 from devices import DEVICES, needs_gpu, why_no_gpu  # noqa: E402
 from hopyard import torch_ops  # noqa: E402
 
@@ -333,6 +334,42 @@ def test_meta_and_fake_tensors_reach_no_kernel(monkeypatch):
     fakes = [mode.from_tensor(tensor) for tensor in given]
     with mode:
         check(*fakes, lambda result: isinstance(result, FakeTensor))
+
+
+@pytest.mark.parametrize("tuning", [hopyard.autotune, fi.autotune])
+def test_tuning_meets_no_tensor_without_memory(tuning, case):
+    """What crashed FlashInfer: tuning on, and tensors without memory on the way to the call."""
+    own = tuning is hopyard.autotune
+    wanted = case.layer(case.hidden, logits=case.logits)
+
+    def run(hidden, handle, logits):
+        return OPS.moe(hidden * 1, handle, logits=logits)
+
+    def measured():
+        return hopyard.tuning_stats().measured
+
+    before = measured()
+    with tuning(tokens=[1, 16], max_seconds=5) if own else tuning(True, tuning_buckets=(1, 16)):
+        for tokens in (1, 16):
+            given = (case.hidden[:tokens], case.logits[:tokens])
+            assert run(given[0].to("meta"), case.handle, given[1].to("meta")).is_meta
+            mode = FakeTensorMode()
+            with mode:
+                hidden, logits = (mode.from_tensor(tensor) for tensor in given)
+                assert isinstance(run(hidden, case.handle, logits), FakeTensor)
+        assert measured() == before
+        with pytest.raises(ValueError, match="hidden"):
+            case.layer(case.hidden.to("meta"), logits=case.logits)
+        results = torch.library.opcheck(OPS.moe.default, *operator_calls(case)["moe"])
+        assert set(results.values()) == {"SUCCESS"}
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for tokens in (1, 16, layers.TOKENS):
+            output = compiled(case.hidden[:tokens], case.handle, case.logits[:tokens])
+            if case.hidden.device.type == "cpu":  # whose kernels give the same bits
+                assert torch.equal(output, wanted[:tokens])
+            error = (output.float() - wanted[:tokens].float()).norm(dim=1)
+            assert (error <= 0.02 * wanted[:tokens].float().norm(dim=1)).all()
+    assert (measured() > before) == own  # FlashInfer's tunes its own functions only
 
 
 def test_a_layer_refuses_tensors_without_memory():

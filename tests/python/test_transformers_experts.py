@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 
@@ -69,16 +70,29 @@ def bincounts(ids, experts):
     )
 
 
+@contextlib.contextmanager
+def forward_of(model, compiled):
+    """The model's forward pass is compiled within, without graph breaks; not where it is off."""
+    if compiled:
+        torch._dynamo.reset()
+        model.forward = torch.compile(
+            model.forward, fullgraph=True, backend="aot_eager", dynamic=True
+        )
+    yield
+    model.__dict__.pop("forward", None)
+
+
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_generation_and_teacher_forced_logits(name, device):
+def test_greedy_generation_and_teacher_forced_logits(name, compiled, device):
     """Generated with Hopyard step by step, then all at once with it, with eager, and in FP32.
 
     A router rounds its input to BF16 like everything else, so that models with different rounding
     sometimes choose different experts. The routing recorded while generating is forced on all.
     """
     model = make(name, device=device)
-    with hopyard.record_routing(model) as record:
+    with hopyard.record_routing(model) as record, forward_of(model, compiled):
         sequence = model.generate(
             tokens_for(model, 1, PROMPT), max_new_tokens=STEPS, do_sample=False, eos_token_id=None
         )
@@ -86,7 +100,7 @@ def test_greedy_generation_and_teacher_forced_logits(name, device):
     seen, wanted = sequence[:, :-1], sequence[0, PROMPT:]
     ids = record.ids
     assert ids.shape[0] == seen.shape[1]
-    with hopyard.replay_routing(model, ids):
+    with hopyard.replay_routing(model, ids), forward_of(model, compiled):
         ours = logits_of(model, seen)
     model.set_experts_implementation("eager")
     reference_model = copy.deepcopy(model).float()

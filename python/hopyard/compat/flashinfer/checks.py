@@ -20,6 +20,11 @@ class BadOutput(ValueError, AssertionError):
     """`output` has the wrong shape, type or device; FlashInfer's functions differ in the class."""
 
 
+class WithoutMemory(NotImplementedError, ValueError):
+    """A tensor has no memory: NotImplementedError of FlashInfer's fake operations, a RuntimeError
+    like what its C++ refuses, ValueError like what its Python does."""
+
+
 def check(condition: bool, message: str, error: type[Exception] = RuntimeError) -> None:
     """Raise `error(message)` unless the condition holds."""
     if not condition:
@@ -76,11 +81,11 @@ def check_contiguous(array: Array, name: str, error: type[Exception] = RuntimeEr
         )
 
 
-def require_memory(array: Array, name: str, error: type[Exception] = RuntimeError) -> None:
+def require_memory(array: Array, name: str) -> None:
     """Refuse torch's meta and fake tensors, which have no elements to compute with."""
     kind = ops.without_memory(array)
     if kind:
-        raise error(
+        raise WithoutMemory(
             f"{name} is a {kind} tensor, which has no memory; wanted one with values. These "
             "functions run at once and cannot be traced: under torch.compile or torch.export use "
             "hopyard.torch_ops"
@@ -93,7 +98,7 @@ def check_device(
     """The array lies where hidden_states lies, and has memory there."""
     got, wanted = ops.place_of(array), ops.place_of(like)
     if got == wanted:
-        require_memory(array, name, error)
+        require_memory(array, name)
         return
     kind = "must be a CUDA tensor on" if wanted.startswith("cuda") else "must be on"
     raise error(f"{name} {kind} the same device as hidden_states: got {got}, wanted {wanted}")

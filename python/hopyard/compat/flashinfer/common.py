@@ -69,14 +69,16 @@ class Problem:
 
 def activation_of(activation: ActivationType) -> ActivationType:
     """The activation of an operation, or FlashInfer's refusal."""
+    known = [a.name for a in _KINDS]
     check(
-        activation is not ActivationType.InvalidType, f"Invalid activation type: {int(activation)}"
+        activation is not ActivationType.InvalidType,
+        f"Invalid activation type: {int(activation)}; activation_type must be one of {known}",
     )
     kind = "gated" if is_gated_activation(activation) else "eltwise"
-    known = [a.name for a in _KINDS if is_gated_activation(a) == (kind == "gated")]
     check(
         activation in _KINDS,
-        f"Unsupported {kind} activation type {activation.name}; wanted one of {known}",
+        f"Unsupported {kind} activation type {activation.name}; activation_type must be one of "
+        f"{known}",
     )
     return activation
 
@@ -141,7 +143,11 @@ def method_of(
 ) -> RoutingMethodType:
     """The routing method, or FlashInfer's refusal."""
     known = method is not RoutingMethodType.Unspecified
-    check(known, f"Unimplemented routing method: {int(method)}; wanted 0 .. 9", error)
+    check(
+        known,
+        f"Unimplemented routing method: {int(method)}; routing_method_type must be one of 0 .. 9",
+        error,
+    )
     return method
 
 

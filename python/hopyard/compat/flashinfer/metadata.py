@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlashInfer's routing metadata and its packed ids.
-
-They are computed on the host; for CUDA tensors that means a copy there and back, which cannot be
-captured.
-"""
+"""FlashInfer's routing metadata and its packed ids, computed where the ids lie."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hopyard.arrays import Array, from_bf16
+from hopyard.arrays import Array, dtype_name
 from hopyard.compat.flashinfer import checks, ops
 from hopyard.compat.flashinfer.enums import RoutingInputMode
 from hopyard.compat.flashinfer.routing import Permutation, max_ctas, permute, want
@@ -57,7 +53,7 @@ class TrtllmMoERoutingMetadata:
 
 def _check_metadata(a: Arguments, tile_ns: Sequence[int]) -> None:
     checks.require(a.topk_ids, "topk_ids", f"an int32 array [num_tokens, {a.top_k}]")
-    checks.require_memory(a.topk_ids, "topk_ids", ValueError)
+    checks.require_memory(a.topk_ids, "topk_ids")
     shape = ops.shape_of(a.topk_ids)
     want(
         len(shape) == 2 and shape[1] == a.top_k,
@@ -70,6 +66,14 @@ def _check_metadata(a: Arguments, tile_ns: Sequence[int]) -> None:
     want(
         1 <= len(tile_ns) <= _MAX_TILES,
         f"tile_ns must have 1 .. {_MAX_TILES} values; got {tile_ns}",
+    )
+    experts, first, local = (
+        int(n) for n in (a.num_experts, a.local_expert_offset, a.num_local_experts)
+    )
+    want(
+        local >= 1 and 0 <= first <= experts - local,
+        f"local_expert_offset={first} with num_local_experts={local}: wanted at least one expert "
+        f"within 0 .. num_experts={experts}",
     )
     want(min(tile_ns) >= 1, f"tile_ns must be positive; got {tile_ns}")
     mode = a.routing_input_mode
@@ -144,26 +148,34 @@ def populate_trtllm_moe_routing_metadata_(
 
     Raises:
         ValueError: the shape differs from the one that was allocated for, or the weights from it.
-        RuntimeError: a stream is being captured; the permutation is computed on the host.
     """
     shape = ops.shape_of(metadata.slots[0].expert_weights)
     want(
         ops.shape_of(topk_ids) == shape,
         f"topk_ids has shape {list(ops.shape_of(topk_ids))}, wanted {list(shape)} as allocated",
     )
-    checks.require_memory(topk_ids, "topk_ids", ValueError)
-    ids = ops.to_numpy(topk_ids)
+    checks.check_type(topk_ids, "topk_ids", ["int32"], ValueError)
+    checks.require_memory(topk_ids, "topk_ids")
     if metadata.routing_input_mode is RoutingInputMode.PackedPrecomputed:
-        bits = (ids & 0xFFFF).astype(np.uint16)
-        ids = ids >> 16
-        weights = ops.like_kind(from_bf16(bits), topk_ids)
+        ids, weights = topk_ids >> 16, _low_halves(topk_ids)
     else:
         _check_weights_of(topk_weights, topk_ids)
-        weights = topk_weights
+        ids, weights = topk_ids, topk_weights
     for slot in metadata.slots:
         sizes = (slot.tile_n, metadata.num_experts)
         p = permute(ids, metadata.local_expert_offset, metadata.num_local_experts, sizes)
         _fill_slot(slot, p, metadata, weights)
+
+
+def _halves(words: Array) -> Array:
+    """int32 words [T, K] as int16 [T, K, 2], the low half first."""
+    kind = ops.namespace(words).int16
+    return ops.contiguous(words).view(kind).reshape(*ops.shape_of(words), 2)
+
+
+def _low_halves(packed: Array) -> Array:
+    """The bfloat16 weights of packed ids."""
+    return ops.view_as(ops.contiguous(_halves(packed)[..., 0]), "bfloat16")
 
 
 def _check_weights_of(weights: Array | None, ids: Array) -> None:
@@ -179,7 +191,7 @@ def _check_weights_of(weights: Array | None, ids: Array) -> None:
         ops.place_of(weights) == ops.place_of(ids),
         f"{name} must be where topk_ids are, {ops.place_of(ids)}; got {ops.place_of(weights)}",
     )
-    checks.require_memory(weights, name, ValueError)
+    checks.require_memory(weights, name)
 
 
 def _fill_slot(
@@ -188,21 +200,21 @@ def _fill_slot(
     metadata: TrtllmMoERoutingMetadata,
     weights: Array,
 ) -> None:
-    padded = -(-p.counts // slot.tile_n) * slot.tile_n
-    starts = np.cumsum(padded) - padded
     contents = {
-        "total_num_padded_tokens": np.array([p.total_padded], np.int32),
+        "total_num_padded_tokens": p.total_padded,
         "expanded_idx_to_permuted_idx": p.expanded_to_permuted.reshape(-1),
         "permuted_idx_to_token_idx": p.permuted_to_token,
-        "expert_count_histogram": np.concatenate([starts, padded]).astype(np.int32),
         "num_tokens_per_expert": p.counts,
         "cta_idx_xy_to_batch_idx": p.tile_expert,
         "cta_idx_xy_to_mn_limit": p.tile_limit,
-        "num_non_exiting_ctas": np.array([p.num_tiles], np.int32),
+        "num_non_exiting_ctas": p.num_tiles,
     }
+    local = metadata.num_local_experts
+    slot.expert_count_histogram[:local] = p.starts
+    slot.expert_count_histogram[local : 2 * local] = p.padded
     for name, values in contents.items():
         array = getattr(slot, name)
-        array[: values.size] = ops.like_kind(values, array)
+        array[: ops.numel(values)] = values
     same = ops.type_of(weights) == ops.type_of(slot.expert_weights)
     slot.expert_weights[...] = weights if same else ops.bfloat16(weights)
 
@@ -210,24 +222,29 @@ def _fill_slot(
 def pack_topk_ids(ids: Array, weights: Array) -> Array:
     """ids and weights [T, K] in the packed format: id << 16 | bfloat16 bits, masked.
 
+    Ids that 16 bits cannot hold are no expert's: on a GPU, where nobody looks, they become -1.
+
     Raises:
-        ValueError: shapes that differ, or ids that 16 bits cannot hold.
+        ValueError: shapes that differ, or on the host ids that 16 bits cannot hold.
     """
     for name, array in (("ids", ids), ("weights", weights)):
-        checks.require_memory(array, name, ValueError)
+        checks.require_memory(array, name)
     want(
         ops.shape_of(ids) == ops.shape_of(weights),
         f"weights have shape {list(ops.shape_of(weights))}, wanted that of ids, "
         f"{list(ops.shape_of(ids))}",
     )
-    numbers = ops.to_numpy(ids)
-    want(numbers.dtype.kind in "iu", f"ids must be integers; got {ops.type_of(ids)}")
+    want("int" in dtype_name(ids), f"ids must be integers; got {dtype_name(ids)}")
+    numbers = ops.cast(ids, "int64")
     outside = (numbers < _INT16.min) | (numbers > _INT16.max)
-    want(
-        not outside.any(),
-        f"ids must be within {_INT16.min} .. {_INT16.max}, the 16 bits that they are packed "
-        f"into; got {numbers[outside][:1].tolist()}",
-    )
-    bits = ops.to_numpy(ops.bfloat16(ops.float32(weights))).astype(np.int32)
-    packed = (numbers.astype(np.int32) << 16) | (bits & 0xFFFF)
-    return ops.like_kind(packed, ids)
+    if ops.on_host(ids):
+        want(
+            not outside.any(),
+            f"ids must be within {_INT16.min} .. {_INT16.max}, the 16 bits that they are packed "
+            f"into; got {numbers[outside][:1].tolist()}",
+        )
+    packed = ops.empty(ids, ops.shape_of(ids), "int32")
+    halves = _halves(packed)
+    halves[..., 0] = ops.view_as(ops.bfloat16(ops.float32(weights)), "int16")
+    halves[..., 1] = ops.namespace(ids).where(outside, -1, numbers)
+    return packed

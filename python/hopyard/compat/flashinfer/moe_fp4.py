@@ -118,8 +118,9 @@ def _hidden_scales(a: Arguments, p: Problem, kind: str) -> dict[str, Any]:
     elements, numel = p.tokens * p.hidden, ops.numel(scale)
     check(
         numel * 16 == elements or numel * 32 == elements,
-        f"Unsupported hidden state scale shape {list(ops.shape_of(scale))}: {numel} scales for "
-        f"[{p.tokens}, {p.hidden}], wanted one for 16 or 32 elements",
+        "hidden_states_scale: Unsupported hidden state scale shape "
+        f"{list(ops.shape_of(scale))}; got {numel} scales for [{p.tokens}, {p.hidden}], wanted one "
+        "for 16 or 32 elements",
         NotImplementedError,
     )
     check(
@@ -161,10 +162,10 @@ def _check_weights(a: Arguments, p: Problem, packed: int) -> None:
     ):
         array = getattr(a, name)
         got = ops.shape_of(array)
-        label = name.replace("_", " ")
         check(
             got[0] == p.experts,
-            f"{label} dim 0 must match the experts with weights here, {p.experts}; got {got[0]}",
+            f"{name}: {name[:5]} weights dim 0 must match the experts with weights here, "
+            f"{p.experts}; got {got[0]}",
         )
         check_weight(array, name, (p.experts, rows, cols // packed), a.hidden_states)
 

@@ -128,7 +128,8 @@ def _check_block_arguments(a: Arguments, p: Problem, layout: WeightLayout) -> bo
         return True
     check(
         p.activation is ActivationType.Swiglu,
-        f"DeepSeekFp8 only supports ActivationType::Swiglu; got {p.activation.name}",
+        "activation_type: DeepSeekFp8 only supports ActivationType::Swiglu; got "
+        f"{p.activation.name}",
         NotImplementedError,
     )
     for name, size in (("hidden_size", p.hidden), ("intermediate_size", p.inter)):

@@ -49,6 +49,11 @@ def place_of(array: Array) -> str:
     return _device_name(array.device) if is_torch(array) else "cpu"
 
 
+def on_host(array: Any) -> bool:
+    """Whether an array, or a number, lies in host memory."""
+    return not is_torch(array) or array.device.type == "cpu"
+
+
 def without_memory(array: Array) -> str:
     """ "meta" or "fake" for torch tensors that only have a shape, "" for all other arrays."""
     if not is_torch(array):
@@ -108,11 +113,37 @@ def view_as(array: Array, dtype: str) -> Array:
     return array.view(np.uint16) if dtype == "bfloat16" else array
 
 
+def namespace(array: Array) -> Any:
+    """The library whose functions take this array: torch, or NumPy."""
+    return torch_module() if is_torch(array) else np
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """The values as another type of numbers."""
+    return array.to(getattr(torch_module(), dtype)) if is_torch(array) else array.astype(dtype)
+
+
+def arange(like: Array, count: int) -> Array:
+    """0 .. count - 1 as int64, of the kind and on the device of `like`."""
+    if is_torch(like):
+        return torch_module().arange(count, device=like.device)
+    return np.arange(count, dtype=np.int64)
+
+
+def stable_order(keys: Array) -> Array:
+    """The index that sorts keys, equal ones in their order."""
+    if is_torch(keys):
+        return torch_module().argsort(keys, stable=True)
+    return np.argsort(keys, kind="stable")
+
+
 def take_rows(array: Array, rows: Array) -> Array:
-    """`array[rows]` along the first dimension, for every type."""
+    """`array[rows]` along the first dimension, for every type. An index on the host is copied."""
     if not is_torch(array):
         return array[np.asarray(rows)]
     index = rows if is_torch(rows) else torch_module().from_numpy(np.asarray(rows))
+    if index.device != array.device:
+        _refuse_capture(array)
     index = index.to(array.device)
     if dtype_name(array).startswith("float8"):
         return as_bytes(array)[index].view(array.dtype)
@@ -167,18 +198,22 @@ def is_capturing(array: Array) -> bool:
         return bool(torch.cuda.is_current_stream_capturing())
 
 
+def _refuse_capture(array: Array) -> None:
+    if is_capturing(array):
+        raise RuntimeError(
+            f"a CUDA stream is being captured, and this function computes on the host: it cannot "
+            f"copy {dtype_name(array)} {list(shape_of(array))} there; call it before the capture"
+        )
+
+
 def to_host(array: Array) -> Array:
     """The array in host memory: a copy of a CUDA tensor, everything else as it is.
 
     Raises:
         RuntimeError: a stream is being captured; a copy to the host cannot be.
     """
-    if is_capturing(array):
-        raise RuntimeError(
-            f"a CUDA stream is being captured, and this function computes on the host: it cannot "
-            f"copy {dtype_name(array)} {list(shape_of(array))} there; call it before the capture"
-        )
-    return array.cpu() if is_torch(array) and array.device.type != "cpu" else array
+    _refuse_capture(array)
+    return array if on_host(array) else array.cpu()
 
 
 def on_device_of(array: Array, like: Array) -> Array:

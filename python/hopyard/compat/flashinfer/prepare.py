@@ -23,7 +23,7 @@ from hopyard.compat.flashinfer.enums import (
     is_gated_activation,
     member,
 )
-from hopyard.compat.flashinfer.quantize import block_scales, fp4_quantize, mxfp8_quantize
+from hopyard.compat.flashinfer.quantize import fp4_quantize, mxfp8_quantize, quantized
 from hopyard.compat.flashinfer.signature import Arguments, entry
 
 Prepared = dict[str, Array]
@@ -142,7 +142,7 @@ def _begin(
     }
     for argument, shape in wanted.items():
         array = getattr(a, argument)
-        checks.require_memory(array, f"{name}: {argument}", ValueError)
+        checks.require_memory(array, f"{name}: {argument}")
         if not ops.is_type(array, "bfloat16"):
             raise wrong_type(f"{name}: {argument} is {ops.type_of(array)}, wanted bfloat16")
         if ops.shape_of(array) != shape:
@@ -201,7 +201,7 @@ def prepare_trtllm_fp4_weights(a: Arguments) -> Prepared:
 def _check_hidden(hidden: Array, wrong_type: type[Exception] = ValueError) -> tuple[int, ...]:
     """Shape of BF16 hidden states [tokens, hidden]."""
     name, shape = "hidden_states_bf16", ops.shape_of(hidden)
-    checks.require_memory(hidden, name, ValueError)
+    checks.require_memory(hidden, name)
     if len(shape) != 2:
         raise ValueError(f"{name} has shape {list(shape)}, wanted [tokens, hidden]")
     if not ops.is_type(hidden, "bfloat16"):
@@ -277,12 +277,8 @@ def prepare_trtllm_fp8_block_activations(
         return codes, scales.reshape(shape[0], shape[1] // 32)
     if shape[1] % 128:
         raise ValueError(f"hidden_states_bf16 has {shape[1]} columns, wanted a multiple of 128")
-    source = ops.contiguous(ops.to_host(hidden_states_bf16))
-    quantized = formats.quantize(source, "fp8_block1x128")
-    scales = ops.permuted(block_scales(quantized, 128, "float32"), (1, 0))
-    return ops.on_device_of(quantized.codes, hidden_states_bf16), ops.on_device_of(
-        scales, hidden_states_bf16
-    )
+    codes, scales = quantized(ops.contiguous(hidden_states_bf16), "fp8_block1x128")
+    return codes, ops.permuted(scales, (1, 0))
 
 
 def _calibrated(value: Any, name: str) -> float:
@@ -337,9 +333,9 @@ def prepare_trtllm_fp8_per_tensor_activations(
     """
     _check_hidden(hidden_states_bf16)
     multiplier = _calibrated(hidden_states_scale_global, "hidden_states_scale_global")
-    source = ops.contiguous(ops.to_host(hidden_states_bf16))
-    quantized = formats.quantize(source, "fp8_per_tensor", global_scale=1.0 / multiplier)
-    return ops.on_device_of(quantized.codes, hidden_states_bf16), None
+    source = ops.contiguous(hidden_states_bf16)
+    factor = 1.0 / multiplier if ops.on_host(source) else ops.full(source, (), 1.0 / multiplier)
+    return quantized(source, "fp8_per_tensor", factor)[0], None
 
 
 @entry("w1_bf16 w2_bf16 * " + _SIZES + _CACHE)

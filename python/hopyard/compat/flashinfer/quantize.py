@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlashInfer's quantisers over `hopyard.quantize`.
+"""FlashInfer's quantisers: `hopyard.quantize` on the CPU, torch's operations on a GPU.
 
-They run on the CPU; a CUDA tensor goes through the host and the results come back to its device.
-FlashInfer's own kernels do nothing on Hopper. docs/formats.md defines every bit.
+Both give the bits of docs/formats.md, and a GPU is not waited for. FlashInfer's own kernels do
+nothing on Hopper. Decoders return host memory, as FlashInfer's do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from hopyard import formats
 from hopyard.arrays import Array
-from hopyard.compat.flashinfer import checks, layouts, ops
+from hopyard.compat.flashinfer import checks, layouts, ops, quantize_torch
 from hopyard.compat.flashinfer.enums import SfLayout
 from hopyard.compat.flashinfer.signature import Arguments, entry
 
@@ -47,9 +47,9 @@ def _scalar(value: Any, name: str) -> float:
 
 
 def _matrix(source: Array, name: str, block: int) -> Array:
-    """The source as a host matrix [M, K]; leading dimensions are rows."""
+    """The source as a matrix [M, K]; leading dimensions are rows."""
     kinds = ("float32", "float16", "bfloat16")
-    checks.require_memory(source, name, ValueError)
+    checks.require_memory(source, name)
     if not ops.is_type(source, *kinds):
         raise ValueError(f"{name} has dtype {ops.type_of(source)}, wanted one of {list(kinds)}")
     shape = ops.shape_of(source)
@@ -57,14 +57,41 @@ def _matrix(source: Array, name: str, block: int) -> Array:
         raise ValueError(
             f"{name} has shape {list(shape)}, wanted [.., M, K] with K a multiple of {block}"
         )
-    return ops.contiguous(ops.to_host(source).reshape(math.prod(shape[:-1]), shape[-1]))
+    return ops.contiguous(source.reshape(math.prod(shape[:-1]), shape[-1]))
 
 
-def block_scales(quantized: formats.Quantized, block: int, dtype: str = "uint8") -> Array:
-    """Block scales [M, C]; where there are no rows the library has none, and an array is made."""
-    if quantized.scales is not None:
-        return quantized.scales
-    return ops.empty(quantized.codes, (0, quantized.shape[-1] // block), dtype)
+def _factor(value: Any, name: str, source: Array, *, invert: bool) -> Any:
+    """A global scale as the multiplier of values: a number on the host, beside the source on a GPU,
+    where one that is no finite number above 0 is not found and makes NaN."""
+    if ops.on_host(source) or ops.on_host(value):
+        number = np.float32(_scalar(value, name))
+        number = np.float32(1) / number if invert else number
+        return float(number) if ops.on_host(source) else ops.full(source, (), float(number))
+    if ops.numel(value) != 1:
+        raise ValueError(f"{name} has {ops.numel(value)} elements, wanted one global scale")
+    factor = ops.on_device_of(ops.float32(value.detach().reshape(())), source)
+    return 1.0 / factor if invert else factor
+
+
+def quantized(
+    source: Array, number_format: formats.Format, factor: Any = None
+) -> tuple[Array, Array]:
+    """Codes and linear block scales of a contiguous matrix, computed where it lies.
+
+    Args:
+        source: float32, float16 or bfloat16 [M, K].
+        number_format: one that `quantize_torch.quantize` knows.
+        factor: multiplier of every value (NVFP4, FP8 per tensor), as `_factor` gives it.
+    """
+    if not ops.on_host(source):
+        return quantize_torch.quantize(source, number_format, factor)
+    one = formats.quantize(source, number_format, global_scale=factor)
+    scales = one.scales
+    if scales is None and number_format in quantize_torch.BLOCKS:  # there are no rows
+        kind = "float32" if number_format == "fp8_block1x128" else "uint8"
+        block = quantize_torch.BLOCKS[number_format]
+        scales = ops.empty(one.codes, (0, ops.shape_of(source)[1] // block), kind)
+    return one.codes, scales
 
 
 def _ordered_scales(linear: Array, layout: SfLayout) -> Array:
@@ -88,6 +115,7 @@ def fp4_quantize(a: Arguments) -> tuple[Array, Array]:
     Args:
         input: [.., M, K] float32, float16 or bfloat16.
         global_scale: the multiplier 448 * 6 / amax of NVFP4, one number; None = 1. MXFP4 has none.
+            On a GPU nobody looks at it: what is no finite number above 0 makes NaN scales.
         sf_vec_size: 16, or 32 with `sf_use_ue8m0`.
         sf_use_ue8m0: e8m0 scales.
         is_sf_swizzled_layout: scales in the 128x4 layout (8x4 with `is_sf_8x4_layout`).
@@ -109,20 +137,16 @@ def fp4_quantize(a: Arguments) -> tuple[Array, Array]:
         )
     source = _matrix(a.input, "input", a.sf_vec_size)
     if a.sf_use_ue8m0:
-        quantized = formats.quantize(source, "mxfp4")
+        codes, linear = quantized(source, "mxfp4")
     else:
-        scale = 1.0 if a.global_scale is None else _scalar(a.global_scale, "global_scale")
-        multiplier = (
-            scale if a.is_global_scale_inversed else float(np.float32(1) / np.float32(scale))
-        )
-        quantized = formats.quantize(source, "nvfp4", global_scale=multiplier)
+        scale = 1.0 if a.global_scale is None else a.global_scale
+        factor = _factor(scale, "global_scale", source, invert=not a.is_global_scale_inversed)
+        codes, linear = quantized(source, "nvfp4", factor)
     layout = SfLayout.layout_linear
     if a.is_sf_swizzled_layout:
         layout = SfLayout.layout_8x4 if a.is_sf_8x4_layout else SfLayout.layout_128x4
-    codes = quantized.codes.reshape(*ops.shape_of(a.input)[:-1], ops.shape_of(source)[1] // 2)
-    linear = ops.as_bytes(block_scales(quantized, a.sf_vec_size))
-    scales = _ordered_scales(linear, layout)
-    return ops.on_device_of(codes, a.input), ops.on_device_of(scales, a.input)
+    codes = codes.reshape(*ops.shape_of(a.input)[:-1], ops.shape_of(source)[1] // 2)
+    return codes, _ordered_scales(ops.as_bytes(linear), layout)
 
 
 @entry(
@@ -185,18 +209,16 @@ def mxfp8_quantize(a: Arguments) -> tuple[Array, Array]:
         raise ValueError(f"alignment is {a.alignment}, wanted a multiple of 32")
     source = _matrix(a.input, "input", 32)
     padded = layouts.pad_scales(source, 1, a.alignment)
-    quantized = formats.quantize(padded, "mxfp8")
+    codes, linear = quantized(padded, "mxfp8")
     layout = a.sf_swizzle_layout
     if layout is None:
         layout = SfLayout.layout_128x4 if a.is_sf_swizzled_layout else SfLayout.layout_linear
-    codes = quantized.codes.reshape(*ops.shape_of(a.input)[:-1], ops.shape_of(padded)[1])
-    linear = ops.as_bytes(block_scales(quantized, 32))
-    scales = _ordered_scales(linear, layout).reshape(-1)
-    return ops.on_device_of(codes, a.input), ops.on_device_of(scales, a.input)
+    codes = codes.reshape(*ops.shape_of(a.input)[:-1], ops.shape_of(padded)[1])
+    return codes, _ordered_scales(ops.as_bytes(linear), layout).reshape(-1)
 
 
 def _linear_scales(scales: Array, rows: int, cols: int, swizzled: bool) -> np.ndarray[Any, Any]:
-    checks.require_memory(scales, "the scale tensor", ValueError)
+    checks.require_memory(scales, "the scale tensor")
     flat = ops.to_numpy(scales).view(np.uint8).reshape(-1)
     least = layouts.swizzled_numel(rows, cols) if swizzled else rows * cols
     if flat.size < least:
@@ -232,7 +254,7 @@ def e2m1_and_ufp8sf_scale_to_float(a: Arguments) -> Array:
     """
     if a.ufp8_type not in (0, 1):
         raise ValueError(f"ufp8_type is {a.ufp8_type}, wanted 0 (e8m0) or 1 (e4m3)")
-    checks.require_memory(a.e2m1_tensor, "e2m1_tensor", ValueError)
+    checks.require_memory(a.e2m1_tensor, "e2m1_tensor")
     packed = ops.to_numpy(a.e2m1_tensor).view(np.uint8)
     rows, cols = packed.shape[0], packed.shape[1] * 2
     if cols % a.sf_vec_size:
@@ -257,7 +279,7 @@ def mxfp8_dequantize_host(
     input: Array, scale_tensor: Array, is_sf_swizzled_layout: bool = True
 ) -> Array:
     """Decode MXFP8 codes [M, K] to float32 in host memory."""
-    checks.require_memory(input, "input", ValueError)
+    checks.require_memory(input, "input")
     codes = ops.to_numpy(input).view(np.uint8)
     rows, cols = codes.shape
     scales = _linear_scales(scale_tensor, rows, cols // 32, is_sf_swizzled_layout)

@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing alone: FlashInfer's routing operations, and the padded permutation of its GEMMs.
-
-The permutation is computed on the host; for CUDA tensors that means a copy there and back.
-"""
+"""Routing alone: FlashInfer's routing operations, and the padded permutation of its GEMMs."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 import hopyard
 from hopyard.arrays import Array
@@ -212,8 +206,6 @@ def hash_topk(a: Arguments) -> tuple[Array, Array]:
 
 # --- trtllm_gen_routing
 
-Ints = npt.NDArray[np.int32]
-
 
 def max_ctas(slots: int, experts: int, tile: int) -> int:
     """Tiles that any routing of so many slots can need."""
@@ -223,57 +215,73 @@ def max_ctas(slots: int, experts: int, tile: int) -> int:
 
 @dataclass(frozen=True)
 class Permutation:
-    """Rows in expert order, every expert's rows padded to whole tiles; unused entries are -1."""
+    """Rows in expert order, every expert's rows padded to whole tiles; unused entries are -1.
 
-    total_padded: int
-    expanded_to_permuted: Ints
-    permuted_to_token: Ints
-    counts: Ints
-    tile_expert: Ints
-    tile_limit: Ints
-    num_tiles: int
+    All int32; the first two have one element.
+    """
+
+    total_padded: Array
+    num_tiles: Array
+    expanded_to_permuted: Array
+    permuted_to_token: Array
+    counts: Array
+    starts: Array
+    padded: Array
+    tile_expert: Array
+    tile_limit: Array
 
 
-def permute(ids: Ints, offset: int, local: int, sizes: tuple[int, int]) -> Permutation:
+def permute(ids: Array, offset: int, local: int, sizes: tuple[int, int]) -> Permutation:
     """The padded permutation of local slots, in increasing slot order within an expert.
+
+    Every shape follows from the arguments, so that nothing is read back from a GPU.
 
     Args:
         ids: global ids [T, slots].
         offset: first local id.
-        local: local experts.
+        local: local experts, at least one.
         sizes: tile, and the experts that bound the number of tiles.
     """
     tile, bound = sizes
-    tokens, slots = ids.shape
-    tiles = max_ctas(ids.size, bound, tile)
-    flat = ids.reshape(-1).astype(np.int64) - offset
-    here = (flat >= 0) & (flat < local)
-    counts = np.bincount(flat[here], minlength=local).astype(np.int64)
-    tiles_of = -(-counts // tile)
-    first = np.cumsum(tiles_of) - tiles_of
-    order = np.argsort(np.where(here, flat, local), kind="stable")[: int(here.sum())]
-    rank = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    rows = np.repeat(first * tile, counts) + rank
-    expanded = np.full(ids.size, -1, np.int32)
+    tokens, slots = ops.shape_of(ids)
+    tiles = max_ctas(tokens * slots, bound, tile)
+    xp = ops.namespace(ids)
+    flat = ops.cast(ids.reshape(-1), "int64") - offset
+    # Slots of other ranks come last, as those of one more expert.
+    expert = xp.where((flat >= 0) & (flat < local), flat, local)
+    order = ops.stable_order(expert)
+    expert = expert[order]
+    begins = xp.searchsorted(expert, ops.arange(ids, local + 1))
+    counts = begins[1:] - begins[:-1]
+    ends = xp.cumsum((counts + tile - 1) // tile, 0)  # tiles up to an expert's last one
+    padded = (counts + tile - 1) // tile * tile
+    starts = ends * tile - padded
+
+    own = expert.clip(max=local - 1)
+    rows = starts[own] + ops.arange(ids, tokens * slots) - begins[expert]
+    rows = xp.where(expert < local, rows, -1)
+    expanded = ops.empty(ids, (tokens * slots,), "int64")
     expanded[order] = rows
-    to_token = np.full(tiles * tile, -1, np.int32)
-    to_token[rows] = order // slots if slots else order
-    num_tiles = int(tiles_of.sum())
-    tile_expert = np.full(tiles, -1, np.int32)
-    tile_limit = np.full(tiles, -1, np.int32)
-    owner = np.repeat(np.arange(local), tiles_of)
-    tile_expert[:num_tiles] = owner
-    ends = (np.arange(num_tiles) + 1) * tile
-    tile_limit[:num_tiles] = np.minimum(ends, (first * tile + counts)[owner])
-    return Permutation(
-        num_tiles * tile,
-        expanded.reshape(tokens, slots),
-        to_token,
-        counts.astype(np.int32),
-        tile_expert,
-        tile_limit,
-        num_tiles,
-    )
+    to_token = ops.full(ids, (tiles * tile + 1,), -1, "int64")
+    to_token[rows] = order // max(slots, 1)  # those without a row at the end, which is cut off
+
+    place = ops.arange(ids, tiles)
+    owner = xp.searchsorted(ends, place, side="right")
+    used = owner < local
+    limit = (starts + counts)[owner.clip(max=local - 1)]
+    limit = xp.where((place + 1) * tile < limit, (place + 1) * tile, limit)
+    parts = {
+        "total_padded": ends[-1:] * tile,
+        "num_tiles": ends[-1:],
+        "expanded_to_permuted": expanded.reshape(tokens, slots),
+        "permuted_to_token": to_token[:-1],
+        "counts": counts,
+        "starts": starts,
+        "padded": padded,
+        "tile_expert": xp.where(used, owner, -1),
+        "tile_limit": xp.where(used, limit, -1),
+    }
+    return Permutation(**{name: ops.cast(part, "int32") for name, part in parts.items()})
 
 
 class TrtllmGenRoutingResult(NamedTuple):
@@ -292,7 +300,7 @@ class TrtllmGenRoutingResult(NamedTuple):
 def _check_gen_routing(a: Arguments) -> RoutingMethodType:
     method = method_of(a.routing_method, ValueError)
     checks.require(a.routing_logits, "routing_logits", "an array [num_tokens, num_experts]")
-    checks.require_memory(a.routing_logits, "routing_logits", ValueError)
+    checks.require_memory(a.routing_logits, "routing_logits")
     shape = ops.shape_of(a.routing_logits)
     want(len(shape) == 2, f"routing_logits must be 2D; got shape {list(shape)}")
     want(
@@ -333,11 +341,15 @@ def _check_gen_shared(a: Arguments, method: RoutingMethodType, experts: int, loc
     )
 
 
-def _with_shared(ids: Ints, weights: npt.NDArray[np.float32], first: int, count: int) -> Any:
-    tokens = ids.shape[0]
-    more = np.tile(np.arange(first, first + count, dtype=np.int32), (tokens, 1))
-    ones = np.ones((tokens, count), np.float32)
-    return np.concatenate([ids, more], 1), np.concatenate([weights, ones], 1)
+def _with_shared(ids: Array, weights: Array, first: int, count: int) -> tuple[Array, Array]:
+    """`count` more slots for every token: experts from `first` on, with weights of 1."""
+    tokens, top_k = ops.shape_of(ids)
+    all_ids = ops.empty(ids, (tokens, top_k + count), "int32")
+    all_weights = ops.full(weights, (tokens, top_k + count), 1.0)
+    all_ids[:, :top_k], all_weights[:, :top_k] = ids, weights
+    for shared in range(count):
+        all_ids[:, top_k + shared] = first + shared
+    return all_ids, all_weights
 
 
 @entry(
@@ -375,27 +387,19 @@ def trtllm_gen_routing(a: Arguments) -> TrtllmGenRoutingResult:
     biased = method in (RoutingMethodType.DeepSeekV3, RoutingMethodType.MiniMax2)
     bias = a.routing_bias.reshape(-1) if biased and a.routing_bias is not None else None
     with flashinfer_errors():
-        device_ids, device_weights = hopyard.route(
-            a.routing_logits, rule_of(a), int(a.top_k), bias=bias
-        )
-    ids, weights = ops.to_numpy(device_ids), ops.to_numpy(device_weights)
+        ids, weights = hopyard.route(a.routing_logits, rule_of(a), int(a.top_k), bias=bias)
     shared = int(a.num_fused_shared_experts)
     if shared:
         ids, weights = _with_shared(ids, weights, experts, shared)
-    bound = experts + shared
-    p = permute(ids, offset, local + shared, (int(a.tile_tokens_dim), bound))
+    p = permute(ids, offset, local + shared, (int(a.tile_tokens_dim), experts + shared))
     here = p.expanded_to_permuted >= 0
-
-    def give(values: Any) -> Array:
-        return ops.like_kind(np.atleast_1d(np.asarray(values, np.int32)), a.routing_logits)
-
     return TrtllmGenRoutingResult(
-        give(np.where(here, ids, -1)),
-        ops.bfloat16(ops.like_kind(weights, a.routing_logits)),
-        give(p.total_padded),
-        give(p.expanded_to_permuted),
-        give(p.permuted_to_token),
-        give(p.tile_expert),
-        give(p.tile_limit),
-        give(p.num_tiles),
+        ops.cast(ops.namespace(ids).where(here, ids, -1), "int32"),
+        ops.bfloat16(weights),
+        p.total_padded,
+        p.expanded_to_permuted,
+        p.permuted_to_token,
+        p.tile_expert,
+        p.tile_limit,
+        p.num_tiles,
     )

@@ -101,7 +101,8 @@ def entry(text: str) -> Callable[[Callable[[Arguments], Result]], Callable[..., 
                     f"{title} takes {len(positional)} positional arguments but {len(args)} were "
                     "given"
                 )
-            given = dict(zip(positional, args, strict=False))
+            # No zip with `strict`: the compiler of torch 2.9 stumbles over it.
+            given = {name: args[place] for place, name in enumerate(positional[: len(args)])}
             for name in kwargs:
                 if name not in names:
                     raise TypeError(f"{title} got an unexpected keyword argument {name!r}")

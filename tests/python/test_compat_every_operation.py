@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all of FlashInfer's MoE operations refuse alike, in each of them: class and argument."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+import compat_layers as cl
+import hopyard.compat.flashinfer as fi
+from compat_layers import one_torch_thread  # noqa: F401
+
+A, N, R, V = AssertionError, NotImplementedError, RuntimeError, ValueError
+T, E, K, HIDDEN, WIDTH = 4, 16, 2, 256, 128
+SIZES = cl.Sizes(HIDDEN, WIDTH, E, K, T)
+MODES = ("bf16", "deepseek", "per_tensor", "nvfp4", "mxint4")
+OPERATIONS = [(mode, routed) for mode in MODES for routed in (False, True)]
+IDS = torch.arange(T * K, dtype=torch.int32).view(T, K)
+WEIGHTS = torch.full((T, K), 0.5)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return {mode: cl.make(mode, SIZES) for mode in MODES}
+
+
+def function_of(mode, routed):
+    name = cl.OPERATIONS.get(mode, "trtllm_fp4_block_scale")
+    return getattr(fi, name + ("_routed_moe" if routed else "_moe"))
+
+
+def parameters_of(function):
+    return inspect.signature(function).parameters
+
+
+def arguments_of(cases, mode, routed):
+    """Right arguments of an operation."""
+    given = {**cases[mode].arguments, **cl.routing_of(SIZES)}
+    given |= {"topk_ids": (IDS, WEIGHTS), "routing_logits": torch.zeros(T, E), "routing_bias": None}
+    known = parameters_of(function_of(mode, routed))
+    return {key: value for key, value in given.items() if key in known}
+
+
+def meta(tensor):
+    return tensor.to("meta")
+
+
+def int16(*shape):
+    return torch.zeros(shape, dtype=torch.int16)
+
+
+BF16 = torch.zeros(T, HIDDEN, dtype=torch.bfloat16)
+# Row of section 7.1, argument, value, class. An operation without the argument is left out.
+WRONG = [
+    (3, "routing_logits", torch.zeros(T, E).half(), R),
+    (4, "routing_logits", torch.zeros(T * E), R),
+    (4, "routing_logits", torch.zeros(T + 1, E), R),
+    (4, "routing_logits", torch.zeros(T, E + 1), R),
+    (6, "top_k", 0, R),
+    (6, "top_k", E + 1, R),
+    (7, "local_num_experts", 0, R),
+    (7, "local_num_experts", E + 1, R),
+    (8, "local_expert_offset", -1, R),
+    (8, "local_expert_offset", 1, R),
+    (9, "hidden_states", BF16[0], R),
+    (10, "hidden_states", BF16.double(), R),
+    (11, "gemm1_weights", torch.zeros(E, 2 * WIDTH, HIDDEN).double(), R),
+    (11, "gemm2_weights", torch.zeros(E, HIDDEN, WIDTH).double(), R),
+    (14, "weight_layout", -1, R),
+    (14, "weight_layout", 3, R),
+    (14, "weight_layout", fi.WeightLayout.MajorMn, N),
+    (24, "activation_type", -1, R),
+    (24, "activation_type", fi.ActivationType.InvalidType, R),
+    (25, "activation_type", fi.ActivationType.GegluTanh, R),
+    (25, "activation_type", fi.ActivationType.Silu, R),
+    (36, "routing_method_type", fi.RoutingMethodType.Unspecified, R),
+    (36, "routing_method_type", 77, R),
+    (42, "routing_replay_out", int16(T, K).int(), V),
+    (42, "routing_replay_out", int16(T * K), V),
+    (42, "routing_replay_out", int16(T, K + 1), V),
+    (42, "routing_replay_out", int16(T - 1, K), V),
+    (42, "routing_replay_out", int16(T, 2 * K)[:, ::2], V),
+    (42, "routing_replay_out", meta(int16(T, K)), R),
+    (43, "topk_ids", IDS.long(), (A, R)),
+    (43, "topk_ids", (IDS.long(), WEIGHTS), (A, R)),
+    (44, "topk_ids", IDS[:-1], R),
+    (44, "topk_ids", (IDS[:, :1].contiguous(), WEIGHTS), R),
+    (45, "topk_ids", (IDS, WEIGHTS.double()), (A, R)),
+    (45, "topk_ids", (IDS, WEIGHTS[:, :1]), (A, R)),
+    (45, "topk_ids", (IDS, None), (A, R)),
+    (46, "topk_ids", IDS.repeat(1, 2)[:, ::2], R),
+    (46, "topk_ids", meta(IDS), R),
+    (47, "output", BF16[:-1], (V, A)),
+    (47, "output", BF16.repeat(1, 2), (V, A)),
+    (47, "output", BF16.float(), (V, A)),
+    (47, "output", meta(BF16), (V, A)),
+    (62, "hidden_states", meta(BF16), N),
+]
+CASES = [
+    pytest.param(mode, routed, *wrong, id=f"{wrong[0]}-{function_of(mode, routed).__name__}-{i}")
+    for mode, routed in OPERATIONS
+    for i, wrong in enumerate(WRONG)
+    if wrong[1] in parameters_of(function_of(mode, routed))
+]
+
+
+@pytest.mark.parametrize(("mode", "routed", "row", "name", "value", "errors"), CASES)
+def test_what_every_operation_refuses(mode, routed, row, name, value, errors, cases):
+    arguments = arguments_of(cases, mode, routed) | {name: value}
+    with pytest.raises(Exception) as caught:  # noqa: PT011 the class is compared below
+        function_of(mode, routed)(**arguments)
+    for error in errors if isinstance(errors, tuple) else (errors,):
+        assert isinstance(caught.value, error)
+    words = (name, "expert_weights") if name == "topk_ids" else (name,)
+    assert any(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(("mode", "routed"), OPERATIONS)
+def test_the_arguments_that_are_changed_are_right_ones(mode, routed, cases):
+    arguments = arguments_of(cases, mode, routed)
+    replay = int16(T + 1, K) - 7
+    arguments |= {"output": BF16.clone(), "routing_replay_out": replay}
+    result = function_of(mode, routed)(**arguments)
+    result = result[0] if isinstance(result, list) else result
+    assert result is arguments["output"]
+    assert result.abs().max() > 0
+    assert (replay[:T] >= 0).all()
+    assert (replay[T:] == -7).all()
+
+
+def test_every_argument_is_tried_where_it_is():
+    tried = {(mode, routed, name) for mode, routed, _, name, *_ in (c.values for c in CASES)}
+    names = {name for _, name, *_ in WRONG}
+    assert tried == {
+        (mode, routed, name)
+        for mode, routed in OPERATIONS
+        for name in names & set(parameters_of(function_of(mode, routed)))
+    }
+    assert {name for *_, name in tried} == names
