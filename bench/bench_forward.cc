@@ -36,7 +36,7 @@ void BenchTokens(const Machine& machine, const Case& one, const Layers& layers, 
   result.bytes = calls.touched() / spec.num_experts * static_cast<double>(layers.front()->bytes()) +
                  4.0 * static_cast<double>(tokens * spec.hidden_size);
   result.flops = 2.0 * static_cast<double>(tokens * spec.top_k) * matrices;
-  result.tactic = ChosenKernels(plan);
+  result.tactic = plan.Explain().Chosen();
   result.times = TimeInGraph(kLayerCalls, [&](int i, cudaStream_t stream) {
     calls.Enqueue(plan, {workspace.get(), static_cast<size_t>(plan.workspace_bytes())}, i, stream);
   });

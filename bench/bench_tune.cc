@@ -172,9 +172,9 @@ void Check(const Subject& subject, const TuneRequest& request, const TuningTable
     const std::vector<Plan> plans = {PlanFor(subject.spec(), tokens, tuned),
                                      PlanFor(subject.spec(), tokens, untuned)};
     Json fields = {{"tokens", tokens},
-                   {"tuned", ChosenKernels(plans[0])},
-                   {"untuned", ChosenKernels(plans[1])},
-                   {"equal", ChosenKernels(plans[0]) == ChosenKernels(plans[1])}};
+                   {"tuned", plans[0].Explain().Chosen()},
+                   {"untuned", plans[1].Explain().Chosen()},
+                   {"equal", plans[0].Explain().Chosen() == plans[1].Explain().Chosen()}};
     if (!fields["equal"].get<bool>()) {
       for (const std::string& routing : subject.one.routings) {
         const LayerCalls calls(subject.spec(), subject.layers, tokens, routing);

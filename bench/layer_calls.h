@@ -77,14 +77,6 @@ class LayerCalls {
   DeviceBuffer<float> bias_;
 };
 
-inline std::string ChosenKernels(const Plan& plan) {
-  std::string names;
-  for (const Candidate& candidate : plan.Explain().candidates) {
-    names += candidate.chosen ? (names.empty() ? "" : "+") + candidate.kernel : "";
-  }
-  return names;
-}
-
 // The plan for this number of tokens alone: what it names is what runs.
 inline Plan PlanFor(const MoeSpec& spec, int64_t tokens, PlanOptions options = {}) {
   options.max_tokens = tokens;

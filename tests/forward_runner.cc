@@ -111,11 +111,7 @@ RunResult RunLayer(const MoeSpec& spec, const Weights& weights, const MoeInputs&
   EXPECT_TRUE(workspace.Intact()) << "Forward wrote outside of its workspace";
   EXPECT_TRUE(buffers.arena.Intact()) << "Forward wrote outside of an output";
   RunResult result = ResultOf(buffers.outputs);
-  for (const Candidate& candidate : plan.Explain().candidates) {
-    if (candidate.chosen) {
-      result.kernel = candidate.kernel;
-    }
-  }
+  result.kernel = plan.Explain().Chosen();
   return result;
 }
 

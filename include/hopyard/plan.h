@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "hopyard/spec.h"
@@ -65,6 +66,8 @@ struct Explanation {
   std::vector<Candidate> candidates;
 
   [[nodiscard]] std::string ToString() const;
+  // Names of the chosen kernels, joined: where one batch takes all of them, its tactic.
+  [[nodiscard]] std::string Chosen(std::string_view between = "+") const;
 };
 
 // Immutable, cheap to copy, safe to share between threads. Concurrent Forwards need distinct

@@ -123,16 +123,6 @@ Figures Summarise(const RunResult& result, const Session& session, int64_t token
           static_cast<double>(bytes) / seconds * 1e-9, bytes};
 }
 
-std::string ChosenKernel(const Plan& plan) {
-  std::string names;
-  for (const Candidate& candidate : plan.Explain().candidates) {
-    if (candidate.chosen) {
-      names += (names.empty() ? "" : ", ") + candidate.kernel;
-    }
-  }
-  return names;
-}
-
 Json ToJson(const RunResult& result, const Session& session, int64_t tokens,
             const std::string& name) {
   const Figures figures = Summarise(result, session, tokens);
@@ -142,7 +132,7 @@ Json ToJson(const RunResult& result, const Session& session, int64_t tokens,
                {"activations", ToString(session.spec().activations)},
                {"tokens", tokens},
                {"device", ToString(session.plan().device())},
-               {"kernel", ChosenKernel(session.plan())},
+               {"kernel", session.plan().Explain().Chosen(", ")},
                {"threads", session.threads()},
                {"setup_seconds", result.setup_seconds},
                {"repeat", result.seconds.size()},
@@ -163,7 +153,7 @@ void PrintText(const RunResult& result, const Session& session, int64_t tokens,
   const Figures figures = Summarise(result, session, tokens);
   fmt::print("layer    {}\nspec     {}\n", name, ToString(session.spec()));
   const Device device = session.plan().device();
-  fmt::print("kernel   {}\n", ChosenKernel(session.plan()));
+  fmt::print("kernel   {}\n", session.plan().Explain().Chosen(", "));
   fmt::print("device   {}; ready after {:.1f} s\n",
              device.kind == DeviceKind::kCpu ? fmt::format("cpu, {} threads", session.threads())
                                              : ToString(device),

@@ -80,8 +80,7 @@ class Backend {
                                            const std::vector<TunedRange>& tuned) const = 0;
   // Whether `tactic` names kernels of this build that run a valid spec exactly as its formats ask,
   // and fit each other.
-  [[nodiscard]] virtual bool HasTactic(const MoeSpec& spec, const PlanOptions& options,
-                                       const std::string& tactic) const = 0;
+  [[nodiscard]] virtual bool HasTactic(const MoeSpec& spec, const std::string& tactic) const = 0;
   // Precondition: Choose supports the spec.
   [[nodiscard]] virtual RankedTactics Rank(const MoeSpec& spec, const PlanOptions& options,
                                            int64_t tokens) const = 0;

@@ -116,7 +116,7 @@ PlanOptions ResolvedOptions(PlanOptions options) {
 int64_t CountStale(const Plan::Impl& plan, const std::vector<TunedRange>& ranges) {
   return std::count_if(ranges.begin(), ranges.end(), [&](const TunedRange& range) {
     return plan.device.kind == DeviceKind::kCuda
-               ? !sm90::FindBackend()->HasTactic(plan.spec, plan.options, range.tactic)
+               ? !sm90::FindBackend()->HasTactic(plan.spec, range.tactic)
                : !HasCpuTactic(plan.spec, range.tactic);
   });
 }
@@ -193,6 +193,16 @@ std::string Explanation::ToString() const {
         << '\n';
   }
   return out.str();
+}
+
+std::string Explanation::Chosen(std::string_view between) const {
+  std::string names;
+  for (const Candidate& candidate : candidates) {
+    if (candidate.chosen) {
+      names += (names.empty() ? "" : std::string(between)) + candidate.kernel;
+    }
+  }
+  return names;
 }
 
 WorkspaceLayout MakeWorkspaceLayout(const MoeSpec& spec, int64_t tokens, int num_threads) {

@@ -60,10 +60,8 @@ Kernels KernelsOf(const MoeSpec& spec, Device device, const PlanOptions& options
     return Prune(sm90::NeedBackend().Rank(spec, at, tokens));
   }
   Kernels kernels;
+  kernels.untuned = all.Chosen();
   for (const Candidate& candidate : all.candidates) {
-    if (candidate.chosen) {
-      kernels.untuned = candidate.kernel;
-    }
     if (FitsLayer(spec, device, at, candidate.kernel)) {
       kernels.gemm1.push_back(candidate.kernel);
     }
@@ -76,7 +74,7 @@ bool FitsLayer(const MoeSpec& spec, Device device, const PlanOptions& options,
   if (device.kind == DeviceKind::kCpu) {
     return ExplainFor(spec, device, options, tactic).supported;
   }
-  return sm90::NeedBackend().HasTactic(spec, options, tactic);
+  return sm90::NeedBackend().HasTactic(spec, tactic);
 }
 
 }  // namespace hopyard::tune

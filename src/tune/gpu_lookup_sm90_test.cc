@@ -39,7 +39,7 @@ std::string OtherTactic() {
   for (const auto& first : ranked.gemm1) {
     for (const auto& second : ranked.gemm2) {
       const std::string tactic = first.kernel + '+' + second.kernel;
-      if (tactic != ranked.untuned && backend.HasTactic(Spec(), Options(), tactic)) {
+      if (tactic != ranked.untuned && backend.HasTactic(Spec(), tactic)) {
         return tactic;
       }
     }
@@ -157,7 +157,7 @@ TEST(ShippedTactics, AreKernelsOfThisLibrary) {
       const MoeSpec spec = SpecOf(layer.key);
       ASSERT_EQ(KeyOf(spec, {}).local_experts, layer.key.local_experts);
       for (const TunedRange& range : layer.ranges) {
-        EXPECT_TRUE(sm90::NeedBackend().HasTactic(spec, Options(range.last), range.tactic))
+        EXPECT_TRUE(sm90::NeedBackend().HasTactic(spec, range.tactic))
             << table->machine().device << ": " << range.tactic << " of " << ToString(layer.key);
       }
     }

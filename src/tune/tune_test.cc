@@ -36,15 +36,6 @@ TuneOptions QuickOptions() {
   return options;
 }
 
-std::string ChosenBy(const Plan& plan) {
-  for (const Candidate& candidate : plan.Explain().candidates) {
-    if (candidate.chosen) {
-      return candidate.kernel;
-    }
-  }
-  return {};
-}
-
 TEST(Tune, GivesATableThatPlansUse) {
   const test::TestLayer layer(test::MiniSpec());
   const Plan plan = MakePlan(layer.spec(), Device{}, PlanFor(4));
@@ -62,7 +53,7 @@ TEST(Tune, GivesATableThatPlansUse) {
   const std::vector<std::string> kernels = test::RunnableKernels(layer.spec());
   for (const TunedRange& range : tuned.ranges) {
     EXPECT_NE(std::find(kernels.begin(), kernels.end(), range.tactic), kernels.end());
-    EXPECT_EQ(range.untuned, ChosenBy(plan));
+    EXPECT_EQ(range.untuned, plan.Explain().Chosen());
   }
   EXPECT_GE(GetTuningStats().measured, 1);
   EXPECT_NE(std::find(measured.begin(), measured.end(), tuned.ranges.front().tactic),
@@ -73,7 +64,7 @@ TEST(Tune, GivesATableThatPlansUse) {
   with.tuning = std::make_shared<TuningTable>(table);
   const Plan second = MakePlan(layer.spec(), Device{}, with);
   EXPECT_EQ(GetTuningStats().hits, 1);
-  EXPECT_EQ(ChosenBy(second), tuned.ranges.front().tactic) << second.Explain().ToString();
+  EXPECT_EQ(second.Explain().Chosen(), tuned.ranges.front().tactic) << second.Explain().ToString();
 }
 
 // What was measured with MN-major weights is found for such, and for no others.

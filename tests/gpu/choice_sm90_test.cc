@@ -27,11 +27,7 @@ std::string PickFor(const MoeSpec& spec, int64_t tokens) {
   options.max_tokens = tokens;
   options.batch_invariant = true;
   options.untuned = true;
-  std::string names;
-  for (const Candidate& candidate : Explain(spec, kGpuDevice, options).candidates) {
-    names += candidate.chosen ? (names.empty() ? "" : "+") + candidate.kernel : "";
-  }
-  return names;
+  return Explain(spec, kGpuDevice, options).Chosen();
 }
 
 int FindKernel(const std::string& name) {

@@ -54,8 +54,7 @@ class HopperBackend : public Backend {
     return ChooseKernels(spec, options, tuned).explanation;
   }
 
-  [[nodiscard]] bool HasTactic(const MoeSpec& spec, const PlanOptions& /*options*/,
-                               const std::string& tactic) const override {
+  [[nodiscard]] bool HasTactic(const MoeSpec& spec, const std::string& tactic) const override {
     return sm90::HasTactic(spec, tactic);
   }
 

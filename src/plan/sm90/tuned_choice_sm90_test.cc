@@ -31,11 +31,7 @@ PlanOptions OptionsFor(int64_t max_tokens) {
 std::string PickAt(const MoeSpec& spec, int64_t tokens, const std::vector<TunedRange>& tuned) {
   PlanOptions options = OptionsFor(tokens);
   options.batch_invariant = true;
-  std::string names;
-  for (const Candidate& candidate : Hopper().Choose(spec, options, tuned).candidates) {
-    names += candidate.chosen ? (names.empty() ? "" : "+") + candidate.kernel : "";
-  }
-  return names;
+  return Hopper().Choose(spec, options, tuned).Chosen();
 }
 
 TunedRange RangeOf(int64_t last, int64_t tokens, const std::string& tactic) {
@@ -55,7 +51,7 @@ std::string OtherTactic(const MoeSpec& spec, int64_t tokens) {
   for (auto one = ranked.gemm1.rbegin(); one != ranked.gemm1.rend(); ++one) {
     for (const RankedTactics::Entry& two : ranked.gemm2) {
       const std::string tactic = one->kernel + '+' + two.kernel;
-      if (tactic != ranked.untuned && Hopper().HasTactic(spec, OptionsFor(tokens), tactic)) {
+      if (tactic != ranked.untuned && Hopper().HasTactic(spec, tactic)) {
         return tactic;
       }
     }
@@ -96,10 +92,7 @@ TEST(TunedChoice, RangesReplaceTheModelsKernelsUpToTheLast) {
     EXPECT_EQ(PickAt(spec, tokens, tuned), PickAt(spec, tokens, {})) << tokens;
   }
   // A plan for all of them has the choices of each, and says so.
-  std::string chosen;
-  for (const Candidate& candidate : Hopper().Choose(spec, OptionsFor(8192), tuned).candidates) {
-    chosen += candidate.chosen ? candidate.kernel + ' ' : "";
-  }
+  const std::string chosen = Hopper().Choose(spec, OptionsFor(8192), tuned).Chosen(" ");
   for (const std::string& tactic : {low, high, PickAt(spec, 9, {})}) {
     EXPECT_NE(chosen.find(tactic.substr(0, tactic.find('+'))), std::string::npos) << chosen;
     EXPECT_NE(chosen.find(tactic.substr(tactic.find('+') + 1)), std::string::npos) << chosen;
@@ -122,8 +115,8 @@ TEST(TunedChoice, ATacticOfOneKernelIsCompleted) {
   const std::string first = tactic.substr(0, tactic.find('+'));
   const std::string pick = PickAt(spec, 4, {RangeOf(64, 8, first)});
   EXPECT_EQ(pick.substr(0, pick.find('+')), first);
-  EXPECT_TRUE(Hopper().HasTactic(spec, OptionsFor(8), pick)) << pick;
-  EXPECT_TRUE(Hopper().HasTactic(spec, OptionsFor(8), first));
+  EXPECT_TRUE(Hopper().HasTactic(spec, pick)) << pick;
+  EXPECT_TRUE(Hopper().HasTactic(spec, first));
 }
 
 TEST(TunedChoice, ReasonsSayWhatWasMeasured) {
@@ -167,7 +160,7 @@ TEST(TunedChoice, NoTableNamesAKernelThatRoundsMore) {
     }
     ++by_name;
     EXPECT_TRUE(Hopper().Choose(spec, named, {}).supported) << candidate.kernel;
-    EXPECT_FALSE(Hopper().HasTactic(spec, OptionsFor(64), candidate.kernel));
+    EXPECT_FALSE(Hopper().HasTactic(spec, candidate.kernel));
     EXPECT_EQ(PickAt(spec, 64, {RangeOf(64, 64, candidate.kernel)}), PickAt(spec, 64, {}));
   }
   EXPECT_GT(by_name, 0);
@@ -176,16 +169,16 @@ TEST(TunedChoice, NoTableNamesAKernelThatRoundsMore) {
 TEST(TunedChoice, HasTacticDeniesWhatDoesNotRun) {
   const MoeSpec spec = Spec();
   const RankedTactics ranked = Hopper().Rank(spec, OptionsFor(8), 8);
-  EXPECT_TRUE(Hopper().HasTactic(spec, OptionsFor(8), ranked.untuned));
+  EXPECT_TRUE(Hopper().HasTactic(spec, ranked.untuned));
   for (const std::string& tactic :
        {std::string(), std::string("gone"), ranked.gemm1[0].kernel + "+gone",
         ranked.gemm1[0].kernel + '+', ranked.gemm2[0].kernel,
         ranked.gemm2[0].kernel + '+' + ranked.gemm1[0].kernel}) {
-    EXPECT_FALSE(Hopper().HasTactic(spec, OptionsFor(8), tactic)) << tactic;
+    EXPECT_FALSE(Hopper().HasTactic(spec, tactic)) << tactic;
   }
   MoeSpec odd = spec;
   odd.hidden_size = 252;
-  EXPECT_FALSE(Hopper().HasTactic(odd, OptionsFor(8), ranked.untuned));
+  EXPECT_FALSE(Hopper().HasTactic(odd, ranked.untuned));
 }
 
 TEST(TunedChoice, RanksEveryKernelOfEachGemmCheapestFirst) {
@@ -201,7 +194,7 @@ TEST(TunedChoice, RanksEveryKernelOfEachGemmCheapestFirst) {
         EXPECT_GT(entries->front().us, 0.0);
       }
       for (const RankedTactics::Entry& entry : ranked.gemm1) {
-        EXPECT_TRUE(Hopper().HasTactic(model.spec, OptionsFor(8192), entry.kernel))
+        EXPECT_TRUE(Hopper().HasTactic(model.spec, entry.kernel))
             << model.name << ' ' << entry.kernel;
       }
     }
@@ -217,7 +210,7 @@ TEST(TunedChoice, EveryPairOfKernelsFits) {
       for (const RankedTactics::Entry& two : ranked.gemm2) {
         PlanOptions options = OptionsFor(64);
         options.tactic = one.kernel + '+' + two.kernel;
-        EXPECT_TRUE(Hopper().HasTactic(spec, options, options.tactic)) << options.tactic;
+        EXPECT_TRUE(Hopper().HasTactic(spec, options.tactic)) << options.tactic;
         EXPECT_EQ(PickAt(spec, 64, {RangeOf(64, 64, options.tactic)}), options.tactic);
         EXPECT_TRUE(Hopper().Choose(spec, options, {}).supported) << options.tactic;
       }
@@ -255,7 +248,7 @@ TEST(TunedChoice, SharedExpertsTakeTheTilesOfTheirGemm) {
       PlanOptions options = OptionsFor(64);
       options.tactic = one.kernel + '+' + two.kernel;
       const Explanation explanation = Hopper().Choose(spec, options, {});
-      EXPECT_EQ(Hopper().HasTactic(spec, options, options.tactic), explanation.supported);
+      EXPECT_EQ(Hopper().HasTactic(spec, options.tactic), explanation.supported);
       if (!explanation.supported) {
         ++unfit;
         EXPECT_EQ(explanation.reason, "tactic '" + options.tactic +
