@@ -37,8 +37,7 @@ namespace hopyard::test {
     for (size_t i = 0; i < others.size(); ++i) {
       const std::string& other = others[(start + i) % others.size()].kernel;
       const std::string tactic = is_gemm1 ? kernel + '+' + other : other + '+' + kernel;
-      if (TilesOf(kernel) != TilesOf(other) &&
-          sm90::FindBackend()->HasTactic(spec, tactic)) {
+      if (TilesOf(kernel) != TilesOf(other) && sm90::FindBackend()->HasTactic(spec, tactic)) {
         tactics.push_back(tactic);
         return;
       }

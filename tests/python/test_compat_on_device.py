@@ -34,6 +34,8 @@ class NoWait(TorchDispatchMode):
         assert not any(name.startswith(word) for word in self.WAITS), name
         if name in ("index", "index_put", "index_put_"):
             assert all(i is None or i.dtype != torch.bool for i in args[1]), name
+        if name == "copy_":
+            assert args[0].device == args[1].device, name
         if name == "_to_copy":
             assert (kwargs or {}).get("device") in (None, args[0].device), name
         return func(*args, **(kwargs or {}))
@@ -95,11 +97,12 @@ def same_bytes(left, right):
 @pytest.mark.parametrize("kind", SOURCES)
 def test_torch_gives_the_bits_of_the_library(kind, name, factors, dtype, device):
     source = SOURCES[kind].to(dtype)
+    moved = source.to(device)
     for factor in factors:
         wanted = formats.quantize(source, name, global_scale=factor)
         given = None if factor is None else torch.tensor(factor, device=device)
         with NoWait():
-            codes, scales = quantize_torch.quantize(source.to(device), name, given)
+            codes, scales = quantize_torch.quantize(moved, name, given)
         same_bytes(codes, wanted.codes)
         if wanted.scales is not None:
             same_bytes(scales, wanted.scales)
@@ -109,7 +112,7 @@ def test_torch_gives_the_bits_of_the_library(kind, name, factors, dtype, device)
 
 def quantisers(x):
     """Every public way to a quantiser, with results of one kind: a tuple of tensors."""
-    g = torch.tensor([512.0], device=x.device)
+    g = torch.full((1,), 512.0, device=x.device)
     yield fi.fp4_quantize(x, g)
     yield fi.fp4_quantize(x, g, is_sf_swizzled_layout=False)
     yield fi.fp4_quantize(x, g, is_sf_8x4_layout=True)
@@ -132,8 +135,9 @@ def quantisers(x):
 def test_quantisers_give_the_same_bits_without_a_wait(device, as_on_a_gpu):
     x = SOURCES["special"].bfloat16()
     wanted = list(quantisers(x))
+    moved = x.to(device)
     with as_on_a_gpu():
-        given = list(quantisers(x.to(device)))
+        given = list(quantisers(moved))
     for left, right in zip(given, wanted, strict=True):
         for one, other in zip(left, right, strict=True):
             assert one.device.type == device
@@ -185,8 +189,9 @@ def test_permutation_is_that_of_loops(tokens, rank, tile, numpy, device):
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-2, 20, (tokens, 3), generator=generator, dtype=torch.int32)
     padded, rows, of_row, tiles = plain_permutation(ids, *rank, tile)
+    given = ids.numpy() if numpy else ids.to(device)
     with NoWait():
-        p = routing.permute(ids.numpy() if numpy else ids.to(device), *rank, (tile, 20))
+        p = routing.permute(given, *rank, (tile, 20))
     p = {name: torch.as_tensor(part).cpu() for name, part in vars(p).items()}
     assert all(part.dtype == torch.int32 for part in p.values())
     assert p["total_padded"].tolist() == [padded]

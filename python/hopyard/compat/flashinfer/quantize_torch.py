@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from hopyard.compat.flashinfer import ops
 from hopyard.devices import torch_module
 
 _FLT_MIN, _FLT_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -23,7 +24,7 @@ _E2M1_STEPS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 def _constant(value: float, like: Any) -> Any:
     """A number as a tensor: torch would divide by a plain one as a product with its inverse."""
-    return torch_module().full((), value, dtype=torch_module().float32, device=like.device)
+    return ops.full(like, (), value)
 
 
 def _e4m3(values: Any) -> Any:
