@@ -3,7 +3,7 @@
 // case:
 //
 //   bench_forward COMMIT CASE ... [--tokens=1,8,64] [--routing=uniform,balanced,zipf,hot]
-//                 [--tactic=GEMM1[+GEMM2]] [--untuned]
+//                 [--tactic=GEMM1[+GEMM2]] [--untuned] [--shared]
 //
 // CASE as in bench/cases.h. A CUDA graph holds kLayerCalls calls with as many routings over
 // weights that do not fit into the L2 cache together, so that weights are read cold; the time of a
@@ -34,8 +34,9 @@ void BenchTokens(const Machine& machine, const Case& one, const Layers& layers, 
   result.model = one.shape.name;
   result.tokens = tokens;
   result.bytes = calls.touched() / spec.num_experts * static_cast<double>(layers.front()->bytes()) +
+                 static_cast<double>(layers.front()->shared_bytes()) +
                  4.0 * static_cast<double>(tokens * spec.hidden_size);
-  result.flops = 2.0 * static_cast<double>(tokens * spec.top_k) * matrices;
+  result.flops = 2.0 * static_cast<double>(tokens * spec.slots_per_token()) * matrices;
   result.tactic = plan.Explain().Chosen();
   result.times = TimeInGraph(kLayerCalls, [&](int i, cudaStream_t stream) {
     calls.Enqueue(plan, {workspace.get(), static_cast<size_t>(plan.workspace_bytes())}, i, stream);

@@ -58,7 +58,7 @@ struct Gemm {
     return number == 1 ? tokens : tokens * spec.top_k;
   }
   [[nodiscard]] int64_t WeightBytes(const LayerWeights& weights) const {
-    return number == 1 ? weights.gemm1.bytes() : weights.gemm2.bytes();
+    return number == 1 ? weights.routed.gemm1.bytes() : weights.routed.gemm2.bytes();
   }
 };
 
@@ -353,7 +353,7 @@ void BenchLayer(const Machine& machine, const Case& one) {
   int64_t bytes = 0;
   while (bytes < kColdBytes) {
     layers.push_back(std::make_unique<LayerWeights>(one.shape.spec));
-    bytes += layers.back()->gemm2.bytes();
+    bytes += layers.back()->routed.gemm2.bytes();
   }
   for (const std::string& routing : one.routings) {
     for (const int64_t tokens : one.tokens) {

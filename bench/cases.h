@@ -2,10 +2,10 @@
 // The command line that bench_forward and bench_gemm share:
 //
 //   COMMIT CASE ... [--tokens=1,8,64] [--routing=uniform,balanced,zipf,hot] [--tactic=NAME]
-//   [--untuned]
+//   [--untuned] [--shared]
 //
 // CASE is MODEL[:WEIGHTS:ACTIVATIONS[:TOKENS]], e.g. qwen3-30b-a3b:mxfp4:fp8_block128:1,8,64.
-// Routed experts only.
+// Routed experts only, unless --shared keeps the model's shared ones.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +32,7 @@ struct Case {
   std::vector<std::string> routings;
   std::string tactic;  // empty: not given
   bool untuned = false;
+  bool shared = false;
 };
 
 inline std::vector<std::string> Split(const std::string& text, char separator) {
@@ -65,7 +66,9 @@ inline Case ParseCase(const std::string& name, const Case& options) {
       << "no model " << parts[0] << "; known: " << ShapeNames();
   Case out = options;
   out.shape = *known;
-  out.shape.spec.shared.count = 0;
+  if (!options.shared) {
+    out.shape.spec.shared.count = 0;
+  }
   if (parts.size() >= 3) {
     out.shape.spec.weights = ParseWeightFormat(parts[1]);
     out.shape.spec.activations = ParseActivationFormat(parts[2]);
@@ -76,7 +79,7 @@ inline Case ParseCase(const std::string& name, const Case& options) {
   return out;
 }
 
-// Takes --tokens=, --routing=, --tactic= and --untuned; false for anything else.
+// Takes --tokens=, --routing=, --tactic=, --untuned and --shared; false for anything else.
 inline bool TakeOption(const std::string& argument, Case* options) {
   const size_t end = argument.find('=');
   const std::string name = argument.substr(0, end);
@@ -90,6 +93,8 @@ inline bool TakeOption(const std::string& argument, Case* options) {
     options->tactic = value;
   } else if (argument == "--untuned") {
     options->untuned = true;
+  } else if (argument == "--shared") {
+    options->shared = true;
   } else {
     return false;
   }
@@ -110,7 +115,7 @@ int BenchCases(int argc, char** argv, Run&& run) {
     if (names.empty()) {
       std::cerr << "usage: " << argv[0]
                 << " COMMIT MODEL[:WEIGHTS:ACTIVATIONS[:TOKENS]] ... [--tokens=1,8] "
-                   "[--routing=uniform,zipf] [--tactic=NAME] [--untuned]; models: "
+                   "[--routing=uniform,zipf] [--tactic=NAME] [--untuned] [--shared]; models: "
                 << ShapeNames() << '\n';
       return 2;
     }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -111,19 +112,34 @@ class RandomMatrices {
   std::unique_ptr<DeviceBuffer<float>> global_;
 };
 
-struct LayerWeights {
+// GEMM1 and GEMM2 of a group of experts.
+struct GroupMatrices {
   RandomMatrices gemm1;
   RandomMatrices gemm2;
+
+  GroupMatrices(const MoeSpec& spec, WeightFormat format, int64_t experts)
+      : gemm1(format, experts, spec.gemm1_rows(), spec.hidden_size),
+        gemm2(format, experts, spec.hidden_size, spec.intermediate_size) {}
+  [[nodiscard]] int64_t bytes() const { return gemm1.bytes() + gemm2.bytes(); }
+};
+
+struct LayerWeights {
+  GroupMatrices routed;
+  std::optional<GroupMatrices> shared;
   DeviceBuffer<float> input_scales;
   Weights weights;
 
   explicit LayerWeights(const MoeSpec& spec)
-      : gemm1(spec.weights, spec.num_experts, spec.gemm1_rows(), spec.hidden_size),
-        gemm2(spec.weights, spec.num_experts, spec.hidden_size, spec.intermediate_size),
+      : routed(spec, spec.weights, spec.num_experts),
         input_scales(std::vector<float>{0x1p-5F, 0x1p-5F}) {
     WeightsDesc desc;
-    desc.routed.gemm1 = gemm1.set();
-    desc.routed.gemm2 = gemm2.set();
+    desc.routed.gemm1 = routed.gemm1.set();
+    desc.routed.gemm2 = routed.gemm2.set();
+    if (spec.shared.count > 0) {
+      shared.emplace(spec, spec.shared.weights, spec.shared.count);
+      desc.shared.gemm1 = shared->gemm1.set();
+      desc.shared.gemm2 = shared->gemm2.set();
+    }
     if (spec.activations == ActivationFormat::kFp8PerTensor ||
         spec.activations == ActivationFormat::kNvFp4) {
       desc.routed.gemm1_input_scale =
@@ -133,7 +149,8 @@ struct LayerWeights {
     }
     weights = Weights(spec, desc);
   }
-  [[nodiscard]] int64_t bytes() const { return gemm1.bytes() + gemm2.bytes(); }
+  [[nodiscard]] int64_t bytes() const { return routed.bytes(); }  // of the routed experts
+  [[nodiscard]] int64_t shared_bytes() const { return shared ? shared->bytes() : 0; }
 };
 using Layers = std::vector<std::unique_ptr<LayerWeights>>;
 
