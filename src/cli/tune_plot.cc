@@ -104,6 +104,17 @@ std::pair<Points, Points> WinnersAndUntuned(const TunedLayer& layer) {
   return {winners, untuned};
 }
 
+// Those that a plan takes have names beside the picture, whatever else was measured.
+std::vector<std::pair<std::string, Points>> WinnersFirst(
+    const TunedLayer& layer, const std::map<std::string, Points>& lines) {
+  std::vector<std::pair<std::string, Points>> ordered(lines.begin(), lines.end());
+  std::stable_partition(ordered.begin(), ordered.end(), [&](const auto& line) {
+    return std::any_of(layer.ranges.begin(), layer.ranges.end(),
+                       [&](const TunedRange& range) { return range.tactic == line.first; });
+  });
+  return ordered;
+}
+
 }  // namespace
 
 std::string PlotSvg(const std::string& title, const TunedLayer& layer,
@@ -132,7 +143,7 @@ std::string PlotSvg(const std::string& title, const TunedLayer& layer,
   out += Text(kLeft - 6, kTop - 10, "end", "us");
   double hue = 0;
   size_t named = 0;
-  for (const auto& [name, points] : lines) {
+  for (const auto& [name, points] : WinnersFirst(layer, lines)) {
     // The golden angle keeps neighbours apart.
     const std::string colour = fmt::format("stroke=\"hsl({:.0f},65%,45%)\"", hue);
     hue = std::fmod(hue + 137.5, 360.0);

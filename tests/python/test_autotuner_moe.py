@@ -23,7 +23,7 @@ from autotuner_runners import Runner, new_process, tensors
 from compat_layers import one_torch_thread  # noqa: F401
 from hopyard.compat.flashinfer import autotuner as at
 from hopyard.compat.flashinfer import autotuner_moe as moe
-from hopyard.compat.flashinfer import engine
+from hopyard.compat.flashinfer import engine, tuning
 
 tuner = autotuner_runners.tuner
 SIZES = cl.Sizes(256, 128, 16, 4, 16)
@@ -207,9 +207,12 @@ def problem_of(mode, case):
     )
 
 
+@DEVICES
 @pytest.mark.parametrize("mode", ["nvfp4", "mxfp4_mxfp8", "mxfp4_bf16", "deepseek"])
-def test_every_tactic_forced_by_a_file(quick, mode, tmp_path, monkeypatch, caplog):
-    case = cl.make(mode, SIZES)
+def test_every_tactic_forced_by_a_file(quick, mode, tmp_path, monkeypatch, caplog, device):
+    if device != tuning._device():
+        pytest.skip("the tactics are those of the GPU")
+    case = cl.make(mode, SIZES, device=device)
     packed = packed_of(case)
     path = tmp_path / "cache.json"
     with fi.autotune(True, cache=path, tuning_buckets=(16,)):
@@ -228,13 +231,14 @@ def test_every_tactic_forced_by_a_file(quick, mode, tmp_path, monkeypatch, caplo
         caplog.clear()
         with caplog.at_level(logging.INFO), fi.autotune(False, cache=path):
             for _ in range(10):
-                cl.same(cl.call(case, routed=packed), usual)
+                alike(case, cl.call(case, routed=packed), usual)
         assert any("file hit" in r.message and "fp" in r.message for r in caplog.records)
         stats = hopyard.tuning_stats()
         assert (stats.hits, stats.stale, stats.measured) == (1, 0, 0)
         (layer,) = engine._plans._items.values()
         chosen = [c.kernel for c in layer.explain().candidates if c.chosen]
-        assert chosen == [kernel]
+        # A GPU's kernel is one GEMM's, and the library completes the tactic.
+        assert chosen == [kernel] or (device == "cuda" and kernel in chosen)
 
 
 def test_skipped_operations_are_neither_tuned_nor_tuned_before(quick, caplog):

@@ -181,7 +181,9 @@ def _low_halves(packed: Array) -> Array:
 def _check_weights_of(weights: Array | None, ids: Array) -> None:
     """topk_weights: bfloat16 or float32, of the shape of topk_ids and beside them."""
     name, shape = "topk_weights", ops.shape_of(ids)
-    want(hasattr(weights, "shape"), f"{name} is {weights!r}, wanted weights of unpacked ids")
+    # A tensor is not put into a message: its values may be on a GPU.
+    if not hasattr(weights, "shape"):
+        want(False, f"{name} is {weights!r}, wanted weights of unpacked ids")
     checks.check_type(weights, name, ["bfloat16", "float32"], ValueError)
     want(
         ops.shape_of(weights) == shape,
