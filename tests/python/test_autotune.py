@@ -21,7 +21,7 @@ from devices import DEVICES
 MODULE = importlib.import_module("hopyard.autotune")  # the name is the function's
 QUICK = {"tokens": [1, 24], "max_seconds": 0.3}
 GPU_QUICK = {"tokens": [1, 24], "max_seconds": 5.0}  # the first calls load the kernels
-WHOLE = {"tokens": [1, 24], "max_seconds": 60}  # time enough for both
+WHOLE = {"tokens": [1, 24], **layers.TUNED_WHOLE}
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,8 @@ def lasts(table):
 def start(last, path):
     """A file of the usual layer that was measured up to `last` tokens."""
     layer, data = make()
-    with hopyard.autotune(path, [last, 24], progress=lambda now: now.done < 1):
+    options = {**layers.TUNED_WHOLE, "progress": lambda now: now.done < 1}
+    with hopyard.autotune(path, [last, 24], **options):
         layer(data.bits, logits=data.logits)
     assert lasts(hopyard.TuningTable.load(path)) == [last]
     hopyard.forget_tuning()
@@ -316,7 +317,7 @@ def test_partial_measurements_are_made_again(tmp_path):
     with hopyard.autotune(path, [1]):
         layer(data.bits, logits=data.logits)
     assert measured() == 0  # as far as is asked for
-    with hopyard.autotune(path, max_seconds=5):  # as far as the layer goes
+    with hopyard.autotune(path, **layers.TUNED_WHOLE):  # as far as the layer goes
         layer(data.bits, logits=data.logits)
     assert measured() > 0
     assert lasts(hopyard.TuningTable.load(path))[-1] >= 24
@@ -326,7 +327,7 @@ def test_larger_layers_are_measured_again():
     layer, data = make()
     small = hopyard.MoeLayer(layer.spec, layer.weights, 4, num_threads=1)
     few = {"hidden": data.bits[:4], "logits": data.logits[:4]}
-    with hopyard.autotune(max_seconds=5) as session:
+    with hopyard.autotune(**layers.TUNED_WHOLE) as session:
         small(**few)
         assert 4 <= lasts(session.table)[-1] < 24
         runs = measured()
@@ -416,7 +417,7 @@ def test_a_real_ctrl_c_is_saved_and_measured_again(tmp_path, handler):
     path = tmp_path / "t.json"
     layer, data = make()
     tokens = [1, 2, 4, 8, 16, 24]
-    with hopyard.autotune(path, tokens, max_seconds=10, measured=interrupting()):
+    with hopyard.autotune(path, tokens, measured=interrupting(), **layers.TUNED_WHOLE):
         with pytest.raises(KeyboardInterrupt):
             layer(data.bits, logits=data.logits)
         assert 1 <= lasts(hopyard.TuningTable.load(path))[-1] < 24
@@ -528,7 +529,7 @@ def test_other_ranks_wait_for_rank_0_and_never_measure(tmp_path, monkeypatch):
     assert made[1].options["tuning"] == first.table
 
 
-@pytest.mark.parametrize("reached", [24, 2])  # whole, or all that rank 0 has time for
+@pytest.mark.parametrize("reached", [24, 2])  # whole, or all that rank 0 measures
 def test_other_ranks_wait_for_more_than_a_partial_file(tmp_path, monkeypatch, reached):
     path = tmp_path / "t.json"
     start(1, path)
@@ -543,12 +544,12 @@ def test_other_ranks_wait_for_more_than_a_partial_file(tmp_path, monkeypatch, re
         return found
 
     monkeypatch.setattr(MODULE, "wait_for_tuning", wait)
-    second = MODULE.Session(path, (1, 2), 60.0, {"tokens": [1, 2, 24]})
+    second = MODULE.Session(path, (1, 2), 300.0, {"tokens": [1, 2, 24]})
     thread = threading.Thread(target=second.prepare, args=(other, {"logits": data.logits}))
     thread.start()
     for _ in range(2):  # it has seen the file, and looked again
         assert looks.acquire(timeout=30)
-    options = {"progress": lambda now: now.done < 2} if reached == 2 else {"max_seconds": 5}
+    options = {**layers.TUNED_WHOLE, "progress": lambda now: reached == 24 or now.done < 2}
     with hopyard.autotune(path, [1, 2, 24], world_size=2, **options) as first:
         layer(data.bits, logits=data.logits)
     thread.join(30)

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
-import time
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -14,7 +14,8 @@ import pytest
 from command import HOPYARD, hopyard, refusal, result
 
 TARGET = ("qwen3-30b-a3b", "--experts", 8)
-QUICK = ("--tokens", "1,3", "--seconds", 5, "--weights", "mxfp4")
+WHOLE = ("--margin", 0.99, "--seconds", 300)  # as layers.TUNED_WHOLE
+QUICK = ("--tokens", "1,3", *WHOLE, "--weights", "mxfp4")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_second_layer_joins_the_file(tuned, tmp_path):
     _, files = tuned
     both = tmp_path / "both.json"
     both.write_bytes(files["output"].read_bytes())
-    hopyard("tune", *TARGET, "--weights", "bf16", "--tokens", 1, "--seconds", 3, "--output", both)
+    hopyard("tune", *TARGET, "--weights", "bf16", "--tokens", 1, *WHOLE, "--output", both)
     assert len(json.loads(both.read_text())["layers"]) == 2
     difference = result("tune", "diff", files["output"], both)
     assert difference["same_machine"]
@@ -148,13 +149,14 @@ def test_prune_says_when_nothing_matches(tuned, tmp_path):
 
 def test_interrupting_keeps_what_was_measured(tmp_path):
     output = tmp_path / "table.json"
-    arguments = [*map(str, TARGET), "--weights", "bf16", "--max-tokens", "4096", "--seconds", "60"]
+    arguments = [*map(str, TARGET), "--weights", "bf16", "--max-tokens", "4096", "--seconds", "300"]
     process = subprocess.Popen(
-        [HOPYARD, "tune", *arguments, "--json", "--progress", "off", "--output", str(output)],
+        [HOPYARD, "tune", *arguments, "--json", "--progress", "lines", "--output", str(output)],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(12)
+    assert any(re.search("[1-9][0-9]* of [0-9]+ batches", line) for line in process.stderr)
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 0

@@ -146,7 +146,7 @@ def test_mn_major_weights_are_a_layer_of_their_own():
     assert layer.weights.orders == layer.options["weight_orders"] == orders
     usual = layers.make(num_threads=1)[0]
     assert usual.options["weight_orders"] == hopyard.WeightOrders()
-    with hopyard.autotune(tokens=[1, 24], max_seconds=20) as session:
+    with hopyard.autotune(tokens=[1, 24], **layers.TUNED_WHOLE) as session:
         layer(data.bits, logits=data.logits)
         runs = hopyard.tuning_stats().measured
         assert runs > 0

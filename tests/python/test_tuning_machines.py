@@ -10,7 +10,7 @@ import pytest
 import hopyard
 import layers
 
-TUNED = {"tokens": [1, 24], "max_seconds": 20}
+TUNED = {"tokens": [1, 24], **layers.TUNED_WHOLE}
 FIRST, SECOND = 1, 2  # threads
 
 
