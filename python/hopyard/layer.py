@@ -328,9 +328,6 @@ class MoeLayer:
             MemoryError: there is no memory for the workspace (torch's OutOfMemoryError where the
                 memory is torch's).
         """
-        if before_calls:
-            for before in before_calls[-1:]:  # another thread may have left `autotune` since
-                before(self, call)
         uses_torch = is_torch(hidden)
         if gradients_enabled():
             self._refuse_gradients(hidden, call)
@@ -338,6 +335,12 @@ class MoeLayer:
             stream = 0
         else:
             stream = stream_of(self._device, call.get("stream"), uses_torch=uses_torch)
+        if before_calls:
+            fault = fault_of(hidden, call, stream)  # before anything is measured for the call
+            if fault is not None:
+                raise fault
+            for before in before_calls[-1:]:  # another thread may have left `autotune` since
+                before(self, call)
         given: dict[str, Any] = call
         for value in call.values():
             if type(value) not in crosses_as_it_is:

@@ -294,6 +294,17 @@ def test_first_calls_inside_tune(tmp_path, device):
     assert "tuned:" in str(later.explain())
 
 
+def test_refused_calls_measure_nothing():
+    layer, data = make()
+    with hopyard.autotune(**QUICK) as session:
+        with pytest.raises(ValueError, match="hidden"):
+            layer(data.hidden, logits=data.logits)  # float32
+        with pytest.raises(TypeError, match="logit"):
+            layer(data.bits, logit=data.logits)
+    assert measured() == 0
+    assert session.table is None
+
+
 def test_a_second_process_measures_nothing(tmp_path, device):
     path = tmp_path / "table.json"
     layer, data = make(device)

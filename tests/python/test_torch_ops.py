@@ -357,9 +357,11 @@ def test_tuning_meets_no_tensor_without_memory(tuning, case):
             with mode:
                 hidden, logits = (mode.from_tensor(tensor) for tensor in given)
                 assert isinstance(run(hidden, case.handle, logits), FakeTensor)
-        assert measured() == before
         with pytest.raises(ValueError, match="hidden"):
             case.layer(case.hidden.to("meta"), logits=case.logits)
+        with pytest.raises(ValueError, match="logits"):
+            case.layer(case.hidden, logits=case.logits.to("meta"))
+        assert measured() == before
         results = torch.library.opcheck(OPS.moe.default, *operator_calls(case)["moe"])
         assert set(results.values()) == {"SUCCESS"}
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
