@@ -72,6 +72,8 @@ class Tuner {
   [[nodiscard]] bool Pulse(TuneProgress progress);
   void ReportTimes(const Race& race, int64_t tokens);
   [[nodiscard]] double SecondsLeft() const;
+  [[nodiscard]] int64_t LastWithUntuned(int64_t low, int64_t high) const;
+  [[nodiscard]] int64_t BorderBetween(const TunedRange& low, const TunedRange& high) const;
   [[nodiscard]] std::vector<TunedRange> Ranges() const;
 
   Lab* lab_;
