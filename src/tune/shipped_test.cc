@@ -62,12 +62,25 @@ TEST(ShippedTables, HaveTheLayersOfNamedModels) {
   constexpr Layer kLayers[] = {
       {"qwen3-30b-a3b", WeightFormat::kBf16, ActivationFormat::kBf16},
       {"qwen3-30b-a3b", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+      {"qwen3-30b-a3b", WeightFormat::kMxFp4, ActivationFormat::kBf16},
       {"qwen3-30b-a3b", WeightFormat::kMxFp4, ActivationFormat::kFp8Block128},
       {"qwen3-30b-a3b", WeightFormat::kNvFp4, ActivationFormat::kBf16},
+      {"qwen3-30b-a3b", WeightFormat::kNvFp4, ActivationFormat::kNvFp4},
+      {"qwen3-235b-a22b", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+      {"gpt-oss-20b", WeightFormat::kMxFp4, ActivationFormat::kBf16},
+      {"gpt-oss-20b", WeightFormat::kMxFp4, ActivationFormat::kFp8Block128},
       {"gpt-oss-120b", WeightFormat::kMxFp4, ActivationFormat::kBf16},
       {"gpt-oss-120b", WeightFormat::kMxFp4, ActivationFormat::kFp8Block128},
       {"gpt-oss-120b", WeightFormat::kMxFp4, ActivationFormat::kMxFp8},
       {"deepseek-v3", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+      {"deepseek-v3", WeightFormat::kNvFp4, ActivationFormat::kBf16},
+      {"deepseek-v3-ep8", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+      {"kimi-k2", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+      {"glm-4.5", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+      {"minimax-m2", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+      {"mixtral-8x7b", WeightFormat::kBf16, ActivationFormat::kBf16},
+      {"mixtral-8x7b", WeightFormat::kFp8Block128, ActivationFormat::kFp8Block128},
+      {"llama-4-scout", WeightFormat::kFp8PerTensor, ActivationFormat::kFp8PerTensor},
   };
   for (const auto& table : ShippedTables()) {
     for (const Layer& layer : kLayers) {

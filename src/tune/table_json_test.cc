@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Text that is no table is refused, and says why.
 #include <fstream>
-#include <regex>
 #include <sstream>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "tune/tune_testing.h"
@@ -125,12 +123,10 @@ TEST(TableJson, OfTheFirstFormat) {
       Replaced(Replaced(second, orders, ""), "\"version\": 2", "\"version\": 1");
   EXPECT_EQ(TuningTable::FromJson(first), table);
   // Each version has its own fields and no other.
-  for (const auto& [text, version] : {std::pair{first, "2"}, std::pair{second, "1"}}) {
-    ExpectError(
-        ErrorKind::kInvalidArgument, {"layers[0].key"}, [&, &text = text, &version = version] {
-          std::ignore = TuningTable::FromJson(std::regex_replace(
-              text, std::regex("\"version\": [12]"), std::string("\"version\": ") + version));
-        });
+  for (const std::string& text : {Replaced(first, "\"version\": 1", "\"version\": 2"),
+                                  Replaced(second, "\"version\": 2", "\"version\": 1")}) {
+    ExpectError(ErrorKind::kInvalidArgument, {"layers[0].key"},
+                [&] { std::ignore = TuningTable::FromJson(text); });
   }
 }
 
