@@ -44,6 +44,9 @@ constexpr double kEmptyTile = 0.3;
 // Two blocks on a multiprocessor beside one of as many warpgroups: they copy token rows twice. From
 // 0.9 to 1.4 were seen of two-consumer rows where all blocks find room at once (T = 1 and 2).
 constexpr double kNeighbours = 1.02;
+// Four blocks of tiles of 16 with FP8 products against two: 0.98 to 1.03 of the layer's time from
+// T = 8 on (experiments.jsonl, H100), where fewer waits alone would make it 0.92 to 0.94.
+constexpr double kFourNeighbours = 1.17;
 // Two consumers on tiles of 16 and 32 rows decode as fast together as two blocks of one, but with
 // fewer registers each: with fewer than some 700 blocks, of which the last ones find the
 // multiprocessors half empty, they lose up to 15 % (bench_gemm, T = 8 .. 32).
@@ -121,7 +124,8 @@ double TurnsOf(const GemmConfig& config, const FamilyCost& cost, int64_t items) 
   const int64_t places = BlocksPerProcessor(config);
   const int64_t rounds = items / places;
   const int64_t left = items % places;
-  const double full = static_cast<double>(rounds) * (places > 1 ? kNeighbours : 1.0) *
+  const double neighbours = places > 3 ? kFourNeighbours : places > 1 ? kNeighbours : 1.0;
+  const double full = static_cast<double>(rounds) * neighbours *
                       Slowdown(cost, static_cast<double>(places * config.consumers));
   return full + (left > 0 ? Slowdown(cost, static_cast<double>(left * config.consumers)) : 0.0);
 }
