@@ -127,8 +127,11 @@ TuningTable TuneOnce(const Subject& subject, const TuneRequest& request, uint64_
   return table;
 }
 
-const std::string& TacticAt(const TuningTable& table, int64_t tokens) {
+std::string TacticAt(const TuningTable& table, int64_t tokens) {
   const std::vector<TunedRange>& ranges = table.layers().front().ranges;
+  if (ranges.empty()) {
+    return {};
+  }
   return std::find_if(ranges.begin(), ranges.end() - 1,
                       [&](const TunedRange& range) { return tokens <= range.last; })
       ->tactic;

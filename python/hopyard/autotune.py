@@ -331,10 +331,16 @@ class Session:
             return
         with self._lock:
             error = self._settle(layer, {**given, **options_of(path)}, call.get("stream"))
-            layer.replan(**options_of(path), tuning=self.table)
+            layer.replan(**options_of(path), tuning=self._beside(given.get("tuning")))
             if error is not None:
                 raise error
             self._prepared[layer] = path
+
+    def _beside(self, own: TuningTable | None) -> TuningTable | None:
+        """What the session knows, and the rest of a layer's own table of this machine."""
+        if own is None or self.table is None:
+            return own if self.table is None else self.table
+        return own.merge(self.table) if own.machine == self.table.machine else self.table
 
     def _settle(self, layer: MoeLayer, options: PlanOptions, stream: Any) -> BaseException | None:
         """Have the layer in the table; the error that ended a measurement early."""

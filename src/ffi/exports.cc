@@ -60,7 +60,6 @@ WeightsRef MakeWeightsFn(const Dict& spec, const Dict& desc) {
   });
 }
 
-// A copy on another device.
 Dict WeightOrdersFn(const WeightsRef& weights) {
   return Guarded([&] {
     const Weights& of = weights->weights;
@@ -68,6 +67,7 @@ Dict WeightOrdersFn(const WeightsRef& weights) {
   });
 }
 
+// A copy on another device.
 WeightsRef CopyWeightsFn(const WeightsRef& weights, int device) {
   return Guarded([&] {
     const Weights& from = weights->weights;

@@ -37,6 +37,11 @@ constexpr int64_t kCloseBorder = 8;
 // 6865: one more tile of 128 for every expert is 2048 tokens more (2026-11-22).
 constexpr double kFarApart = 1.15;
 
+bool IsFarApart(int64_t low, int64_t high) {
+  // One more by rounding.
+  return static_cast<double>(high - 1) > kFarApart * static_cast<double>(low);
+}
+
 double WeightOf(int64_t tokens) {
   return 1.0 + static_cast<double>(tokens) / kTokensOfTwice;
 }
@@ -103,16 +108,45 @@ Tuner::Tuner(Lab* lab, std::vector<int64_t> tokens, const TuneOptions& options)
 TunerResult Tuner::Run() {
   MeasureBuckets();
   ValidateAbove();
-  ValidateChanges();
   // What is measured for a border leaves gaps with one winner, and what is measured in these may
-  // make borders.
-  RefineBorders();
-  ValidateBetween();
-  RefineBorders();
+  // make borders and stand beside a change of the untuned choice.
+  size_t before = 0;
+  do {
+    before = points_.size();
+    ValidateChanges();
+    RefineBorders();
+    ValidateBetween();
+  } while (points_.size() > before && !Over());
+  DropUnproven();
   if (callers_error_) {
     std::rethrow_exception(callers_error_);
   }
   return {Ranges(), faults_, measured_};
+}
+
+// What failed later, and winners whose other side is too far away because the time ran out: the
+// untuned choice stays.
+void Tuner::DropUnproven() {
+  const auto drop = [this](TunedRange* point) {
+    if (Allowed(point->untuned)) {
+      point->tactic = point->untuned;
+      point->us = point->untuned_us;
+      point->noise = 0.0;
+    }
+  };
+  for (auto& [tokens, point] : points_) {
+    if (!Allowed(point.tactic)) {
+      drop(&point);
+    }
+  }
+  for (auto low = points_.begin(); low != points_.end() && std::next(low) != points_.end(); ++low) {
+    const TunedRange& below = low->second;
+    TunedRange& above = std::next(low)->second;
+    const bool wins = below.tactic != below.untuned && above.tactic != above.untuned;
+    if (wins && below.tactic == above.tactic && IsFarApart(below.tokens, above.tokens)) {
+      drop(&above);
+    }
+  }
 }
 
 bool Tuner::Over() const {
@@ -198,6 +232,9 @@ void Tuner::ValidateBetween() {
     const auto high = std::next(low);
     if (high == points_.end() || low->second.tactic != high->second.tactic) {
       continue;  // borders are refined
+    }
+    if (!IsFarApart(low->first, high->first)) {
+      continue;
     }
     const auto first = static_cast<double>(low->first);
     const double factor = static_cast<double>(high->first) / first;

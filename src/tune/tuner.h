@@ -48,6 +48,7 @@ class Tuner {
   void ValidateChanges();
   // Where the same tactic won at two numbers of tokens far from each other.
   void ValidateBetween();
+  void DropUnproven();
   [[nodiscard]] bool MeasureMore(int64_t tokens, const std::vector<std::string>& among);
   void RefineBorders();
   void RefineBorder(int64_t low, int64_t high);

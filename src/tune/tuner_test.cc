@@ -260,7 +260,8 @@ TEST(Tuner, ALostDeviceKeepsWhatWasMeasured) {
   lab.lost_after_failure = true;
   const TunerResult tuned = Tune(&lab, {1, 4, 8});
   ASSERT_EQ(tuned.ranges.size(), 1U) << Shown(tuned);
-  EXPECT_EQ(tuned.ranges.front().tactic, "b");
+  EXPECT_EQ(tuned.ranges.front().tactic, "a") << "b was faster, but has failed since";
+  EXPECT_EQ(tuned.ranges.front().us, 50.0);
   EXPECT_EQ(tuned.ranges.front().last, 1);
   EXPECT_THAT(Shown(tuned), HasSubstr("illegal address; the device is lost"));
   EXPECT_THAT(Shown(tuned), HasSubstr("a at 8: the device is lost; 1 numbers of tokens"));

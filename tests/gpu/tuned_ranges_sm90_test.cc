@@ -87,7 +87,7 @@ class GpuRanges : public ::testing::TestWithParam<FormatPair> {
     TunedLayer layer;
     layer.key = KeyOf(source_.spec, MakePlan(source_.spec, kGpu, options).options());
     for (const int64_t last : {kFew, kMore, int64_t{1} << 20}) {
-      layer.ranges.push_back({last, last, TacticFor(last), 1.0, TacticFor(last), 1.0, 0.0});
+      layer.ranges.push_back({last, last, TacticFor(last), 1.0, "slower", 2.0, 0.0});
     }
     auto table = std::make_shared<TuningTable>(MachineOf(kGpu));
     table->Put(layer);

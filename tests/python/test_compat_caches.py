@@ -110,6 +110,20 @@ def test_plans_are_shared_by_layers_of_one_spec():
     assert len(engine._plans) == len(engine._views) == 0
 
 
+@DEVICES
+@pytest.mark.parametrize("modes", [("inference_mode", "no_grad"), ("no_grad", "inference_mode")])
+def test_a_view_serves_in_and_out_of_inference_mode(modes, device):
+    fi.clear_caches()
+    case = cl.make("nvfp4", device=device)
+    logits = cl.logits_of(case)
+    outputs = []
+    for mode in modes:
+        with getattr(torch, mode)():
+            outputs.append(cl.call(case, logits=logits))
+    assert len(engine._views) == 1
+    cl.same(*outputs)
+
+
 def scalars_of(case, value=1.0):
     """The three scalars of a case, all of one value where it had none."""
     for name in SCALARS:

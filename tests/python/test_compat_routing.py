@@ -370,6 +370,19 @@ def test_weights_of_routing_metadata(weights, part):
             )
 
 
+@pytest.mark.parametrize("first", ["float32", "bfloat16"])
+def test_weights_of_the_other_type_are_converted(first):
+    ids = np.array([[0, 1], [2, 3]], np.int32)
+    exact = np.array([[0.5, 0.25], [1.5, 3.0]], np.float32)
+    both = {"float32": exact, "bfloat16": ops.bfloat16(exact)}
+    other = both["bfloat16" if first == "float32" else "float32"]
+    metadata = fi.trtllm_moe_allocate_routing_metadata_multi_tile(
+        ids, topk_weights=both[first][::-1], **UNPACKED
+    )
+    fi.populate_trtllm_moe_routing_metadata_(metadata, ids, other)
+    assert (np.asarray(metadata.slots[0].expert_weights) == both[first]).all()
+
+
 def test_ids_that_cannot_be_packed():
     for number in (32767, -32768, -1):
         packed = fi.pack_topk_ids(torch.tensor([[number, 1]]), torch.ones(1, 2))

@@ -215,6 +215,11 @@ std::optional<TileChoice> MeasuredChoice(const MoeSpec& spec, const std::vector<
   return choice;
 }
 
+std::string TacticOf(const TileChoice& choice) {
+  return fmt::format("{}+{}", KernelAt(choice.routed.gemm1).name,
+                     KernelAt(choice.routed.gemm2).name);
+}
+
 // The part of `choices` for numbers of tokens from `first` to `last`.
 void AddPart(const std::vector<TileChoice>& choices, int64_t first, int64_t last,
              std::vector<TileChoice>* out) {
@@ -229,6 +234,19 @@ void AddPart(const std::vector<TileChoice>& choices, int64_t first, int64_t last
   }
 }
 
+// Where nothing was faster than the untuned choice that stays the model's, whose kernels may be
+// others by now; those that were measured say so.
+void AddUntuned(const std::vector<TileChoice>& cheapest, int64_t first, const TunedRange& range,
+                std::vector<TileChoice>* out) {
+  const size_t begin = out->size();
+  AddPart(cheapest, first, range.last, out);
+  for (size_t i = begin; i < out->size(); ++i) {
+    if (TacticOf((*out)[i]) == range.tactic) {
+      (*out)[i].measured = tune::MeasuredText(range);
+    }
+  }
+}
+
 // `cheapest` where nothing was measured, and above the last range.
 std::vector<TileChoice> WithMeasured(const MoeSpec& spec, const std::vector<Role>& roles,
                                      const std::vector<TileChoice>& cheapest,
@@ -239,7 +257,9 @@ std::vector<TileChoice> WithMeasured(const MoeSpec& spec, const std::vector<Role
     if (range.last < first) {
       continue;
     }
-    if (std::optional<TileChoice> choice = MeasuredChoice(spec, roles, range)) {
+    if (range.tactic == range.untuned) {
+      AddUntuned(cheapest, first, range, &choices);
+    } else if (std::optional<TileChoice> choice = MeasuredChoice(spec, roles, range)) {
       choice->max_tokens = range.last;
       choices.push_back(*std::move(choice));
     } else {
@@ -249,11 +269,6 @@ std::vector<TileChoice> WithMeasured(const MoeSpec& spec, const std::vector<Role
   }
   AddPart(cheapest, first, kAnyTokens, &choices);
   return choices;
-}
-
-std::string TacticOf(const TileChoice& choice) {
-  return fmt::format("{}+{}", KernelAt(choice.routed.gemm1).name,
-                     KernelAt(choice.routed.gemm2).name);
 }
 
 // The kernels of a role, cheapest first.

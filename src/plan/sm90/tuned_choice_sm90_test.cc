@@ -123,13 +123,11 @@ TEST(TunedChoice, ReasonsSayWhatWasMeasured) {
   const MoeSpec spec = Spec();
   const std::string tactic = OtherTactic(spec, 8);
   const std::string first = tactic.substr(0, tactic.find('+'));
-  TunedRange same = RangeOf(64, 64, tactic);
-  same.untuned = tactic;
-  const std::vector<TunedRange> tuned = {RangeOf(8, 8, tactic), same};
+  const std::vector<TunedRange> tuned = {RangeOf(8, 8, tactic), RangeOf(64, 64, tactic)};
   const std::string reason = ReasonOf(Hopper().Choose(spec, OptionsFor(64), tuned), first);
   EXPECT_NE(reason.find("GEMM1, tokens 1..64: tiles of "), std::string::npos) << reason;
   EXPECT_NE(reason.find("tuned: 95.1 us at 8 tokens, untuned some_gemm1+some_gemm2 97.2 us, "
-                        "95.1 us at 64 tokens"),
+                        "95.1 us at 64 tokens, untuned some_gemm1+some_gemm2 97.2 us"),
             std::string::npos)
       << reason;
   // Nothing of ranges that no batch reaches.
@@ -137,6 +135,23 @@ TEST(TunedChoice, ReasonsSayWhatWasMeasured) {
   EXPECT_EQ(small.find("at 64 tokens"), std::string::npos) << small;
   EXPECT_EQ(ReasonOf(Hopper().Choose(spec, OptionsFor(8), {}), first).find("tuned"),
             std::string::npos);
+}
+
+// The model may have learnt since: what it takes now is not what was measured.
+TEST(TunedChoice, WhereNothingWonTheModelChooses) {
+  const MoeSpec spec = Spec();
+  const std::string usual = PickAt(spec, 8, {});
+  for (const std::string& untuned : {usual, OtherTactic(spec, 8)}) {
+    TunedRange range = RangeOf(64, 8, untuned);
+    range.untuned = untuned;
+    for (const int64_t tokens : {1, 8, 33, 64, 65}) {
+      EXPECT_EQ(PickAt(spec, tokens, {range}), PickAt(spec, tokens, {})) << tokens;
+    }
+    const std::string reason =
+        ReasonOf(Hopper().Choose(spec, OptionsFor(8), {range}), usual.substr(0, usual.find('+')));
+    EXPECT_EQ(reason.find("tuned: 95.1 us at 8 tokens") != std::string::npos, untuned == usual)
+        << reason;
+  }
 }
 
 TEST(TunedChoice, ANamedTacticWins) {

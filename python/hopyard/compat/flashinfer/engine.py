@@ -5,7 +5,8 @@ Nothing is remembered about what weights hold. A view of weights is found by the
 strides, type and device of every one of their arrays, and is right for whatever lies there. What
 follows from the content of small arrays (scalars, biases in other units) is computed again by every
 call, into memory that belongs to the view. What cannot be expressed is refused by the content that
-a call finds, not by what an earlier one found.
+a call finds, not by what an earlier one found; that scales are finite, and positive where they must
+be, is looked at where a view is made.
 """
 
 from __future__ import annotations
@@ -178,8 +179,9 @@ def _make_view(
         raise RuntimeError(
             f"a stream is being captured, and describing weights waits for the GPU: {remedy}"
         )
-    buffers = {name: ops.full(like, shape, 1.0) for name, shape in experts.buffers.items()}
-    experts.derive(buffers)
+    with ops.written_later(like):
+        buffers = {name: ops.full(like, shape, 1.0) for name, shape in experts.buffers.items()}
+        experts.derive(buffers)
     if is_torch(like) and like.device.type == "cuda":  # scales are about to be read by the host
         torch_module().cuda.current_stream(like.device).synchronize()
     return _View(hopyard.Weights(spec, *experts.build(buffers)), buffers)

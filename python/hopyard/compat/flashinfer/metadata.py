@@ -217,8 +217,10 @@ def _fill_slot(
     for name, values in contents.items():
         array = getattr(slot, name)
         array[: ops.numel(values)] = values
-    same = ops.type_of(weights) == ops.type_of(slot.expert_weights)
-    slot.expert_weights[...] = weights if same else ops.bfloat16(weights)
+    wanted = ops.type_of(slot.expert_weights)
+    if ops.type_of(weights) != wanted:
+        weights = ops.bfloat16(weights) if wanted == "bfloat16" else ops.float32(weights)
+    slot.expert_weights[...] = weights
 
 
 def pack_topk_ids(ids: Array, weights: Array) -> Array:

@@ -7,10 +7,11 @@ Types have one name each, whatever the library: a NumPy ``uint16`` array is ``bf
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,17 @@ def full(like: Array, shape: Sequence[int], value: float, dtype: str = "float32"
     result = empty(like, shape, dtype)
     result[...] = value
     return result
+
+
+@contextlib.contextmanager
+def written_later(like: Array) -> Iterator[None]:
+    """Tensors made within may be written outside of inference mode, too."""
+    if not is_torch(like):
+        yield
+        return
+    torch = torch_module()
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def as_bytes(array: Array) -> Array:
