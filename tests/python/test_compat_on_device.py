@@ -292,3 +292,19 @@ def test_helpers_run_in_a_cuda_graph():
         wanted = routing_helpers(*routed(seed, "cpu"))
         for name, part in helpers.items():
             same_bytes(part, wanted[name])
+
+
+@pytest.mark.skipif(not cl.CUDA, reason="no GPU, or a library without its kernels")
+def test_ids_and_weights_lie_in_one_place():
+    weights, ids = torch.ones(3, 2), torch.zeros(3, 2).int()
+    with pytest.raises(ValueError, match="weights must be where ids are, cuda:0; got cpu"):
+        fi.pack_topk_ids(ids.cuda(), weights)
+    metadata = fi.trtllm_moe_allocate_routing_metadata_multi_tile(
+        ids.cuda(),
+        tile_ns=[8],
+        routing_input_mode=MODE.UnpackedPrecomputed,
+        topk_weights=weights.cuda(),
+        **USUAL | {"top_k": 2},
+    )
+    with pytest.raises(ValueError, match="topk_ids must be where the metadata is, cuda:0; got cpu"):
+        fi.populate_trtllm_moe_routing_metadata_(metadata, ids, weights)

@@ -156,6 +156,11 @@ def populate_trtllm_moe_routing_metadata_(
     )
     checks.check_type(topk_ids, "topk_ids", ["int32"], ValueError)
     checks.require_memory(topk_ids, "topk_ids")
+    place = ops.place_of(metadata.slots[0].expert_weights)
+    want(
+        ops.place_of(topk_ids) == place,
+        f"topk_ids must be where the metadata is, {place}; got {ops.place_of(topk_ids)}",
+    )
     if metadata.routing_input_mode is RoutingInputMode.PackedPrecomputed:
         ids, weights = topk_ids >> 16, _low_halves(topk_ids)
     else:
@@ -237,6 +242,10 @@ def pack_topk_ids(ids: Array, weights: Array) -> Array:
         ops.shape_of(ids) == ops.shape_of(weights),
         f"weights have shape {list(ops.shape_of(weights))}, wanted that of ids, "
         f"{list(ops.shape_of(ids))}",
+    )
+    want(
+        ops.place_of(ids) == ops.place_of(weights),
+        f"weights must be where ids are, {ops.place_of(ids)}; got {ops.place_of(weights)}",
     )
     want("int" in dtype_name(ids), f"ids must be integers; got {dtype_name(ids)}")
     numbers = ops.cast(ids, "int64")
