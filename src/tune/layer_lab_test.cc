@@ -51,11 +51,7 @@ void Judge(const MoeSpec& spec, const TunerResult& result) {
         << range.tactic;
     EXPECT_EQ(range.untuned, kernels.front());
     EXPECT_GT(range.us, 0.0);
-    // A winner is told by rounds in pairs (tuner_test); medians of real times may differ from that.
-    EXPECT_GT(range.untuned_us, 0.0);
-    if (range.tactic == range.untuned) {
-      EXPECT_EQ(range.us, range.untuned_us);
-    }
+    EXPECT_LE(range.us, range.untuned_us);
     EXPECT_TRUE(std::isfinite(range.noise));
   }
   // Nothing fails but for want of time.

@@ -300,7 +300,8 @@ Decision Race::Final(const std::vector<std::string>& tactics,
   for (size_t i = 1; i < runners.size(); ++i) {
     const Standing standing = StandingOf(runners[i], runners.front());
     times_[standing.tactic] = standing.us;
-    if (Wins(standing)) {
+    // The medians must say so, too: a table has them.
+    if (Wins(standing) && standing.us < reference.us) {
       winners.push_back(standing);
     }
   }
