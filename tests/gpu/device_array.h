@@ -56,6 +56,8 @@ class DeviceArray {
   [[nodiscard]] T* get() const {
     return static_cast<T*>(static_cast<void*>(static_cast<uint8_t*>(memory_) + kGuard));
   }
+  // Once more, before whatever runs next on the stream that waits for all others.
+  void Poison() const { HOPYARD_CUDA(cudaMemsetAsync(get(), 0xFF, static_cast<size_t>(bytes()))); }
   // Waits for the device; throws what a kernel did wrong.
   [[nodiscard]] std::vector<T> Download() const {
     HOPYARD_CUDA(cudaDeviceSynchronize());

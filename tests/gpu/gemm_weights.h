@@ -13,6 +13,7 @@
 #include "hopyard/spec.h"
 
 #include "core/parallel.h"
+#include "core/random_bits.h"
 #include "core/shape.h"
 #include "formats/codes.h"
 #include "formats/format_rules.h"
@@ -45,12 +46,14 @@ class GemmWeights {
     const int64_t bytes = k_ * SizeOf(rule_.code_dtype) / rule_.codes_per_byte;
     value_stride_ = RoundUp(bytes, 16) + 16;
     codes_.assign(static_cast<size_t>(experts * rows * value_stride_), 0xFF);
-    for (int64_t row = 0; row < experts * rows; ++row) {
+    const uint64_t seed = random();
+    ParallelFor(0, experts * rows, 16, MaxThreads(), [&](int64_t row, int) {
+      const uint64_t row_seed = StreamSeed(seed, 0, static_cast<uint64_t>(row));
       for (int64_t i = 0; i < bytes; ++i) {
         codes_[static_cast<size_t>(row * value_stride_ + i)] =
-            CodeByte(problem.integers, i, random);
+            CodeByte(problem.integers, i, RandomBits(row_seed, static_cast<uint64_t>(i)));
       }
-    }
+    });
     MakeScales(problem.integers, random);
     if (problem.nans) {
       MakeNans();
@@ -135,24 +138,24 @@ class GemmWeights {
     }
     return codes;
   }
-  [[nodiscard]] uint8_t CodeByte(bool integers, int64_t index, std::mt19937& random) const {
+  [[nodiscard]] uint8_t CodeByte(bool integers, int64_t index, uint64_t random) const {
     if (rule_.code_dtype == DType::kBf16) {
       // High bytes of both signs around 1 (odd byte), or of small integers.
       constexpr uint8_t kWhole[] = {0x00, 0x3F, 0xBF, 0x40, 0xC0};
       constexpr uint8_t kAny[] = {0x3E, 0xBE, 0x3F, 0xBF, 0x3D};
-      const auto draw = static_cast<size_t>(random() % 5);
+      const auto draw = static_cast<size_t>(random % 5);
       if (index % 2 == 1) {
         return integers ? kWhole[draw] : kAny[draw];
       }
-      return integers ? 0x00 : static_cast<uint8_t>(random());
+      return integers ? 0x00 : static_cast<uint8_t>(random);
     }
     if (rule_.code_dtype == DType::kE4m3) {
       // Encoding each of 10^8 draws would take a minute a kernel.
       static const std::vector<uint8_t> kNormal = NormalCodes();
-      return integers ? formats::EncodeE4m3(static_cast<float>(static_cast<int>(random() % 5) - 2))
-                      : kNormal[random() % kNormal.size()];
+      return integers ? formats::EncodeE4m3(static_cast<float>(static_cast<int>(random % 5) - 2))
+                      : kNormal[random % kNormal.size()];
     }
-    return static_cast<uint8_t>(random());
+    return static_cast<uint8_t>(random);
   }
   void MakeScales(bool integers, std::mt19937& random) {
     global_.assign(static_cast<size_t>(experts_), integers ? 1.0F : 0.75F);
@@ -219,7 +222,8 @@ class GemmWeights {
   }
   // Of each row the power of two that takes the largest scale of a block with values to 32 .. 63.
   void MakeRowPowers() {
-    for (int64_t row = 0; row < experts_ * rows_; ++row) {
+    row_powers_.resize(static_cast<size_t>(experts_ * rows_));
+    ParallelFor(0, experts_ * rows_, 16, MaxThreads(), [&](int64_t row, int) {
       double largest = 0.0;
       for (int64_t k = 0; k < k_; ++k) {
         const uint8_t byte = codes_[static_cast<size_t>(row * value_stride_ + k / 2)];
@@ -229,8 +233,9 @@ class GemmWeights {
           largest = std::max(largest, scale);
         }
       }
-      row_powers_.push_back(largest == 0.0 ? 1.0 : std::ldexp(1.0, std::ilogb(largest) - 5));
-    }
+      row_powers_[static_cast<size_t>(row)] =
+          largest == 0.0 ? 1.0 : std::ldexp(1.0, std::ilogb(largest) - 5);
+    });
   }
   [[nodiscard]] double ScaleOf(int64_t expert, int64_t row, int64_t k) const {
     double scale = has_global() ? global_[static_cast<size_t>(expert)] : 1.0;

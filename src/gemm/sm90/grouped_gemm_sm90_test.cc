@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every row of configs.def with every pair of formats that it runs, against sums in double: edge
-// segments, odd sizes, both GEMMs' ways to find their tokens; everything unused is NaN.
+// segments, odd sizes, both GEMMs' ways to find their tokens; everything unused is NaN. And that a
+// call always gives the same bits.
 #include "gemm/sm90/grouped_gemm_sm90.h"
 
 #include <algorithm>
@@ -52,19 +53,15 @@ class Call {
     MakeTokens();
   }
 
-  void Run() {
+  // Judges one launch, and holds the others to its bits.
+  void Run(int launches) {
     const auto place = [&](int64_t row) { return PlaceOf(row); };
     const DeviceArray<uint8_t> codes(kernel_.mn_major ? weights_.MnMajorCodes(place)
                                                       : weights_.codes());
     const DeviceArray<uint8_t> scales(weights_.scales());
     const DeviceArray<float> global(weights_.global());
     const DeviceArray<uint8_t> x(x_);
-    std::vector<float> stored_bias(bias_.size());
-    for (size_t i = 0; i < bias_.size(); ++i) {
-      const auto row = static_cast<int64_t>(i);
-      stored_bias[static_cast<size_t>(row / rows_ * rows_ + place(row % rows_))] = bias_[i];
-    }
-    const DeviceArray<float> bias(stored_bias);
+    const DeviceArray<float> bias(StoredBias());
     const DeviceArray<float> block_scales(block_scales_);
     const DeviceArray<float> token_scales(token_scales_);
     const DeviceArray<int32_t> sources(sources_);
@@ -130,13 +127,32 @@ class Call {
     args.out_format.order = problem_.ordered ? KOrder::kBf16Decoded : KOrder::kNatural;
     RunGroupedGemm(index_, args, nullptr);
     Check(out.Download(), out_pitch);
+    ExpectSameBits(args, out, launches);
     ASSERT_TRUE(out.GuardsIntact());
   }
 
  private:
+  // From all launches after the first, too, whose output this is.
+  void ExpectSameBits(const GroupedGemmArgs& args, const DeviceArray<uint16_t>& out,
+                      int launches) const {
+    const std::vector<uint16_t> first = out.Download();
+    for (int i = 1; i < launches && !::testing::Test::HasFatalFailure(); ++i) {
+      out.Poison();
+      RunGroupedGemm(index_, args, nullptr);
+      ASSERT_TRUE(out.Download() == first) << "launch " << i << " gives other bits";
+    }
+  }
   // Of natural row `row` among gate's and up's, in the order in which an expert's are stored.
   [[nodiscard]] int64_t PlaceOf(int64_t row) const {
     return kernel_.interleaved ? row % problem_.features * 2 + row / problem_.features : row;
+  }
+  [[nodiscard]] std::vector<float> StoredBias() const {
+    std::vector<float> stored(bias_.size());
+    for (size_t i = 0; i < bias_.size(); ++i) {
+      const auto row = static_cast<int64_t>(i);
+      stored[static_cast<size_t>(row / rows_ * rows_ + PlaceOf(row % rows_))] = bias_[i];
+    }
+    return stored;
   }
   [[nodiscard]] MapShape ShapeOfPart(const uint8_t* codes, int64_t part) const {
     MapShape shape;
@@ -342,7 +358,7 @@ class Call {
 class GroupedGemm : public ::testing::TestWithParam<int> {
  protected:
   // With every pair of formats that the kernel runs.
-  void RunCase(GemmProblem problem, const std::vector<int64_t>& counts) const {
+  void RunCase(GemmProblem problem, const std::vector<int64_t>& counts, int launches = 1) const {
     const KernelInfo kernel = KernelAt(GetParam());
     if (kernel.gated) {
       problem.activation = ActivationKind::kSwiGlu;
@@ -358,7 +374,7 @@ class GroupedGemm : public ::testing::TestWithParam<int> {
           continue;
         }
         Call call(GetParam(), problem, counts);
-        call.Run();
+        call.Run(launches);
         if (HasFatalFailure()) {
           FAIL() << kernel.name << " k " << problem.k << " features " << problem.features << ' '
                  << ToString(weights) << " x " << ToString(activations);
@@ -415,6 +431,39 @@ TEST_P(GroupedGemm, EdgeSegmentsAndOddSizes) {
       }
     }
   }
+}
+
+// Widths of published models and of their shards, once as K and once as features.
+TEST_P(GroupedGemm, ModelSizes) {
+  HOPYARD_NEEDS_GPU();
+  struct Size {
+    int64_t k;
+    int64_t features;
+  };
+  const int64_t n = KernelAt(GetParam()).tokens;
+  for (const Size& size : {Size{2880, 80}, Size{80, 2880}, Size{2688, 192}, Size{192, 2688},
+                           Size{96, 2880}, Size{2688, 1856}, Size{1856, 2688}}) {
+    GemmProblem problem;
+    problem.k = size.k;
+    problem.features = size.features;
+    // GEMM1 gathers tokens, and writes rows as GEMM2 reads them.
+    problem.gather = size.k > size.features;
+    problem.ordered = problem.gather && !KernelAt(GetParam()).interleaved;
+    problem.bias = true;
+    RunCase(problem, {1, n + 1});
+    ASSERT_FALSE(HasFatalFailure());
+  }
+}
+
+// Ten thousand times: whole tiles and others, an expert without rows.
+TEST_P(GroupedGemm, RepeatedLaunchesGiveTheSameBits) {
+  HOPYARD_NEEDS_GPU();
+  const int64_t n = KernelAt(GetParam()).tokens;
+  GemmProblem problem;
+  problem.k = 704;
+  problem.features = 200;
+  problem.bias = true;
+  RunCase(problem, {1, 0, n, n + 3}, test::SmallTests() ? 3 : 10000);
 }
 
 // Of codes and of scales, wherever they stand; other rows are what they were.
