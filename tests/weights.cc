@@ -365,18 +365,24 @@ struct ArrayPlan {
   int64_t bytes = 0;
 };
 
+// Bytes from a row's begin to the next one's where rows lie K-major.
+int64_t RowStride(const CanonicalMatrix& matrix, const WeightLayout& layout) {
+  const int64_t unit = SizeOf(CodeType(matrix.format));
+  return RoundUp(matrix.row_bytes + layout.padding / unit * unit, layout.row_alignment);
+}
+
 ArrayPlan PlanCodes(const CanonicalMatrix& matrix, const WeightLayout& layout) {
   ArrayPlan plan;
   plan.dtype = CodeType(matrix.format);
   const int64_t unit = SizeOf(plan.dtype);
   const int64_t units = matrix.row_bytes / unit;
   const int64_t block = 128 / unit;
-  int64_t padding = 0;
+  plan.bytes = matrix.row_bytes * matrix.rows;
   switch (layout.major) {
     case MajorOrder::kKMajor:
-      padding = layout.padding / unit;
       plan.shape = {matrix.rows, units};
-      plan.strides = {units + padding, 1};
+      plan.strides = {RowStride(matrix, layout) / unit, 1};
+      plan.bytes = RowStride(matrix, layout) * matrix.rows;
       break;
     case MajorOrder::kMnMajor:
       plan.shape = {units, matrix.rows};
@@ -387,7 +393,6 @@ ArrayPlan PlanCodes(const CanonicalMatrix& matrix, const WeightLayout& layout) {
       plan.strides = {matrix.rows * block, block, 1};
       break;
   }
-  plan.bytes = (units + padding) * matrix.rows * unit;
   return plan;
 }
 
@@ -468,10 +473,8 @@ MatrixSet LayerWeights::Store(const std::vector<const CanonicalMatrix*>& matrice
   const Stored values = Allocate(&arena_, PlanCodes(first, layout), experts, layout);
   set.values = values.all;
   set.values_per_expert = values.each;
-  const int64_t unit = SizeOf(CodeType(first.format));
-  const int64_t row_stride = first.row_bytes + layout.padding / unit * unit;
   for (int64_t e = 0; e < experts; ++e) {
-    PlaceCodes(*matrices[Index(e)], layout, row_stride, values.memory[Index(e)]);
+    PlaceCodes(*matrices[Index(e)], layout, RowStride(first, layout), values.memory[Index(e)]);
   }
   if (first.scale_rows > 0) {
     const Stored scales = Allocate(&arena_, PlanScales(first, layout), experts, layout);

@@ -19,9 +19,10 @@ struct WeightLayout {
   RowMap map = RowMap::kNatural;
   MajorOrder major = MajorOrder::kKMajor;
   ScaleLayout scales = ScaleLayout::kLinear;
-  bool separate = false;    // gate and up apart
-  bool per_expert = false;  // one allocation per expert
-  int64_t padding = 0;      // poisoned bytes after every row (K-major only) and every expert
+  bool separate = false;      // gate and up apart
+  bool per_expert = false;    // one allocation per expert
+  int64_t padding = 0;        // poisoned bytes after every row (K-major only) and every expert
+  int64_t row_alignment = 1;  // more of them, so that rows begin on so many bytes (K-major only)
   DType bias_dtype = DType::kFloat32;
 };
 [[nodiscard]] std::string ToString(const WeightLayout& layout);

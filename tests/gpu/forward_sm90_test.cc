@@ -63,6 +63,29 @@ TEST_P(GpuForward, OddSizesMatchOracle) {
   }
 }
 
+// Widths of published models and of their shards, in rows that begin on 16 bytes.
+TEST_P(GpuForward, ModelSizesMatchOracle) {
+  HOPYARD_NEEDS_GPU();
+  for (const ActivationKind kind : {ActivationKind::kSwiGlu, ActivationKind::kRelu2}) {
+    for (const int64_t hidden : {2688, 2880}) {
+      for (const int64_t intermediate : {40, 80, 96, 192, 704, 1856}) {
+        WeightSource source = SourceOf(Spec());
+        source.spec.num_experts = 1;
+        source.spec.top_k = 1;
+        source.spec.hidden_size = hidden;
+        source.spec.intermediate_size = intermediate;
+        source.spec.activation.kind = kind;
+        source.gain = 0.5F;  // as for every activation below
+        source.layout.row_alignment = 16;
+        TwinLayer layer(source);
+        LayerInputs inputs(layer.spec(), 3);
+        SCOPED_TRACE(ToString(layer.spec()));
+        layer.RunAndJudge(inputs.Logits(), {}, {0, 2});
+      }
+    }
+  }
+}
+
 TEST_P(GpuForward, EveryActivationMatchesOracle) {
   HOPYARD_NEEDS_GPU();
   using K = ActivationKind;

@@ -145,6 +145,26 @@ TEST(GpuPlan, WorkspaceIsMonotoneAndCapped) {
   }
 }
 
+// Widths of published models and of their shards; one that did not run would have a reason.
+TEST(GpuPlan, ModelSizesRun) {
+  for (const FormatPair& pair : SupportedPairs()) {
+    for (const ActivationKind kind : {ActivationKind::kSwiGlu, ActivationKind::kRelu2}) {
+      for (const int64_t hidden : {2688, 2880, 3584}) {
+        for (const int64_t intermediate :
+             {40, 80, 96, 160, 176, 192, 320, 352, 704, 928, 1856, 2880}) {
+          MoeSpec spec = SmallSpec(pair.weights, pair.activations);
+          spec.activation.kind = kind;
+          spec.hidden_size = hidden;
+          spec.intermediate_size = intermediate;
+          const Explanation explanation = Explain(spec, kGpu, OptionsFor(512));
+          EXPECT_TRUE(explanation.supported) << ToString(spec) << ": " << explanation.reason;
+          EXPECT_GE(Chosen(explanation).size(), 1U) << ToString(spec);
+        }
+      }
+    }
+  }
+}
+
 // Ranks that tuned differently share one size, and a table may change without a new workspace.
 TEST(GpuPlan, WorkspaceDoesNotDependOnTheTactic) {
   int tactics = 0;
