@@ -8,6 +8,8 @@
 #   tests/gpu/run.sh [SECONDS_PER_PROCESS]
 #
 # PYTHON: of the Python tests (.venv/bin/python, else python3). SANITIZERS: tools, "" for none.
+# ONLY: lines of the table to run, as a regular expression ('^memcheck-', '^test_'), where a machine
+# is not lent for as long as all of them take.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 2
 
@@ -15,8 +17,9 @@ readonly BIN=build/cuda/bin
 readonly LIMIT=${1:-300}
 readonly SHARDS=6 # of a test of C++; as many processes run at a time
 readonly SANITIZERS=${SANITIZERS-memcheck initcheck synccheck racecheck}
+readonly ONLY=${ONLY-}
 # Too many launches for a sanitizer.
-readonly SMALL='-*FourHundred*:*EveryMethod*:*HasTheIntegers*:*EdgeSegments*:*ManyTiles*:*AgreesWith*:*Repeated*:*EveryActivation*:*EveryKernel*:*EveryRank*:*EveryLayout*:*SlicesFrom*:*MatchesOracle*:*GpuBig*'
+readonly SMALL='-*FourHundred*:*EveryMethod*:*HasTheIntegers*:*EdgeSegments*:*ModelSizes*:*ManyTiles*:*AgreesWith*:*Repeated*:*EveryActivation*:*EveryKernel*:*EveryRank*:*EveryLayout*:*SlicesFrom*:*MatchesOracle*:*GpuBig*'
 export OMP_NUM_THREADS=4
 
 if ! nvidia-smi -L 2>/dev/null; then
@@ -46,6 +49,7 @@ start() {
 shards() {
   local group=$1 shard
   shift
+  [[ $group =~ $ONLY ]] || return 0
   groups+=("$group")
   case $group in
     *big_sm90_test)
@@ -78,7 +82,7 @@ python_tests() {
     return
   fi
   for test in tests/python/test_*.py; do
-    if grep -qE 'cuda|needs_gpu|DEVICES' "$test"; then
+    if [[ ${test##*/} =~ $ONLY ]] && grep -qE 'cuda|needs_gpu|DEVICES' "$test"; then
       groups+=("$(basename "$test")")
       start "$(basename "$test")" 0 "$python" -m pytest -q "$test"
     fi
@@ -130,6 +134,10 @@ wait
 for group in "${groups[@]}"; do
   report "$group"
 done
+if [ "${#groups[@]}" -eq 0 ]; then
+  echo "tests/gpu/run.sh: nothing to run with ONLY='$ONLY'${skipped:+; Python tests: $skipped}" >&2
+  exit 2
+fi
 printf '%s' "$table"
 [ -z "$skipped" ] || printf '%-44s SKIPPED: %s\n' "Python tests" "$skipped"
 echo "$failed failed"
