@@ -106,6 +106,29 @@ TEST_P(GpuForward, EveryActivationMatchesOracle) {
   }
 }
 
+// Scales from 2^-40 to 2^20 neither vanish nor overflow: powers of two leave every other bit alone.
+TEST_P(GpuForward, ScaledWeightsScaleTheOutput) {
+  HOPYARD_NEEDS_GPU();
+  if (GetParam().activations == ActivationFormat::kFp8PerTensor ||
+      GetParam().activations == ActivationFormat::kNvFp4) {
+    return;  // GEMM2's rows have a static scale
+  }
+  WeightSource source;
+  source.spec = Spec();
+  source.spec.activation.kind = ActivationKind::kIdentity;
+  LayerInputs inputs(source.spec, 4);
+  inputs.Logits();
+  const RunResult usual = TwinLayer(source).Run(inputs);
+  for (const float gain : {0x1p-20F, 0x1p10F}) {
+    source.gain = gain;
+    std::vector<double> scaled = FromBf16(TwinLayer(source).Run(inputs).output);
+    for (double& value : scaled) {
+      value /= static_cast<double>(gain) * gain;
+    }
+    EXPECT_TRUE(SameBits(scaled, FromBf16(usual.output))) << "gain " << gain;
+  }
+}
+
 // The expert named by a slot acts with its own parameters; shared experts take the common ones.
 TEST_P(GpuForward, ParametersOfExpertsMatchOracle) {
   HOPYARD_NEEDS_GPU();

@@ -96,6 +96,35 @@ TEST_P(GpuGraph, TakesNewRoutingsInMixedTiles) {
   }
 }
 
+// Experts leave, move to another slot and come back while a captured layer lives.
+TEST_P(GpuGraph, TakesANewExpertTable) {
+  HOPYARD_NEEDS_GPU();
+  using Table = std::vector<int32_t>;
+  source_.spec.local = {ExpertMap::Kind::kTable, 0, 4};
+  source_.experts = {6, 1, 6, 0};
+  TwinLayer layer(source_);
+  DeviceMirror mirror;
+  LayerInputs tokens(source_.spec, kCapacity);
+  tokens.Logits().NumTokens(0);
+  const Table nowhere(8, -1);
+  const MoeInputs inputs = mirror.Copy(tokens.ExpertTable(nowhere).get());
+  const CapturedBesideEager calls(MakePlan(source_.spec, kGpu, Capacity(kCapacity)), layer.gpu(),
+                                  inputs);
+  std::vector<uint16_t> before;
+  for (const Table& table :
+       {Table{3, 1, -1, -1, -1, -1, 2, -1}, Table{-1, 1, -1, -1, -1, -1, 0, -1}, nowhere,
+        Table{3, -1, -1, -1, -1, -1, 0, -1}}) {
+    HOPYARD_CUDA(cudaMemcpy(inputs.expert_table.data, table.data(), table.size() * sizeof(int32_t),
+                            cudaMemcpyHostToDevice));
+    ASSERT_TRUE(calls.Agree(tokens, kCapacity));
+    EXPECT_TRUE(
+        SameBits(calls.Output(), layer.Run(tokens.NumTokens(kCapacity).ExpertTable(table)).output));
+    EXPECT_FALSE(SameBits(calls.Output(), before)) << "the new table had no effect";
+    before = calls.Output();
+  }
+  EXPECT_TRUE(calls.Intact());
+}
+
 // The updated layer is the freshly loaded one.
 TEST_P(GpuGraph, UpdatedWeightsAreThoseOfAFreshLayer) {
   HOPYARD_NEEDS_GPU();
