@@ -244,6 +244,30 @@ TEST_P(GpuForward, RepeatedCallsGiveTheSameBits) {
   }
 }
 
+// One token at any place of any batch, where a plan has one choice for all: the same bytes.
+TEST_P(GpuForward, ATokenDoesNotDependOnItsBatch) {
+  HOPYARD_NEEDS_GPU();
+  TwinLayer layer(SourceOf(Spec()));
+  const int64_t hidden = layer.spec().hidden_size;
+  RunOptions options;
+  options.plan.batch_invariant = true;
+  options.plan.max_tokens = 700;
+  LayerInputs needle(layer.spec(), 1);
+  needle.Logits();
+  const RunResult alone = layer.Run(needle, options);
+  for (const int64_t tokens :
+       SmallTests() ? std::vector<int64_t>{40} : std::vector<int64_t>{2, 40, 700}) {
+    for (const int64_t place : {int64_t{0}, tokens / 2, tokens - 1}) {
+      LayerInputs batch(layer.spec(), tokens, 50 + static_cast<uint64_t>(tokens));
+      batch.Logits().CopyToken(needle, 0, place);
+      const RunResult result = layer.Run(batch, options);
+      const auto begin = result.output.begin() + place * hidden;
+      EXPECT_TRUE(SameBits(std::vector<uint16_t>(begin, begin + hidden), alone.output))
+          << "token " << place << " of " << tokens;
+    }
+  }
+}
+
 // In one chunk and in several, whose workspace each writes again, with one launch before the GEMMs
 // and with many.
 TEST_P(GpuForward, OverlappingLaunchesGiveTheSameBits) {
