@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers read from checkpoints of transformers models against the modules of transformers.
+"""Layers read from checkpoints of transformers models against the modules of transformers, on the
+CPU and on a GPU.
 
 Skipped without torch and transformers, except under `make test`, which installs them and sets
 HOPYARD_REQUIRE_TRANSFORMERS.
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import hopyard
+from devices import DEVICES
 
 if os.environ.get("HOPYARD_REQUIRE_TRANSFORMERS"):
     import torch
@@ -46,13 +48,18 @@ def random_hidden(width, seed):
     return torch.randn(hf.TOKENS, width, generator=generator).bfloat16()
 
 
-def run_layer(loaded, hidden, routing):
-    """Output and ids of our layer, on the logits of the FP32 router."""
-    layer = hopyard.MoeLayer(loaded.spec, loaded.weights, max_tokens=hf.TOKENS)
-    replay = torch.full((hf.TOKENS, loaded.spec.top_k), -1, dtype=torch.int16)
-    bias = loaded.routing_bias
-    output = layer(hidden, logits=routing.logits, routing_bias=bias, replay_out=replay)
-    return output, replay.long()
+def run_layer(loaded, hidden, routing, device="cpu"):
+    """Output and ids of our layer on a device, on the logits of the FP32 router."""
+    placed = loaded.to(device)
+    layer = hopyard.MoeLayer(placed.spec, placed.weights, max_tokens=hf.TOKENS)
+    replay = torch.full((hf.TOKENS, placed.spec.top_k), -1, dtype=torch.int16, device=device)
+    output = layer(
+        hidden.to(device),
+        logits=routing.logits.to(device),
+        routing_bias=placed.routing_bias,
+        replay_out=replay,
+    )
+    return output.cpu(), replay.cpu().long()
 
 
 def check_ids(family, loaded, routing, replay):
@@ -67,9 +74,10 @@ def check_ids(family, loaded, routing, replay):
     assert torch.equal(replay, wanted)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", list(hf.FAMILIES))
-def test_bf16_layer_is_as_good_as_transformers(name, seed, tmp_path):
+def test_bf16_layer_is_as_good_as_transformers(name, seed, device, tmp_path):
     family = hf.FAMILIES[name]
     model = hf.random_model(family, seed)
     model.save_pretrained(tmp_path)
@@ -80,7 +88,7 @@ def test_bf16_layer_is_as_good_as_transformers(name, seed, tmp_path):
     plain = hf.run_module(module, family, hidden, routing)
 
     loaded = hopyard.load_layer(tmp_path, hf.LAYER)
-    output, replay = run_layer(loaded, hidden, routing)
+    output, replay = run_layer(loaded, hidden, routing, device)
 
     check_ids(family, loaded, routing, replay)
     bound = 2 * worst_row_error(plain, reference)
@@ -178,8 +186,9 @@ def fp8_checkpoint(tmp_path_factory):
     return checkpoint.directory, hf.moe_module(checkpoint.model, family)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activations", ["bf16", "fp8_block128"])
-def test_deepseek_fp8_blocks(activations, fp8_checkpoint):
+def test_deepseek_fp8_blocks(activations, device, fp8_checkpoint):
     directory, module = fp8_checkpoint
     family = hf.FAMILIES["deepseek_v3"]
     hidden = random_hidden(256, 4)
@@ -195,7 +204,7 @@ def test_deepseek_fp8_blocks(activations, fp8_checkpoint):
     loaded = hopyard.load_layer(directory, hf.LAYER, activations)
     assert loaded.spec.weights == "fp8_block128"
     assert loaded.spec.shared.weights == "fp8_block128"
-    output, replay = run_layer(loaded, hidden, routing)
+    output, replay = run_layer(loaded, hidden, routing, device)
 
     check_ids(family, loaded, routing, replay)
     bound = 2 * worst_row_error(plain, reference)
@@ -207,7 +216,8 @@ def test_deepseek_fp8_default_activations_follow_the_weights(fp8_checkpoint):
     assert hopyard.load_layer(fp8_checkpoint[0], hf.LAYER).spec.activations == "fp8_block128"
 
 
-def test_gpt_oss_mxfp4(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_gpt_oss_mxfp4(device, tmp_path):
     family = hf.FAMILIES["gpt_oss"]
     hf.random_model(family, 5, hidden=128, width=96).save_pretrained(tmp_path)
     checkpoint = hf.quantize_mxfp4(tmp_path)
@@ -219,7 +229,7 @@ def test_gpt_oss_mxfp4(tmp_path):
 
     loaded = hopyard.load_layer(checkpoint.directory, hf.LAYER)
     assert loaded.spec.weights == "mxfp4"
-    output, replay = run_layer(loaded, hidden, routing)
+    output, replay = run_layer(loaded, hidden, routing, device)
 
     check_ids(family, loaded, routing, replay)
     bound = 2 * worst_row_error(plain, reference)
