@@ -231,6 +231,36 @@ TEST_P(GpuForward, QuantisedHiddenStatesMatchOracle) {
   layer.RunAndJudge(inputs.Logits().QuantizeHidden());
 }
 
+// No tensor but the values of weights has to begin on more than one element.
+TEST_P(GpuForward, TensorsOffSixteenBytesGiveTheSameBits) {
+  HOPYARD_NEEDS_GPU();
+  const WeightSource source = SourceOf(OddSpec(GetParam()));
+  TwinLayer layer(source);
+  DeviceMirror later(Begin::kAnElementLater);
+  const Weights weights(source.spec, later.Copy(layer.storage().desc()));
+  for (const bool codes : {false, true}) {
+    LayerInputs inputs(source.spec, 21);
+    inputs.Logits();
+    if (codes && GetParam().activations == ActivationFormat::kBf16) {
+      continue;  // has none
+    }
+    if (codes) {
+      inputs.QuantizeHidden();
+    }
+    const RunResult wanted = layer.Run(inputs);
+    const RunResult got = RunOnGpu(weights, inputs.get(), {}, Begin::kAnElementLater);
+    EXPECT_TRUE(SameBits(got.output, wanted.output)) << "output, codes " << codes;
+    EXPECT_TRUE(SameBits(got.rows, wanted.rows)) << "rows, codes " << codes;
+    EXPECT_TRUE(SameBits(got.activation, wanted.activation)) << "activation, codes " << codes;
+    EXPECT_TRUE(SameBits(got.ids, wanted.ids)) << "routing_ids, codes " << codes;
+    EXPECT_TRUE(SameBits(got.replay, wanted.replay)) << "replay, codes " << codes;
+    EXPECT_TRUE(SameBits(got.weights, wanted.weights)) << "routing_weights, codes " << codes;
+    EXPECT_TRUE(SameBits(got.slot_to_row, wanted.slot_to_row)) << "slot_to_row, codes " << codes;
+    EXPECT_TRUE(SameBits(got.load, wanted.load)) << "expert_load, codes " << codes;
+  }
+  EXPECT_TRUE(later.Intact());
+}
+
 TEST_P(GpuForward, RepeatedCallsGiveTheSameBits) {
   HOPYARD_NEEDS_GPU();
   TwinLayer layer(SourceOf(Spec()));

@@ -17,21 +17,17 @@ namespace hopyard::test {
 
 inline constexpr Device kGpu{DeviceKind::kCuda, 0};
 
-// Owns copies of host tensors in device memory: same shape, same strides.
+// Where tensors begin: on 256 bytes, or an element later, which is all that a caller has to keep
+// to.
+enum class Begin { kAligned, kAnElementLater };
+
+// Owns copies of host tensors in device memory: same shape, same strides. Values of weights are
+// aligned always: the copy engine wants 16 bytes.
 class DeviceMirror {
  public:
-  [[nodiscard]] TensorView Copy(const TensorView& host) {
-    if (!host.defined()) {
-      return host;
-    }
-    const std::vector<uint8_t> bytes(host.as<const uint8_t>(),
-                                     host.as<const uint8_t>() + SpanBytes(host));
-    arrays_.emplace_back(bytes);
-    TensorView device = host;
-    device.data = arrays_.back().get();
-    device.device = kGpu;
-    return device;
-  }
+  explicit DeviceMirror(Begin begin = Begin::kAligned) : begin_(begin) {}
+
+  [[nodiscard]] TensorView Copy(const TensorView& host) { return CopyTo(begin_, host); }
   // Waits for the device.
   static void CopyBack(const TensorView& device, const TensorView& host) {
     if (host.defined()) {
@@ -43,11 +39,14 @@ class DeviceMirror {
   [[nodiscard]] WeightsDesc Copy(WeightsDesc desc) {
     for (ExpertMatrices* group : {&desc.routed, &desc.shared}) {
       for (MatrixSet* set : {&group->gemm1, &group->gate, &group->up, &group->gemm2}) {
-        for (TensorView* view : {&set->values, &set->scales, &set->global_scales, &set->bias}) {
+        set->values = CopyTo(Begin::kAligned, set->values);
+        for (TensorView* view : {&set->scales, &set->global_scales, &set->bias}) {
           *view = Copy(*view);
         }
-        for (auto* list :
-             {&set->values_per_expert, &set->scales_per_expert, &set->bias_per_expert}) {
+        for (TensorView& view : set->values_per_expert) {
+          view = CopyTo(Begin::kAligned, view);
+        }
+        for (auto* list : {&set->scales_per_expert, &set->bias_per_expert}) {
           for (TensorView& view : *list) {
             view = Copy(view);
           }
@@ -95,6 +94,21 @@ class DeviceMirror {
     return (last + 1) * SizeOf(view.dtype);
   }
 
+  [[nodiscard]] TensorView CopyTo(Begin begin, const TensorView& host) {
+    if (!host.defined()) {
+      return host;
+    }
+    const int64_t shift = begin == Begin::kAligned ? 0 : SizeOf(host.dtype);
+    std::vector<uint8_t> bytes(static_cast<size_t>(shift), 0xFF);
+    bytes.insert(bytes.end(), host.as<const uint8_t>(), host.as<const uint8_t>() + SpanBytes(host));
+    arrays_.emplace_back(bytes);
+    TensorView device = host;
+    device.data = arrays_.back().get() + shift;
+    device.device = kGpu;
+    return device;
+  }
+
+  Begin begin_;
   std::deque<DeviceArray<uint8_t>> arrays_;
 };
 
@@ -107,13 +121,14 @@ class DeviceMirror {
 
 // `weights` on the GPU, `inputs` on the host.
 [[nodiscard]] inline RunResult RunOnGpu(const Weights& weights, const MoeInputs& inputs,
-                                        const RunOptions& options = {}) {
+                                        const RunOptions& options = {},
+                                        Begin begin = Begin::kAligned) {
   const MoeSpec& spec = weights.spec();
   const int64_t tokens = inputs.hidden_states.shape[0];
   const Plan plan = MakePlan(spec, kGpu, PlanOptionsOf(options, tokens));
   OutputBuffers buffers;
   AddOutputs(spec, tokens, options, &buffers);
-  DeviceMirror mirror;
+  DeviceMirror mirror(begin);
   MoeOutputs outputs = buffers.outputs;
   for (TensorView* view : FieldsOf(&outputs)) {
     *view = mirror.Copy(*view);
