@@ -89,6 +89,21 @@ TEST(GpuRoutes, EveryRuleMatchesTheCpu) {
   }
 }
 
+TEST(GpuRoutes, TokensGoToOneExpertOrToAllOfThem) {
+  HOPYARD_NEEDS_GPU();
+  MoeSpec spec = PlainSpec();
+  for (const int top_k : {1, spec.num_experts}) {
+    spec.top_k = top_k;
+    TwinLayer layer(SourceOf(spec));
+    // Of one tile, of a whole one, of more, and past what one launch routes and permutes.
+    for (const int64_t tokens : {15, 16, 17, 33, 257}) {
+      LayerInputs inputs(spec, tokens);
+      SCOPED_TRACE(std::to_string(tokens) + " tokens, top " + std::to_string(top_k));
+      layer.RunAndJudge(inputs.Logits(), {}, {0, tokens / 2, tokens - 1});
+    }
+  }
+}
+
 // A rank of the layer: all experts, a range of them, or a table that moves and copies them.
 struct Rank {
   const char* name;
