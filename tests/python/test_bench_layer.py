@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,11 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import bench_layer  # noqa: E402
+
+
+def run(*args):
+    command = [sys.executable, BENCH / "bench_layer.py", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_models_are_those_of_the_c_benchmarks():
@@ -42,28 +46,17 @@ def test_ceilings_are_those_of_the_c_benchmarks():
 
 
 def test_unknown_models_are_named():
-    run = subprocess.run(
-        [sys.executable, BENCH / "bench_layer.py", "commit", "no-such-model"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 2
-    assert "no model no-such-model; known: qwen3-30b-a3b" in run.stderr
+    done = run("commit", "no-such-model")
+    assert done.returncode == 2
+    assert "no model no-such-model; known: qwen3-30b-a3b" in done.stderr
 
 
 # Both formats: the benchmark compares the outputs before it times them.
 @needs_gpu
 def test_both_peers_are_timed_in_one_process():
-    run = subprocess.run(
-        [sys.executable, BENCH / "bench_layer.py", "abc1234", "qwen3-30b-a3b", "--tokens", "8"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ,
-    )
-    assert run.returncode == 0, run.stderr
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    done = run("abc1234", "qwen3-30b-a3b", "--tokens", "8", "--peer", "torch")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
     parts = [(line["weights"], line["peer"], line["part"]) for line in lines]
     assert parts == [
         (weights, *part)
