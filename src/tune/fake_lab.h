@@ -159,6 +159,13 @@ inline const TuningFault* FindFault(const TunerResult& tuned, const std::string&
   return found == tuned.faults.end() ? nullptr : &*found;
 }
 
+// What runs so many tokens; empty where no range does.
+inline TunedRange RangeAt(const TunerResult& tuned, int64_t tokens) {
+  const auto found = std::find_if(tuned.ranges.begin(), tuned.ranges.end(),
+                                  [&](const TunedRange& range) { return tokens <= range.last; });
+  return found == tuned.ranges.end() ? TunedRange() : *found;
+}
+
 inline std::string Shown(const TunerResult& tuned) {
   std::string text;
   for (const TunedRange& range : tuned.ranges) {

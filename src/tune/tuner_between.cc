@@ -201,6 +201,13 @@ int64_t Tuner::BorderBetween(const TunedRange& low, const TunedRange& high) cons
 
 std::vector<TunedRange> Tuner::Ranges() const {
   std::vector<TunedRange> ranges;
+  if (!points_.empty()) {
+    const auto& [tokens, first] = *points_.begin();
+    // Nothing below the first was measured beside its winner either.
+    if (tokens > 1 && first.tactic != first.untuned && Allowed(first.untuned)) {
+      ranges.push_back({tokens - 1, tokens - 1, first.untuned, 0.0, first.untuned});
+    }
+  }
   for (auto point = points_.begin(); point != points_.end(); ++point) {
     TunedRange range = point->second;
     const auto next = std::next(point);

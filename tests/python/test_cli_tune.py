@@ -107,6 +107,28 @@ def test_diff_names_other_winners(tuned, tmp_path):
     assert changed["tactic"] in hopyard("tune", "diff", files["output"], other).stdout
 
 
+def test_what_was_not_measured_is_shown_as_such(tuned, tmp_path):
+    table = json.loads(tuned[1]["output"].read_text())
+    kept = layer_of(table)["ranges"][0]["untuned"]
+    below = {"last": 7, "tokens": 7, "tactic": kept, "us": 0, "untuned": kept}
+    below |= {"untuned_us": 0, "noise": 0}
+    wins = {**below, "last": 16, "tokens": 8, "tactic": "cpu_scalar_mxfp4", "us": 10.5}
+    files = {}
+    for name, ranges in {"whole": [below, wins], "part": [below]}.items():
+        layer_of(table)["ranges"] = ranges
+        files[name] = tmp_path / f"{name}.json"
+        files[name].write_text(json.dumps(table))
+    lines = hopyard("tune", "show", files["whole"]).stdout.splitlines()
+    assert [line.split() for line in lines if ".." in line] == [
+        ["1..7", "-", "-", "-", "-", kept, "the", "same"],
+        ["8..16", "8", "10.50", "-", "-", "cpu_scalar_mxfp4", kept],
+    ]
+    # Beyond its last range a table leaves the choice to the plan.
+    text = hopyard("tune", "diff", files["whole"], files["part"]).stdout
+    assert f"8 tokens: cpu_scalar_mxfp4 (10.5 us) -> {kept} (-)" in text
+    assert result("tune", "diff", files["part"], files["whole"])["changed"] == []
+
+
 def test_a_table_is_used_by_what_runs_afterwards(tuned, monkeypatch):
     _, files = tuned
     monkeypatch.setenv("HOPYARD_TUNING_FILE", str(files["output"]))
