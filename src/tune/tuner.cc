@@ -87,14 +87,16 @@ TunerResult Tuner::Run() {
   MeasureBuckets();
   ValidateAbove();
   // What is measured for a border leaves gaps with one winner, and what is measured in these may
-  // make borders and stand beside a change of the untuned choice.
+  // make borders and stand beside a change of the untuned choice; and any of it may fail.
   size_t before = 0;
   do {
-    before = points_.size();
+    before = points_.size() + broken_.size();
+    MeasureBrokenAgain();
     ValidateChanges();
     RefineBorders();
     ValidateBetween();
-  } while (points_.size() > before && !Over());
+  } while (points_.size() + broken_.size() > before && !Over());
+  MeasureBrokenAgain();
   DropUnproven();
   if (callers_error_) {
     std::rethrow_exception(callers_error_);
@@ -113,6 +115,7 @@ std::string Tuner::WhyOver() const {
     case RaceEnd::kDeviceLost:
       return "the device is lost";
     case RaceEnd::kNone:
+    case RaceEnd::kNoReference:
       break;
   }
   return fmt::format("max_seconds={} ran out", options_.max_seconds);
@@ -160,28 +163,37 @@ Tuner::Field Tuner::FieldAt(int64_t tokens) {
   const Kernels kernels = lab_->KernelsAt(tokens);
   Field field{kernels.untuned, kernels.untuned, kernels.gemm1, kernels.gemm2};
   if (!Admit(field.untuned, tokens)) {
-    field.reference = StandIn(field, tokens);
+    const std::vector<std::string> others = StandIns(field, tokens);
+    HOPYARD_CHECK(!others.empty(), kUnsupported)
+        << "every candidate is on the blocklist or has failed; shorten the blocklist";
+    field.reference = others.front();
   }
   return field;
 }
 
-// The first pair that may run.
-std::string Tuner::StandIn(const Field& field, int64_t tokens) {
+// All pairs that may run but the reference.
+std::vector<std::string> Tuner::StandIns(const Field& field, int64_t tokens) {
   const std::vector<std::string> alone = {std::string()};
+  std::vector<std::string> tactics;
   for (const std::string& first : field.gemm1) {
     for (const std::string& second : field.gemm2.empty() ? alone : field.gemm2) {
-      std::string tactic = Join(first, second);
-      if (Admit(tactic, tokens)) {
-        return tactic;
+      const std::string tactic = Join(first, second);
+      if (tactic != field.reference && Admit(tactic, tokens)) {
+        tactics.push_back(tactic);
       }
     }
   }
-  HOPYARD_CHECK(false, kUnsupported)
-      << "every candidate is on the blocklist or has failed; shorten the blocklist";
-  return {};
+  return tactics;
 }
 
 bool Tuner::Measure(int64_t tokens, double deadline, const std::vector<std::string>* among) {
+  // Ends: each time there is one candidate less.
+  while (MeasureOnce(tokens, deadline, among)) {
+  }
+  return points_.count(tokens) > 0;
+}
+
+bool Tuner::MeasureOnce(int64_t tokens, double deadline, const std::vector<std::string>* among) {
   std::string tactic;
   try {
     const Field field = FieldAt(tokens);
@@ -189,12 +201,15 @@ bool Tuner::Measure(int64_t tokens, double deadline, const std::vector<std::stri
     const std::unique_ptr<Bench> bench = lab_->Open(tokens);
     RaceRules rules;
     rules.margin = options_.margin;
+    rules.stand_ins = [&] { return StandIns(field, tokens); };
+    rules.finite = finite_;
     rules.pulse = [&](int candidates, const std::string& best, double best_us) {
       return Pulse({done_, static_cast<int64_t>(tokens_.size()), tokens, candidates, best, best_us,
                     0.0, 0.0});
     };
     Race race(lab_, bench.get(), field.reference, std::move(rules));
     RunRace(&race, field, tokens, deadline, among);
+    return race.end() == RaceEnd::kNoReference && !Allowed(race.reference());
   } catch (const std::exception& error) {
     const auto* const own = dynamic_cast<const Error*>(&error);
     Fault(tactic.empty() ? UntunedAt(tokens) : tactic, tokens,
@@ -203,17 +218,18 @@ bool Tuner::Measure(int64_t tokens, double deadline, const std::vector<std::stri
       ended_ = RaceEnd::kDeviceLost;
     }
   }
-  return points_.count(tokens) > 0;
+  return false;
 }
 
-void Tuner::RunRace(Race* race, const Field& field, int64_t tokens, double deadline,
+void Tuner::RunRace(Race* race, Field field, int64_t tokens, double deadline,
                     const std::vector<std::string>* among) {
   Decision decision;
   try {
     race->EnterReference();
-    if (among == nullptr) {
+    field.reference = race->reference();
+    if (race->end() == RaceEnd::kNone && among == nullptr) {
       decision = RaceAll(race, field, tokens, deadline);
-    } else {
+    } else if (race->end() == RaceEnd::kNone) {
       std::vector<std::string> tactics;
       std::copy_if(among->begin(), among->end(), std::back_inserter(tactics),
                    [&](const std::string& tactic) { return Admit(tactic, tokens); });
@@ -224,10 +240,19 @@ void Tuner::RunRace(Race* race, const Field& field, int64_t tokens, double deadl
     throw;
   }
   KeepFailures(*race, tokens);
+  if (race->end() == RaceEnd::kNoReference) {
+    return;
+  }
   if (race->end() != RaceEnd::kNone) {
     ended_ = race->end();
     Fault(field.reference, tokens, WhyOver() + " while it was measured");
     return;
+  }
+  if (!race->not_finite().empty()) {
+    finite_ = false;
+    Fault(
+        field.reference, tokens,
+        race->not_finite() + ", nor is any other candidate's finite; this is not looked at again");
   }
   const bool stands_in = field.reference != field.untuned;
   points_[tokens] = {tokens,        tokens,        decision.tactic,

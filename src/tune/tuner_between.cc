@@ -147,6 +147,23 @@ void Tuner::RefineBorder(int64_t low, int64_t high) {
   }
 }
 
+// A full race: what stands in was no candidate's neighbour yet. Without time the number of tokens
+// is left out.
+void Tuner::MeasureBrokenAgain() {
+  const std::map<int64_t, TunedRange> points = points_;
+  for (const auto& [tokens, point] : points) {
+    if (Allowed(point.tactic) || Allowed(point.untuned)) {
+      continue;
+    }
+    points_.erase(tokens);
+    if (Over()) {
+      Fault(point.untuned, tokens, WhyOver() + "; failed later, nothing stands in for it here");
+    } else {
+      Measure(tokens, end_, nullptr);
+    }
+  }
+}
+
 // What failed later, and winners whose other side is too far away because the time ran out: the
 // untuned choice stays.
 void Tuner::DropUnproven() {
@@ -191,6 +208,11 @@ int64_t Tuner::BorderBetween(const TunedRange& low, const TunedRange& high) cons
   const bool untuned_below = low.tactic == low.untuned;
   const bool untuned_above = high.tactic == high.untuned;
   if (untuned_below && untuned_above) {
+    return LastWithUntuned(low.tokens, high.tokens);
+  }
+  // What stands in for an untuned choice that may not run does so up to where that changes.
+  const TunedRange& winner = untuned_below ? high : low;
+  if ((untuned_below || untuned_above) && !Allowed(winner.untuned)) {
     return LastWithUntuned(low.tokens, high.tokens);
   }
   if (untuned_below || untuned_above) {

@@ -71,6 +71,17 @@ def test_the_plot_has_a_line_for_every_tactic(tuned):
     assert tactics <= texts
 
 
+def test_the_plot_leaves_out_an_untuned_choice_that_may_not_run(tuned, tmp_path):
+    kept = layer_of(tuned[0]["table"])["ranges"][0]["untuned"]
+    plot = tmp_path / "plot.svg"
+    quick = ("--weights", "mxfp4", "--tokens", 1, "--seconds", 0.5)
+    answer = result("tune", *TARGET, *quick, "--block", kept, "--plot", plot)
+    assert {entry["untuned_us"] for entry in layer_of(answer["table"])["ranges"]} == {0}
+    lines = [path.get("d") for path in ET.fromstring(plot.read_text()).iter() if path.get("d")]
+    assert lines
+    assert not any(word in line for line in lines for word in ("inf", "nan"))
+
+
 def test_a_second_layer_joins_the_file(tuned, tmp_path):
     _, files = tuned
     both = tmp_path / "both.json"
