@@ -82,8 +82,8 @@ bool Race::Try(Tried* one) {
   return false;
 }
 
-// Where memory lacks nothing stands in: the others need as much. An output that is not finite is
-// the kernel's fault where another's is finite; where none is, it is the layer's own.
+// For want of memory nothing stands in: the others need as much. An output that is not finite is
+// the kernel's fault where another's is finite; where none is, the layer's weights make it so.
 void Race::EnterReference() {
   std::vector<std::string> tactics = {reference_};
   std::vector<Tried> tried;
