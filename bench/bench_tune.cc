@@ -2,18 +2,22 @@
 // Tunes layers of the named models on a Hopper GPU and judges the result, as JSON lines:
 //
 //   bench_tune COMMIT CASE ... [--routing=uniform,zipf] [--seconds=60] [--max-tokens=8192]
-//              [--output=FILE] [--repeat=1] [--check=0] [--regret=]
+//              [--output=FILE] [--repeat=1] [--check=0] [--rounds=15] [--regret=]
 //
 // CASE as in bench/cases.h; its numbers of tokens are not used. "tune": one per run, with the
 // seconds it took; --output merges the first run's table into a file. "flips" of --repeat runs with
 // other seeds: where they name another winner than the first. "check": the tuned plan against the
 // untuned one at so many numbers of tokens, the buckets with their neighbours and random ones,
-// replayed in turns; plans with the same kernels count as equal and are not measured. "regret":
-// the tuned plan against the fastest of all kernels of either GEMM and of the best three of each
-// together.
+// replayed in turns, --rounds times; plans with the same kernels count as equal and are not
+// measured. "ratio" is of the rounds' times, "noise" its standard error, "all" over all kinds of
+// routing together, each counting the same; "within": no slower than the tuner promises. "regret":
+// by that ratio, the tuned plan against the fastest of all kernels of either GEMM and of the best
+// three of each together. "regret" is against those that lose to the untuned plan with no kind of
+// routing, which the tuner takes no others of; "regret_any" against all.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <set>
@@ -26,7 +30,9 @@
 #include "bench/cases.h"
 #include "bench/gpu.h"
 #include "bench/layer_calls.h"
+#include "core/error.h"
 #include "plan/backend_sm90.h"
+#include "tune/paired_times.h"
 
 namespace hopyard::bench {
 namespace {
@@ -39,6 +45,7 @@ struct TuneRequest {
   std::string output;
   int repeat = 1;
   int64_t check = 0;
+  int rounds = 15;  // of the check
   std::vector<int64_t> regret;
 };
 
@@ -61,14 +68,10 @@ struct Subject {
   }
 };
 
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
+// Microseconds of a call with each plan, replayed in turns: [plan][round].
+using Rounds = std::vector<std::vector<double>>;
 
-// Median microseconds of a call with each plan, replayed in turns.
-std::vector<double> TimeInTurns(const LayerCalls& calls, const std::vector<Plan>& plans,
-                                int rounds) {
+Rounds TimeInTurns(const LayerCalls& calls, const std::vector<Plan>& plans, int rounds) {
   int64_t bytes = 0;
   for (const Plan& plan : plans) {
     bytes = std::max(bytes, plan.workspace_bytes());
@@ -80,7 +83,7 @@ std::vector<double> TimeInTurns(const LayerCalls& calls, const std::vector<Plan>
       calls.Enqueue(plan, {workspace.get(), static_cast<size_t>(bytes)}, i, stream);
     }));
   }
-  std::vector<std::vector<double>> times(plans.size());
+  Rounds times(plans.size());
   for (int round = -1; round < rounds; ++round) {
     for (size_t i = 0; i < graphs.size(); ++i) {
       // Every second round backwards: no plan always follows the same one.
@@ -91,9 +94,40 @@ std::vector<double> TimeInTurns(const LayerCalls& calls, const std::vector<Plan>
       }
     }
   }
-  std::vector<double> medians;
-  std::transform(times.begin(), times.end(), std::back_inserter(medians), Median);
-  return medians;
+  return times;
+}
+
+// A plan against the untuned one, as the tuner compares them.
+struct Against {
+  std::vector<tune::Difference> kinds;  // of routing
+  tune::Difference all;                 // the mean of the kinds' ratios, round by round
+
+  // `times`: of each kind of routing; `plan` and `untuned` are places in them.
+  Against(const std::vector<Rounds>& times, size_t plan, size_t untuned) {
+    std::vector<double> means(times.front()[plan].size(), 0.0);
+    for (const Rounds& kind : times) {
+      kinds.push_back(tune::Compare(kind[plan], kind[untuned]));
+      for (size_t i = 0; i < means.size(); ++i) {
+        means[i] += kind[plan][i] / kind[untuned][i] / static_cast<double>(times.size());
+      }
+    }
+    all = tune::Compare(means, std::vector<double>(means.size(), 1.0));
+  }
+
+  [[nodiscard]] double ratio() const { return 1.0 + all.median; }
+  // No slower than the tuner promises.
+  [[nodiscard]] static bool Within(const tune::Difference& difference) {
+    constexpr double kMargin = 0.01;
+    constexpr double kNoises = 2.0;
+    return difference.median <= std::max(kMargin, kNoises * difference.noise);
+  }
+  [[nodiscard]] bool LosesNowhere() const {
+    return std::all_of(kinds.begin(), kinds.end(), Within);
+  }
+};
+
+Json ToJson(const tune::Difference& difference) {
+  return {{"ratio", 1.0 + difference.median}, {"noise", difference.noise}};
 }
 
 TuningTable TuneOnce(const Subject& subject, const TuneRequest& request, uint64_t seed) {
@@ -127,14 +161,12 @@ TuningTable TuneOnce(const Subject& subject, const TuneRequest& request, uint64_
   return table;
 }
 
+// The winner; empty where the untuned choice runs.
 std::string TacticAt(const TuningTable& table, int64_t tokens) {
   const std::vector<TunedRange>& ranges = table.layers().front().ranges;
-  if (ranges.empty()) {
-    return {};
-  }
-  return std::find_if(ranges.begin(), ranges.end() - 1,
-                      [&](const TunedRange& range) { return tokens <= range.last; })
-      ->tactic;
+  const auto range = std::find_if(ranges.begin(), ranges.end(),
+                                  [&](const TunedRange& one) { return tokens <= one.last; });
+  return range == ranges.end() || range->tactic == range->untuned ? "" : range->tactic;
 }
 
 void PrintFlips(const Subject& subject, const TuneRequest& request, const TuningTable& first) {
@@ -166,7 +198,6 @@ std::set<int64_t> CheckedTokens(const TuneRequest& request) {
 }
 
 void Check(const Subject& subject, const TuneRequest& request, const TuningTable& table) {
-  constexpr int kRounds = 15;
   PlanOptions tuned;
   tuned.tuning = std::make_shared<const TuningTable>(table);
   PlanOptions untuned;
@@ -179,11 +210,20 @@ void Check(const Subject& subject, const TuneRequest& request, const TuningTable
                    {"untuned", plans[1].Explain().Chosen()},
                    {"equal", plans[0].Explain().Chosen() == plans[1].Explain().Chosen()}};
     if (!fields["equal"].get<bool>()) {
+      std::vector<Rounds> times;
       for (const std::string& routing : subject.one.routings) {
         const LayerCalls calls(subject.spec(), subject.layers, tokens, routing);
-        const std::vector<double> us = TimeInTurns(calls, plans, kRounds);
-        fields[routing] = {{"tuned_us", us[0]}, {"untuned_us", us[1]}, {"ratio", us[0] / us[1]}};
+        times.push_back(TimeInTurns(calls, plans, request.rounds));
       }
+      const Against against(times, 0, 1);
+      for (size_t kind = 0; kind < times.size(); ++kind) {
+        Json of_kind = {{"tuned_us", tune::Median(times[kind][0])},
+                        {"untuned_us", tune::Median(times[kind][1])}};
+        of_kind.update(ToJson(against.kinds[kind]));
+        of_kind["within"] = Against::Within(against.kinds[kind]);
+        fields[subject.one.routings[kind]] = of_kind;
+      }
+      fields["all"] = ToJson(against.all);
     }
     subject.Print("check", fields);
   }
@@ -194,64 +234,117 @@ std::string Kernel(const std::string& tactic, int gemm) {
   return gemm == 1 ? tactic.substr(0, plus) : tactic.substr(plus + 1);
 }
 
-void Regret(const Subject& subject, const TuningTable& table, int64_t tokens) {
-  constexpr int kRounds = 9;
-  constexpr size_t kBest = 3;
-  const MoeSpec& spec = subject.spec();
-  PlanOptions options;
-  options.max_tokens = tokens;
-  const sm90::RankedTactics ranked = sm90::NeedBackend().Rank(spec, options, tokens);
-  const LayerCalls calls(spec, subject.layers, tokens, subject.one.routings.front());
-  const auto time = [&](const std::vector<std::string>& tactics) {
-    std::vector<Plan> plans;
-    for (const std::string& tactic : tactics) {
-      PlanOptions named;
-      named.tactic = tactic;
-      plans.push_back(PlanFor(spec, tokens, named));
-    }
-    std::vector<std::pair<double, std::string>> timed;
-    const std::vector<double> us = TimeInTurns(calls, plans, kRounds);
-    for (size_t i = 0; i < tactics.size(); ++i) {
-      timed.emplace_back(us[i], tactics[i]);
-    }
-    std::sort(timed.begin(), timed.end());
-    return timed;
-  };
-  // The best of each GEMM beside the untuned kernel of the other, then those together.
-  std::vector<std::vector<std::string>> best(2);
-  for (const int gemm : {1, 2}) {
-    std::vector<std::string> tactics;
-    for (const auto& entry : gemm == 1 ? ranked.gemm1 : ranked.gemm2) {
-      tactics.push_back(gemm == 1 ? entry.kernel + "+" + Kernel(ranked.untuned, 2)
-                                  : Kernel(ranked.untuned, 1) + "+" + entry.kernel);
-    }
-    for (const auto& [us, tactic] : time(tactics)) {
-      if (best[static_cast<size_t>(gemm) - 1].size() < kBest) {
-        best[static_cast<size_t>(gemm) - 1].push_back(Kernel(tactic, gemm));
-      }
+// A tactic that was timed beside the untuned one.
+struct TimedTactic {
+  std::string tactic;
+  Against against;
+  std::vector<double> us;  // medians, by kind of routing
+};
+
+class Exhaustive {
+ public:
+  Exhaustive(const Subject& subject, int64_t tokens) : subject_(subject), tokens_(tokens) {
+    PlanOptions options;
+    options.max_tokens = tokens;
+    ranked_ = sm90::NeedBackend().Rank(subject.spec(), options, tokens);
+    for (const std::string& routing : subject.one.routings) {
+      calls_.push_back(
+          std::make_unique<LayerCalls>(subject.spec(), subject.layers, tokens, routing));
     }
   }
-  const std::string chosen = TacticAt(table, tokens);
-  std::set<std::string> finals = {chosen, ranked.untuned};
-  for (const std::string& first : best[0]) {
-    for (const std::string& second : best[1]) {
+
+  [[nodiscard]] const sm90::RankedTactics& ranked() const { return ranked_; }
+
+  // These and the untuned one, the fastest first.
+  [[nodiscard]] std::vector<TimedTactic> Time(std::set<std::string> names) const {
+    constexpr int kRounds = 9;
+    names.insert(ranked_.untuned);
+    std::vector<Plan> plans;
+    for (const std::string& tactic : names) {
+      PlanOptions named;
+      named.tactic = tactic;
+      plans.push_back(PlanFor(subject_.spec(), tokens_, named));
+    }
+    std::vector<Rounds> times;
+    for (const auto& calls : calls_) {
+      times.push_back(TimeInTurns(*calls, plans, kRounds));
+    }
+    const auto untuned =
+        static_cast<size_t>(std::distance(names.begin(), names.find(ranked_.untuned)));
+    std::vector<TimedTactic> timed;
+    for (const std::string& tactic : names) {
+      const size_t place = timed.size();
+      timed.push_back({tactic, Against(times, place, untuned), {}});
+      for (const Rounds& kind : times) {
+        timed.back().us.push_back(tune::Median(kind[place]));
+      }
+    }
+    std::sort(timed.begin(), timed.end(), [](const TimedTactic& one, const TimedTactic& other) {
+      return one.against.ratio() < other.against.ratio();
+    });
+    return timed;
+  }
+
+  // Of one GEMM's kernels beside the untuned one of the other, the best three.
+  [[nodiscard]] std::vector<std::string> BestKernels(int gemm) const {
+    constexpr size_t kBest = 3;
+    std::set<std::string> names;
+    for (const auto& entry : gemm == 1 ? ranked_.gemm1 : ranked_.gemm2) {
+      names.insert(gemm == 1 ? entry.kernel + "+" + Kernel(ranked_.untuned, 2)
+                             : Kernel(ranked_.untuned, 1) + "+" + entry.kernel);
+    }
+    std::vector<std::string> best;
+    for (const TimedTactic& one : Time(names)) {
+      if (best.size() < kBest) {
+        best.push_back(Kernel(one.tactic, gemm));
+      }
+    }
+    return best;
+  }
+
+ private:
+  const Subject& subject_;
+  int64_t tokens_;
+  sm90::RankedTactics ranked_;
+  std::vector<std::unique_ptr<LayerCalls>> calls_;  // by kind of routing
+};
+
+void Regret(const Subject& subject, const TuningTable& table, int64_t tokens) {
+  const Exhaustive exhaustive(subject, tokens);
+  const sm90::RankedTactics& ranked = exhaustive.ranked();
+  const std::string winner = TacticAt(table, tokens);
+  const std::string chosen = winner.empty() ? ranked.untuned : winner;
+  std::set<std::string> finals = {chosen};
+  const std::vector<std::string> seconds = exhaustive.BestKernels(2);
+  for (const std::string& first : exhaustive.BestKernels(1)) {
+    for (const std::string& second : seconds) {
       finals.insert(first + "+" + second);
     }
   }
-  const auto timed = time({finals.begin(), finals.end()});
-  const auto us_of = [&](const std::string& tactic) {
-    return std::find_if(timed.begin(), timed.end(),
-                        [&](const auto& entry) { return entry.second == tactic; })
-        ->first;
-  };
-  subject.Print("regret", {{"tokens", tokens},
-                           {"tuned", chosen},
-                           {"tuned_us", us_of(chosen)},
-                           {"untuned_us", us_of(ranked.untuned)},
-                           {"best", timed.front().second},
-                           {"best_us", timed.front().first},
-                           {"regret", us_of(chosen) / timed.front().first - 1.0},
-                           {"candidates", ranked.gemm1.size() + ranked.gemm2.size()}});
+  const std::vector<TimedTactic> timed = exhaustive.Time(finals);
+  const auto find = [&](auto&& is) { return *std::find_if(timed.begin(), timed.end(), is); };
+  const TimedTactic tuned = find([&](const TimedTactic& one) { return one.tactic == chosen; });
+  const TimedTactic untuned =
+      find([&](const TimedTactic& one) { return one.tactic == ranked.untuned; });
+  const TimedTactic best = find(
+      [&](const TimedTactic& one) { return one.tactic == chosen || one.against.LosesNowhere(); });
+  const TimedTactic& any = timed.front();
+  Json fields = {{"tokens", tokens},
+                 {"tuned", chosen},
+                 {"untuned", ranked.untuned},
+                 {"best", best.tactic},
+                 {"best_any", any.tactic},
+                 {"tuned_against_untuned", ToJson(tuned.against.all)},
+                 {"regret", tuned.against.ratio() / best.against.ratio() - 1.0},
+                 {"regret_any", tuned.against.ratio() / any.against.ratio() - 1.0},
+                 {"candidates", ranked.gemm1.size() + ranked.gemm2.size()}};
+  for (size_t kind = 0; kind < subject.one.routings.size(); ++kind) {
+    fields[subject.one.routings[kind]] = {{"tuned_us", tuned.us[kind]},
+                                          {"untuned_us", untuned.us[kind]},
+                                          {"best_us", best.us[kind]},
+                                          {"best_any_us", any.us[kind]}};
+  }
+  subject.Print("regret", fields);
 }
 
 void BenchTuning(const Machine& machine, const Case& one, const TuneRequest& request) {
@@ -287,6 +380,10 @@ bool TakeTuneOption(const std::string& argument, TuneRequest* request) {
     request->repeat = std::stoi(value);
   } else if (name == "--check") {
     request->check = std::stoll(value);
+  } else if (name == "--rounds") {
+    request->rounds = std::stoi(value);
+    HOPYARD_CHECK(request->rounds > 0, kInvalidArgument)
+        << "--rounds=" << value << "; wanted 1 or more";
   } else if (name == "--regret") {
     request->regret = ParseTokens(value);
   } else {

@@ -61,10 +61,12 @@ struct TunedRange {
   int64_t last = 0;
   int64_t tokens = 0;   // where it was measured; first <= tokens <= last
   std::string tactic;   // as PlanOptions::tactic: names, never indices
-  double us = 0.0;      // median of a call
+  double us = 0.0;      // median of a call; 0: nothing was measured here, the untuned choice runs
   std::string untuned;  // what a plan would take without a table; equal to `tactic` where it won
   double untuned_us = 0.0;
   double noise = 0.0;  // relative, of the difference
+
+  [[nodiscard]] bool measured() const { return us > 0.0; }
 
   friend bool operator==(const TunedRange&, const TunedRange&) = default;
 };
@@ -104,8 +106,10 @@ class TuningTable {
   // ascend, and for numbers that are not finite.
   void Put(TunedLayer layer);
   bool Erase(const TuningKey& key);
-  // Puts all layers of `other`; of a layer that is here already, what was measured at more tokens
-  // than the other covers stays. Error{kInvalidArgument} where it is of another machine.
+  // Puts all layers of `other`; of a layer that is here already, what was measured where the other
+  // has measured nothing stays: at more tokens than it covers, or below its first. Numbers of
+  // tokens that neither covers take the untuned choice. Error{kInvalidArgument} where it is of
+  // another machine.
   void Merge(const TuningTable& other);
 
   // Sorted and complete: equal tables give equal bytes.

@@ -99,9 +99,10 @@ class TunedRange:
         last: the largest of them.
         tokens: where it was measured.
         tactic: name of the kernel, or of one for each GEMM.
-        us: microseconds of a call, median.
+        us: microseconds of a call, median; 0 where nothing was measured and the untuned choice
+            runs.
         untuned: what a plan would take without a table.
-        untuned_us: its microseconds.
+        untuned_us: its microseconds; 0 where it may not run, or nothing was measured.
         noise: relative, of the difference.
     """
 
@@ -135,7 +136,7 @@ class TunedLayer:
 
     Attributes:
         key: which layer.
-        ranges: ascending; batches above the last take its kernel.
+        ranges: ascending; batches above the last take the untuned choice.
         faults: candidates that failed.
         routing: what the calls were routed by: "uniform,zipf" or "recorded".
     """

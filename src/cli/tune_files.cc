@@ -48,23 +48,30 @@ const TunedRange* RangeAt(const TunedLayer& layer, int64_t tokens) {
       return &range;
     }
   }
-  return layer.ranges.empty() ? nullptr : &layer.ranges.back();
+  return nullptr;
 }
 
-// Numbers of tokens, of those that `from` was measured at, where the two disagree.
+// Numbers of tokens, of those that `from` was measured at, where the two disagree. Beyond its last
+// range a plan with `to` takes the untuned choice.
 Json Differences(const TunedLayer& from, const TunedLayer& to) {
   Json out = Json::array();
   for (const TunedRange& range : from.ranges) {
     const TunedRange* const other = RangeAt(to, range.tokens);
-    if (other != nullptr && other->tactic != range.tactic) {
+    const std::string tactic = other == nullptr ? range.untuned : other->tactic;
+    if (range.measured() && tactic != range.tactic) {
       out.push_back({{"tokens", range.tokens},
                      {"from", range.tactic},
                      {"from_us", range.us},
-                     {"to", other->tactic},
-                     {"to_us", other->us}});
+                     {"to", tactic},
+                     {"to_us", other == nullptr ? 0.0 : other->us}});
     }
   }
   return out;
+}
+
+// `text`, or a dash where nothing was measured, which a table keeps as 0.
+std::string Measured(double us, const std::string& text) {
+  return us > 0.0 ? text : "-";
 }
 
 void Diff(const std::string& from_path, const std::string& to_path, bool json) {
@@ -102,10 +109,10 @@ void Diff(const std::string& from_path, const std::string& to_path, bool json) {
   for (const Json& layer : result["changed"]) {
     fmt::print("changed: {}\n", layer["layer"].get<std::string>());
     for (const Json& range : layer["ranges"]) {
-      fmt::print("  {:>7} tokens: {} ({:.1f} us) -> {} ({:.1f} us)\n",
-                 range["tokens"].get<int64_t>(), range["from"].get<std::string>(),
-                 range["from_us"].get<double>(), range["to"].get<std::string>(),
-                 range["to_us"].get<double>());
+      const auto to_us = range["to_us"].get<double>();
+      fmt::print("  {:>7} tokens: {} ({:.1f} us) -> {} ({})\n", range["tokens"].get<int64_t>(),
+                 range["from"].get<std::string>(), range["from_us"].get<double>(),
+                 range["to"].get<std::string>(), Measured(to_us, fmt::format("{:.1f} us", to_us)));
     }
   }
 }
@@ -160,9 +167,13 @@ std::string RangesTable(const TunedLayer& layer) {
                      "us", "untuned us", "gain", "tactic", width);
   int64_t first = 1;
   for (const TunedRange& range : layer.ranges) {
-    out += fmt::format("{:>15} {:>9} {:>11.2f} {:>11.2f} {:>6.1f}%  {:<{}}  {}\n",
-                       fmt::format("{}..{}", first, range.last), range.tokens, range.us,
-                       range.untuned_us, 100.0 * (range.untuned_us / range.us - 1.0), range.tactic,
+    const double gain = 100.0 * (range.untuned_us / range.us - 1.0);
+    out += fmt::format("{:>15} {:>9} {:>11} {:>11} {:>7}  {:<{}}  {}\n",
+                       fmt::format("{}..{}", first, range.last),
+                       Measured(range.us, std::to_string(range.tokens)),
+                       Measured(range.us, fmt::format("{:.2f}", range.us)),
+                       Measured(range.untuned_us, fmt::format("{:.2f}", range.untuned_us)),
+                       Measured(range.untuned_us, fmt::format("{:.1f}%", gain)), range.tactic,
                        width, range.tactic == range.untuned ? "the same" : range.untuned);
     first = range.last + 1;
   }

@@ -93,13 +93,17 @@ std::string Grid(const Frame& frame, std::pair<double, double> tokens,
   return out;
 }
 
-// What a plan takes at the measured numbers of tokens.
+// What a plan takes at the measured numbers of tokens. The untuned choice may not have been run.
 std::pair<Points, Points> WinnersAndUntuned(const TunedLayer& layer) {
   Points winners;
   Points untuned;
   for (const TunedRange& range : layer.ranges) {
-    winners[static_cast<double>(range.tokens)] = range.us;
-    untuned[static_cast<double>(range.tokens)] = range.untuned_us;
+    if (range.measured()) {
+      winners[static_cast<double>(range.tokens)] = range.us;
+    }
+    if (range.untuned_us > 0.0) {
+      untuned[static_cast<double>(range.tokens)] = range.untuned_us;
+    }
   }
   return {winners, untuned};
 }

@@ -40,7 +40,15 @@ std::vector<Reasoned> ByName(const PlanOptions& options, std::optional<Isa> name
   return {{{options.max_tokens, *named}, "asked for by name"}};
 }
 
+Reasoned NotMeasured(int64_t first, int64_t last) {
+  return {{last, BestIsa()},
+          fmt::format("{} .. {} tokens: widest instruction set; not measured", first, last)};
+}
+
 Reasoned Measured(const MoeSpec& spec, const TunedRange& range, int64_t first, int64_t last) {
+  if (!range.measured()) {
+    return NotMeasured(first, last);
+  }
   const bool runs = HasCpuTactic(spec, range.tactic);
   return {{last, runs ? *IsaOf(spec, range.tactic) : BestIsa()},
           fmt::format("{} .. {} tokens: {}", first, last,
@@ -59,9 +67,7 @@ std::vector<Reasoned> ByMeasurement(const MoeSpec& spec, const PlanOptions& opti
     first = last + 1;
   }
   if (first <= options.max_tokens) {
-    ranges.push_back({{options.max_tokens, BestIsa()},
-                      fmt::format("{} .. {} tokens: widest instruction set; not measured", first,
-                                  options.max_tokens)});
+    ranges.push_back(NotMeasured(first, options.max_tokens));
   }
   if (options.batch_invariant) {
     // A token's output must not depend on the batch: all take what the largest takes.

@@ -41,8 +41,9 @@ class FakeLab : public Lab {
   // By kernel or tactic: what happens.
   std::map<std::string, std::function<void(int64_t tokens)>> on_prepare;
   std::map<std::string, std::function<void(int64_t tokens)>> on_run;
-  std::map<std::string, std::string> wrong;  // what Check says
-  int right_kinds = 0;                       // the first ones, with which nothing is wrong
+  std::map<std::string, std::string> wrong;       // what Check says
+  std::map<std::string, std::string> not_finite;  // what NotFinite says
+  int right_kinds = 0;                            // the first ones, with which nothing is wrong
 
   // What was done.
   std::vector<std::pair<int64_t, std::string>> runs;  // tokens, tactic
@@ -112,18 +113,24 @@ class FakeLab : public Lab {
     }
     std::string Check(const std::string& tactic, const std::string& reference, int kind) override {
       EXPECT_NE(tactic, reference);
-      if (kind < lab_->right_kinds) {
-        return {};
-      }
+      // What is no number in the reference is not compared.
+      const std::string wrong = TextOf(lab_->wrong, tactic, kind);
+      return wrong.empty() && NotFinite(reference, kind).empty() ? NotFinite(tactic, kind) : wrong;
+    }
+    std::string NotFinite(const std::string& tactic, int kind) override {
+      return TextOf(lab_->not_finite, tactic, kind);
+    }
+
+   private:
+    [[nodiscard]] std::string TextOf(const std::map<std::string, std::string>& texts,
+                                     const std::string& tactic, int kind) const {
       for (const std::string& kernel : PartsOf(tactic)) {
-        if (lab_->wrong.count(kernel) > 0) {
-          return lab_->wrong[kernel];
+        if (kind >= lab_->right_kinds && texts.count(kernel) > 0) {
+          return texts.at(kernel);
         }
       }
       return {};
     }
-
-   private:
     void Happen(const std::map<std::string, std::function<void(int64_t)>>& events,
                 const std::string& tactic) const {
       std::vector<std::string> names = PartsOf(tactic);
@@ -157,6 +164,13 @@ inline const TuningFault* FindFault(const TunerResult& tuned, const std::string&
   const auto found = std::find_if(tuned.faults.begin(), tuned.faults.end(),
                                   [&](const TuningFault& fault) { return fault.tactic == tactic; });
   return found == tuned.faults.end() ? nullptr : &*found;
+}
+
+// What runs so many tokens; empty where no range does.
+inline TunedRange RangeAt(const TunerResult& tuned, int64_t tokens) {
+  const auto found = std::find_if(tuned.ranges.begin(), tuned.ranges.end(),
+                                  [&](const TunedRange& range) { return tokens <= range.last; });
+  return found == tuned.ranges.end() ? TunedRange() : *found;
 }
 
 inline std::string Shown(const TunerResult& tuned) {

@@ -33,6 +33,8 @@ class Bench {
   // What tells the tactic's output from that of `reference` with routing of this kind; empty:
   // nothing does.
   virtual std::string Check(const std::string& tactic, const std::string& reference, int kind) = 0;
+  // Where the tactic's output with routing of this kind is no number; empty: nowhere.
+  virtual std::string NotFinite(const std::string& tactic, int kind) = 0;
 };
 
 class Lab {

@@ -12,6 +12,7 @@
 #include "hopyard/error.h"
 
 #include "tests/layer.h"
+#include "tune/fake_lab.h"
 #include "tune/host_calls.h"
 #include "tune/tuner.h"
 
@@ -84,7 +85,7 @@ TEST(LayerLab, EveryPathIsCalled) {
       PlanOptions options = PlanFor(6);
       options.path = {ids, unfinalised, true};
       const Plan plan = MakePlan(spec, Device{}, options);
-      Judge(spec, TuneLayer(plan, layer.weights(), QuickOptions(), {2, 6}));
+      Judge(spec, TuneLayer(plan, layer.weights(), QuickOptions(), {1, 6}));
     }
   }
 }
@@ -184,6 +185,25 @@ TEST(LayerLab, OutputsAreComparedWithEachRouting) {
   std::fill_n(values.as<uint16_t>() + expert * values.strides[0], values.strides[0], uint16_t{0});
   EXPECT_EQ(bench->Check(kernel, kernel, 0), "");
   EXPECT_THAT(bench->Check(kernel, kernel, 1), HasSubstr("uniform: row "));
+}
+
+// Weights that make no numbers of an expert's tokens do so with every kernel: that is the layer,
+// and its kernels are tuned.
+TEST(LayerLab, OutputsThatAreNotFiniteWithAnyKernelAreTheLayers) {
+  test::WeightSource source;
+  source.spec = test::MiniSpec();
+  const test::LayerWeights storage(source);
+  const TensorView& values = storage.desc().routed.gemm2.values;
+  std::fill_n(values.as<uint16_t>(), values.strides[0], uint16_t{0x7FC0});
+  const Plan plan = MakePlan(source.spec, Device{}, PlanFor(64));
+  const TunerResult tuned = TuneLayer(plan, storage.Make(), QuickOptions(), {1, 64});
+  EXPECT_EQ(tuned.ranges.front().tokens, 1);
+  EXPECT_GE(tuned.ranges.back().last, 64);
+  const TuningFault* const fault = FindFault(tuned, test::RunnableKernels(source.spec).front());
+  ASSERT_NE(fault, nullptr) << Shown(tuned);
+  EXPECT_THAT(fault->reason, HasSubstr("uniform: row "));
+  EXPECT_THAT(fault->reason, HasSubstr("is not finite, nor is any other candidate's finite"));
+  EXPECT_EQ(fault, &tuned.faults.back()) << "once: " << Shown(tuned);
 }
 
 test::Caught Refused(const TuneOptions& options) {

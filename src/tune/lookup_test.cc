@@ -113,6 +113,19 @@ TEST_F(Lookup, RangesChooseByNumberOfTokens) {
   EXPECT_EQ(stats.stale, 0);
 }
 
+TEST_F(Lookup, WhereNothingWasMeasuredTheUntunedChoiceRuns) {
+  TunedLayer layer = LayerFor(key_);
+  layer.ranges = {{7, 7, BestKernel(), 0.0, BestKernel()},
+                  {16, 8, kScalar, 10.0, BestKernel(), 11.0, 0.01}};
+  TuningTable table(MachineOf(Device{}, kThreads));
+  table.Put(layer);
+  EXPECT_EQ(TuningTable::FromJson(table.ToJson()), table);
+  const Plan plan = PlanWith(Options(16), table);
+  EXPECT_THAT(plan.impl().isas, ElementsAre(IsaRange{7, BestIsa()}, IsaRange{16, Isa::kScalar}));
+  EXPECT_THAT(ReasonFor(plan.Explain(), BestKernel()),
+              HasSubstr("1 .. 7 tokens: widest instruction set; not measured"));
+}
+
 TEST_F(Lookup, RangesEndAtTheCapacity) {
   EXPECT_THAT(PlanWith(Options(20), TableFor(key_)).impl().isas,
               ElementsAre(IsaRange{16, Isa::kScalar}, IsaRange{20, BestIsa()}));

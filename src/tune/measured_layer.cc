@@ -203,15 +203,30 @@ double MeasuredLayer::Run(const std::string& tactic, int kind) {
   return tactics_.at(tactic).kinds[static_cast<size_t>(kind)]->Run();
 }
 
+std::string MeasuredLayer::OfKind(int kind, const std::string& fault) const {
+  return fault.empty() ? fault : task_.workload.name(kind) + ": " + fault;
+}
+
 std::string MeasuredLayer::Check(const std::string& tactic, const std::string& reference,
                                  int kind) {
-  if (reference_rows_.count(kind) == 0) {
-    reference_rows_[kind] = RowsOf(tactics_.at(reference).plan, kind);
+  return OfKind(
+      kind, DescribeDifference(RowsOf(tactics_.at(tactic).plan, kind), KeptRowsOf(reference, kind),
+                               task_.spec.hidden_size, RowBound(task_.spec.activations)));
+}
+
+std::string MeasuredLayer::NotFinite(const std::string& tactic, int kind) {
+  return OfKind(kind, DescribeNotFinite(KeptRowsOf(tactic, kind), task_.spec.hidden_size));
+}
+
+const std::vector<uint16_t>& MeasuredLayer::KeptRowsOf(const std::string& tactic, int kind) {
+  if (kept_ != tactic) {
+    kept_rows_.clear();
+    kept_ = tactic;
   }
-  const std::string difference =
-      DescribeDifference(RowsOf(tactics_.at(tactic).plan, kind), reference_rows_[kind],
-                         task_.spec.hidden_size, RowBound(task_.spec.activations));
-  return difference.empty() ? difference : task_.workload.name(kind) + ": " + difference;
+  if (kept_rows_.count(kind) == 0) {
+    kept_rows_[kind] = RowsOf(tactics_.at(tactic).plan, kind);
+  }
+  return kept_rows_[kind];
 }
 
 // BF16 of these bits is no number: what a kernel leaves out shows.

@@ -41,6 +41,7 @@ class MeasuredLayer : public Bench {
   void Prepare(const std::string& tactic) override;
   double Run(const std::string& tactic, int kind) override;
   std::string Check(const std::string& tactic, const std::string& reference, int kind) override;
+  std::string NotFinite(const std::string& tactic, int kind) override;
 
  private:
   struct Tactic {
@@ -61,7 +62,11 @@ class MeasuredLayer : public Bench {
   // The output of the first call with this kind of routing, rows in the order of tokens, or of
   // slots where it is not finalised; of a large output every n-th.
   [[nodiscard]] std::vector<uint16_t> RowsOf(const Plan& plan, int kind);
+  // RowsOf, kept until those of another tactic are asked for.
+  [[nodiscard]] const std::vector<uint16_t>& KeptRowsOf(const std::string& tactic, int kind);
   void Poison(const TensorView& tensor) const;
+  // With the routing's name before it, unless it is empty.
+  [[nodiscard]] std::string OfKind(int kind, const std::string& fault) const;
 
   const LayerTask& task_;
   int64_t tokens_;
@@ -73,7 +78,8 @@ class MeasuredLayer : public Bench {
   DeviceMemory workspace_;
   DeviceMemory flush_;
   std::map<std::string, Tactic> tactics_;
-  std::map<int, std::vector<uint16_t>> reference_rows_;  // by kind
+  std::string kept_;                                // whose rows the next are
+  std::map<int, std::vector<uint16_t>> kept_rows_;  // by kind
 };
 
 }  // namespace hopyard::tune

@@ -66,11 +66,55 @@ std::vector<double> MeanOfKinds(const std::vector<std::vector<double>>& times) {
 Race::Race(Lab* lab, Bench* bench, std::string reference, RaceRules rules)
     : lab_(lab), bench_(bench), reference_(std::move(reference)), rules_(std::move(rules)) {}
 
+bool Race::Try(Tried* one) {
+  try {
+    bench_->Prepare(one->tactic);
+    // The first run of all loads code and wakes the device: it is no measure for "too slow".
+    static_cast<void>(bench_->Run(one->tactic, 0));
+    one->us = bench_->Run(one->tactic, 0);
+    for (int kind = 0; rules_.finite && kind < lab_->kinds() && one->not_finite.empty(); ++kind) {
+      one->not_finite = bench_->NotFinite(one->tactic, kind);
+    }
+    return true;
+  } catch (const std::exception&) {
+    FailWithCurrentException(one->tactic);
+  }
+  return false;
+}
+
+// For want of memory nothing stands in: the others need as much. An output that is not finite is
+// the kernel's fault where another's is finite; where none is, the layer's weights make it so.
 void Race::EnterReference() {
-  bench_->Prepare(reference_);
-  // The first run of all loads code and wakes the device: it is no measure for "too slow".
-  static_cast<void>(bench_->Run(reference_, 0));
-  reference_first_us_ = bench_->Run(reference_, 0);
+  std::vector<std::string> tactics = {reference_};
+  std::vector<Tried> tried;
+  for (size_t i = 0; i < tactics.size() && end_ == RaceEnd::kNone; ++i) {
+    Tried one{tactics[i], 0.0, {}};
+    const bool ran = Try(&one);
+    if (ran) {
+      tried.push_back(one);
+    }
+    if (ran ? one.not_finite.empty() : i == 0 && !failures_.back().everywhere) {
+      break;
+    }
+    if (i == 0) {
+      const std::vector<std::string> others = rules_.stand_ins();
+      tactics.insert(tactics.end(), others.begin(), others.end());
+    }
+  }
+  if (tried.empty() || end_ != RaceEnd::kNone) {
+    end_ = end_ == RaceEnd::kNone ? RaceEnd::kNoReference : end_;
+    return;
+  }
+  const bool found = tried.back().not_finite.empty();
+  const Tried chosen = found ? tried.back() : tried.front();
+  for (const Tried& one : tried) {
+    if (found && one.tactic != chosen.tactic) {
+      Fail(one.tactic, one.not_finite, true, true);
+    }
+  }
+  reference_ = chosen.tactic;
+  reference_first_us_ = chosen.us;
+  not_finite_ = chosen.not_finite;
   entered_.insert(reference_);
   Pulse({{reference_, std::vector<std::vector<double>>(1)}});
 }
@@ -169,10 +213,10 @@ void Race::RunOnce(int kind, Runner* runner) {
   try {
     runner->times[static_cast<size_t>(kind)].push_back(bench_->Run(runner->tactic, kind));
   } catch (const std::exception&) {
-    if (runner->tactic == reference_) {
-      throw;
-    }
     FailWithCurrentException(runner->tactic);
+    if (runner->tactic == reference_ && end_ == RaceEnd::kNone) {
+      end_ = RaceEnd::kNoReference;
+    }
   }
 }
 

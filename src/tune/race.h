@@ -23,11 +23,14 @@ struct Failure {
   bool broke = false;       // its kernels ran, or tried to: they are not trusted in other pairs
 };
 
-// Ends the race without a result.
-enum class RaceEnd : uint8_t { kNone, kStopped, kDeviceLost };
+// Ends the race without a result. kNoReference: the reference failed, and the failures say why.
+enum class RaceEnd : uint8_t { kNone, kStopped, kDeviceLost, kNoReference };
 
 struct RaceRules {
   double margin = 0.0;  // a winner is faster by more than this, and by twice the noise
+  // In whose place others are tried where it fails, or its output is not finite and another's is.
+  std::function<std::vector<std::string>()> stand_ins;
+  bool finite = true;  // whether an output that is not finite is worth a stand-in
   // Called between measurements with what is still racing, and the fastest and its time; false
   // stops.
   std::function<bool(int candidates, const std::string& best, double best_us)> pulse;
@@ -51,8 +54,11 @@ class Race {
  public:
   Race(Lab* lab, Bench* bench, std::string reference, RaceRules rules);
 
-  // Prepares and runs the reference. What it throws is thrown.
+  // Prepares and runs the reference, or what stands in for it.
   void EnterReference();
+  [[nodiscard]] const std::string& reference() const { return reference_; }
+  // What is not finite of the reference's output, where no candidate's is finite.
+  [[nodiscard]] const std::string& not_finite() const { return not_finite_; }
   // A few rounds of all of `tactics` and the reference; the slow leave early. Fastest first, the
   // reference among them; tactics that failed are not. Behind the deadline (of Lab::Seconds)
   // nothing new is tried, and two rounds must do.
@@ -77,6 +83,15 @@ class Race {
     std::vector<std::vector<double>> times;  // [kind][round]
   };
 
+  // A tactic that may be the reference.
+  struct Tried {
+    std::string tactic;
+    double us = 0.0;
+    std::string not_finite;  // what is to be said of its output
+  };
+
+  // Prepares and runs it; false where that failed.
+  bool Try(Tried* one);
   // Prepares a tactic, runs it once and looks at its output with each kind of routing, where that
   // has not been done; false where it failed.
   bool Enter(const std::string& tactic);
@@ -99,6 +114,7 @@ class Race {
   RaceRules rules_;
   RaceEnd end_ = RaceEnd::kNone;
   double reference_first_us_ = 0.0;
+  std::string not_finite_;
   std::set<std::string> entered_;
   std::set<std::string> failed_;
   std::vector<Failure> failures_;

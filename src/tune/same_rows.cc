@@ -34,6 +34,10 @@ RowDifference CompareRow(const uint16_t* got, const uint16_t* wanted, int64_t co
   return {std::sqrt(norm), std::sqrt(apart)};
 }
 
+std::string NotFiniteText(size_t row) {
+  return fmt::format("row {} of the output is not finite", row);
+}
+
 }  // namespace
 
 double RowBound(ActivationFormat activations) {
@@ -75,7 +79,7 @@ std::string DescribeDifference(const std::vector<uint16_t>& got,
       continue;
     }
     if (!std::isfinite(row.apart)) {
-      return fmt::format("row {} of the output is not finite", r);
+      return NotFiniteText(r);
     }
     const double allowed = row.wanted > 0.0 ? bound * std::max(row.wanted, floor) : 0.0;
     if (row.apart > allowed) {
@@ -86,6 +90,17 @@ std::string DescribeDifference(const std::vector<uint16_t>& got,
     }
   }
   return {};
+}
+
+std::string DescribeNotFinite(const std::vector<uint16_t>& rows, int64_t cols) {
+  // All ones: an infinity or no number.
+  constexpr uint16_t kExponent = 0x7F80;
+  const auto found = std::find_if(rows.begin(), rows.end(),
+                                  [](uint16_t bits) { return (bits & kExponent) == kExponent; });
+  if (found == rows.end()) {
+    return {};
+  }
+  return NotFiniteText(static_cast<size_t>((found - rows.begin()) / cols));
 }
 
 }  // namespace hopyard::tune

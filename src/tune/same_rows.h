@@ -23,4 +23,7 @@ namespace hopyard::tune {
                                              const std::vector<uint16_t>& wanted, int64_t cols,
                                              double bound);
 
+// The first of these rows that is not finite, in words; empty where all are.
+[[nodiscard]] std::string DescribeNotFinite(const std::vector<uint16_t>& rows, int64_t cols);
+
 }  // namespace hopyard::tune

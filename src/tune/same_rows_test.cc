@@ -56,6 +56,16 @@ TEST(SameRows, NoNumbersAreNamed) {
   }
 }
 
+TEST(SameRows, TheFirstRowThatIsNotFiniteIsNamed) {
+  std::vector<float> rows = {1, 2, 3, 4, -3.3e38F, 2, 3, 4, 1, 2, 3, 4};
+  EXPECT_EQ(DescribeNotFinite(Bits(rows), kCols), "");
+  EXPECT_EQ(DescribeNotFinite({}, kCols), "");
+  rows[11] = -std::numeric_limits<float>::infinity();
+  EXPECT_EQ(DescribeNotFinite(Bits(rows), kCols), "row 2 of the output is not finite");
+  rows[7] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(DescribeNotFinite(Bits(rows), kCols), "row 1 of the output is not finite");
+}
+
 TEST(SameRows, ZerosMustBeZeros) {
   const std::vector<float> wanted = {0, 0, 0, 0, 1, 2, 3, 4};
   EXPECT_EQ(Describe(wanted, wanted), "");

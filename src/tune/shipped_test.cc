@@ -10,6 +10,7 @@
 
 #include "bench/shapes.h"
 #include "tests/temporary_directory.h"
+#include "tune/lookup.h"
 #include "tune/tune_testing.h"
 
 namespace hopyard::tune::testing {
@@ -96,6 +97,25 @@ TEST(ShippedTables, HaveTheLayersOfNamedModels) {
       }
     }
   }
+}
+
+// The first plan of a process, with no table of its own, is tuned. A GPU that is not there is an
+// H100.
+TEST(ShippedTables, ServePlansThatNameNoTable) {
+  const MoeSpec& spec = bench::FindShape("qwen3-30b-a3b")->spec;
+  PlanOptions options;
+  const Tuned tuned = FindTuned(spec, {DeviceKind::kCuda, 1000}, options);
+  EXPECT_TRUE(tuned.found);
+  EXPECT_EQ(tuned.remark, "");
+  const TuningMachine machine = MachineOf({DeviceKind::kCuda, 1000});
+  for (const auto& table : ShippedTables()) {
+    if (table->machine().device == machine.device) {
+      ASSERT_NE(table->Find(KeyOf(spec, options)), nullptr);
+      EXPECT_EQ(tuned.ranges, table->Find(KeyOf(spec, options))->ranges);
+    }
+  }
+  options.untuned = true;
+  EXPECT_FALSE(FindTuned(spec, {DeviceKind::kCuda, 1000}, options).found);
 }
 
 }  // namespace

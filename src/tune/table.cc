@@ -109,15 +109,49 @@ bool TuningTable::Erase(const TuningKey& key) {
 
 namespace {
 
-// A layer measured again: beyond the numbers of tokens that it covers, what was measured before
-// stays.
+// Where nothing was measured below the first of `ranges`, what `before` has of it.
+void JoinBelow(const std::vector<TunedRange>& before, std::vector<TunedRange>* ranges) {
+  if (ranges->front().measured()) {
+    return;
+  }
+  const int64_t last = ranges->front().last;
+  std::vector<TunedRange> below;
+  std::copy_if(before.begin(), before.end(), std::back_inserter(below),
+               [&](const TunedRange& range) { return range.tokens <= last; });
+  if (below.empty()) {
+    return;
+  }
+  below.back().last = std::min(below.back().last, last);
+  if (below.back().last == last) {
+    ranges->erase(ranges->begin());
+  }
+  ranges->insert(ranges->begin(), below.begin(), below.end());
+}
+
+// What `before` has beyond the last of `ranges`. A winner is not stretched down over what a range
+// that is gone ran: nothing was measured beside it there.
+void JoinAbove(const std::vector<TunedRange>& before, std::vector<TunedRange>* ranges) {
+  const int64_t covered = ranges->back().last;
+  int64_t gone = 0;  // where the range before it ends
+  for (const TunedRange& range : before) {
+    if (range.tokens > covered) {
+      const bool wins = range.tactic != range.untuned && range.untuned_us > 0.0;
+      if (wins && gone > ranges->back().last) {
+        ranges->push_back({gone, gone, range.untuned, 0.0, range.untuned});
+      }
+      ranges->push_back(range);
+    }
+    gone = range.last;
+  }
+}
+
+// A layer measured again: where that measured nothing, what was measured before stays.
 TunedLayer Joined(TunedLayer layer, const TunedLayer& before) {
   if (layer.ranges.empty()) {
     return before;
   }
-  const int64_t covered = layer.ranges.back().last;
-  std::copy_if(before.ranges.begin(), before.ranges.end(), std::back_inserter(layer.ranges),
-               [&](const TunedRange& range) { return range.tokens > covered; });
+  JoinBelow(before.ranges, &layer.ranges);
+  JoinAbove(before.ranges, &layer.ranges);
   return layer;
 }
 

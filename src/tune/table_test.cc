@@ -92,16 +92,63 @@ TEST(TuningTable, MergeKeepsWhatTheOtherDoesNotCover) {
   TuningTable other(AMachine());
   other.Put(again);
   table.Merge(other);
+  // b ran up to 64 and is gone: c was measured at 512 alone, and does not take its place.
   EXPECT_EQ(table.Find(before.key)->ranges,
-            (std::vector<TunedRange>{again.ranges[0], again.ranges[1], before.ranges[2]}));
+            (std::vector<TunedRange>{again.ranges[0],
+                                     again.ranges[1],
+                                     {64, 64, "untuned", 0.0, "untuned"},
+                                     before.ranges[2]}));
   // A run that measured nothing takes nothing away.
   again.ranges.clear();
   TuningTable empty(AMachine());
   empty.Put(again);
   table.Merge(empty);
-  EXPECT_EQ(table.Find(before.key)->ranges.size(), 3U);
+  EXPECT_EQ(table.Find(before.key)->ranges.size(), 4U);
   table.Put(again);
   EXPECT_TRUE(table.Find(before.key)->ranges.empty()) << "Put replaces";
+}
+
+std::vector<TunedRange> JoinedRanges(const std::vector<TunedRange>& before,
+                                     const std::vector<TunedRange>& again) {
+  TunedLayer layer = ALayer(1);
+  layer.ranges = before;
+  TuningTable table(AMachine());
+  table.Put(layer);
+  layer.ranges = again;
+  TuningTable other(AMachine());
+  other.Put(layer);
+  table.Merge(other);
+  return table.Find(layer.key)->ranges;
+}
+
+TEST(TuningTable, MergeStretchesNothingOverAGap) {
+  const TunedRange few = {20, 16, "a", 1.0, "u", 2.0};
+  const TunedRange gone = {63, 16, "u", 1.0, "u", 1.0};
+  const TunedRange wins = {512, 64, "c", 1.0, "u", 2.0};
+  const TunedRange filled = {63, 63, "u", 0.0, "u"};
+  EXPECT_EQ(JoinedRanges({gone, wins}, {few}), (std::vector<TunedRange>{few, filled, wins}));
+  // The untuned choice may be stretched, a winner that began lower goes on.
+  const TunedRange kept = {512, 64, "u", 1.0, "u", 1.0};
+  EXPECT_EQ(JoinedRanges({gone, kept}, {few}), (std::vector<TunedRange>{few, kept}));
+  const TunedRange low = {16, 16, "c", 1.0, "u", 2.0};
+  EXPECT_EQ(JoinedRanges({low, wins}, {few}), (std::vector<TunedRange>{few, wins}));
+  // What stands in for a choice that may not run is better than that choice.
+  const TunedRange stand_in = {512, 64, "c", 1.0, "u", 0.0};
+  EXPECT_EQ(JoinedRanges({gone, stand_in}, {few}), (std::vector<TunedRange>{few, stand_in}));
+}
+
+TEST(TuningTable, MergeKeepsWhatLiesBelowTheFirstThatWasMeasured) {
+  const TunedRange below = {255, 255, "u", 0.0, "u"};
+  const TunedRange first = {256, 256, "c", 1.0, "u", 2.0};
+  const TunedRange a = {8, 8, "a", 1.0, "u", 2.0};
+  const TunedRange b = {64, 24, "b", 1.0, "u", 2.0};
+  EXPECT_EQ(JoinedRanges({a, b}, {below, first}), (std::vector<TunedRange>{a, b, below, first}));
+  const TunedRange wide = {300, 24, "b", 1.0, "u", 2.0};
+  TunedRange clipped = wide;
+  clipped.last = 255;
+  EXPECT_EQ(JoinedRanges({a, wide}, {below, first}), (std::vector<TunedRange>{a, clipped, first}));
+  const TunedRange same = {300, 256, "d", 1.0, "u", 2.0};
+  EXPECT_EQ(JoinedRanges({same}, {below, first}), (std::vector<TunedRange>{below, first}));
 }
 
 TEST(TuningTable, FindForTakesOtherRoutingsAndPaths) {

@@ -2,7 +2,6 @@
 #include "tune/tuner.h"
 
 #include <algorithm>
-#include <cmath>
 #include <iterator>
 #include <limits>
 #include <memory>
@@ -28,20 +27,6 @@ constexpr double kScreenShare = 0.35;
 // Up to some hundred tokens a layer reads its weights, which takes as long for few tokens, beyond
 // it multiplies: a measurement takes twice as long at about so many tokens as at one.
 constexpr double kTokensOfTwice = 1024.0;
-// A border is halved so often, or until its sides are this close, relative to the lower one.
-constexpr int kBorderSteps = 3;
-constexpr int64_t kCloseBorder = 8;
-// Between numbers of tokens with the same winner it is measured again so that the next is at most
-// this factor away: how tiles fill up does not grow steadily. On an H100, BF16, 128 experts, the
-// kernels that were 5 % faster than the untuned ones at 6144 and at 8192 tokens were 17 % slower at
-// 6865: one more tile of 128 for every expert is 2048 tokens more (2026-11-22).
-constexpr double kFarApart = 1.15;
-
-bool IsFarApart(int64_t low, int64_t high) {
-  // One more by rounding.
-  return static_cast<double>(high - 1) > kFarApart * static_cast<double>(low);
-}
-
 double WeightOf(int64_t tokens) {
   return 1.0 + static_cast<double>(tokens) / kTokensOfTwice;
 }
@@ -88,13 +73,6 @@ std::vector<std::string> Finalists(std::vector<Standing> standings, const std::s
   return finalists;
 }
 
-std::vector<std::string> WinnersOf(const TunedRange& low, const TunedRange& high) {
-  if (low.tactic == high.tactic) {
-    return {low.tactic};
-  }
-  return {low.tactic, high.tactic};
-}
-
 }  // namespace
 
 Tuner::Tuner(Lab* lab, std::vector<int64_t> tokens, const TuneOptions& options)
@@ -109,44 +87,21 @@ TunerResult Tuner::Run() {
   MeasureBuckets();
   ValidateAbove();
   // What is measured for a border leaves gaps with one winner, and what is measured in these may
-  // make borders and stand beside a change of the untuned choice.
+  // make borders and stand beside a change of the untuned choice; and any of it may fail.
   size_t before = 0;
   do {
-    before = points_.size();
+    before = points_.size() + broken_.size();
+    MeasureBrokenAgain();
     ValidateChanges();
     RefineBorders();
     ValidateBetween();
-  } while (points_.size() > before && !Over());
+  } while (points_.size() + broken_.size() > before && !Over());
+  MeasureBrokenAgain();
   DropUnproven();
   if (callers_error_) {
     std::rethrow_exception(callers_error_);
   }
   return {Ranges(), faults_, measured_};
-}
-
-// What failed later, and winners whose other side is too far away because the time ran out: the
-// untuned choice stays.
-void Tuner::DropUnproven() {
-  const auto drop = [this](TunedRange* point) {
-    if (Allowed(point->untuned)) {
-      point->tactic = point->untuned;
-      point->us = point->untuned_us;
-      point->noise = 0.0;
-    }
-  };
-  for (auto& [tokens, point] : points_) {
-    if (!Allowed(point.tactic)) {
-      drop(&point);
-    }
-  }
-  for (auto low = points_.begin(); low != points_.end() && std::next(low) != points_.end(); ++low) {
-    const TunedRange& below = low->second;
-    TunedRange& above = std::next(low)->second;
-    const bool wins = below.tactic != below.untuned && above.tactic != above.untuned;
-    if (wins && below.tactic == above.tactic && IsFarApart(below.tokens, above.tokens)) {
-      drop(&above);
-    }
-  }
 }
 
 bool Tuner::Over() const {
@@ -160,6 +115,7 @@ std::string Tuner::WhyOver() const {
     case RaceEnd::kDeviceLost:
       return "the device is lost";
     case RaceEnd::kNone:
+    case RaceEnd::kNoReference:
       break;
   }
   return fmt::format("max_seconds={} ran out", options_.max_seconds);
@@ -187,117 +143,6 @@ void Tuner::MeasureBuckets() {
   }
 }
 
-void Tuner::ValidateAbove() {
-  if (points_.empty() || points_.rbegin()->first != tokens_.back()) {
-    return;
-  }
-  const int64_t above = 2 * points_.rbegin()->first;
-  const std::vector<std::string> among = {points_.rbegin()->second.tactic};
-  const std::string untuned = UntunedAt(above);
-  if (untuned.empty() || untuned == among.front()) {
-    return;  // no plan has so many tokens, or it would take the winner anyway
-  }
-  if (Over()) {
-    Fault(among.front(), above, WhyOver() + "; not measured beyond the largest number of tokens");
-    return;
-  }
-  Measure(above, end_, &among);
-}
-
-// A winner over one untuned choice may lose to the other: both sides of the change are measured.
-// On an H100, FP8, 128 experts, the winner at 2560 tokens was 17 % faster than the untuned choice
-// there and 5 % slower than the one at 2559 (zipf, 2026-11-22).
-void Tuner::ValidateChanges() {
-  const std::map<int64_t, TunedRange> points = points_;
-  for (auto low = points.begin(); low != points.end() && std::next(low) != points.end(); ++low) {
-    const auto high = std::next(low);
-    const std::string& before = low->second.untuned;
-    const bool kept = low->second.tactic == before && high->second.tactic == high->second.untuned;
-    if (before == high->second.untuned || kept) {
-      continue;
-    }
-    const int64_t first = LastWithUntuned(low->first, high->first);
-    const std::vector<std::string> among = WinnersOf(low->second, high->second);
-    for (const int64_t tokens : {first, first + 1}) {
-      if (points_.count(tokens) == 0 && !MeasureMore(tokens, among)) {
-        return;
-      }
-    }
-  }
-}
-
-void Tuner::ValidateBetween() {
-  std::vector<int64_t> between;
-  for (auto low = points_.begin(); low != points_.end(); ++low) {
-    const auto high = std::next(low);
-    if (high == points_.end() || low->second.tactic != high->second.tactic) {
-      continue;  // borders are refined
-    }
-    if (!IsFarApart(low->first, high->first)) {
-      continue;
-    }
-    const auto first = static_cast<double>(low->first);
-    const double factor = static_cast<double>(high->first) / first;
-    const int steps = static_cast<int>(std::ceil(std::log(factor) / std::log(kFarApart)));
-    for (int step = 1; step < steps; ++step) {
-      const int64_t tokens =
-          std::llround(first * std::pow(factor, static_cast<double>(step) / steps));
-      if (tokens > low->first && tokens < high->first &&
-          (between.empty() || between.back() < tokens)) {
-        between.push_back(tokens);
-      }
-    }
-  }
-  for (const int64_t tokens : between) {
-    const auto high = points_.lower_bound(tokens);
-    // The one below may be new and have another winner.
-    const std::vector<std::string> among = WinnersOf(std::prev(high)->second, high->second);
-    if ((among.size() > 1 || among.front() != UntunedAt(tokens)) && !MeasureMore(tokens, among)) {
-      return;
-    }
-  }
-}
-
-// False where the time is over, which a fault says.
-bool Tuner::MeasureMore(int64_t tokens, const std::vector<std::string>& among) {
-  if (Over()) {
-    Fault(among.front(), tokens, WhyOver() + "; not measured between its neighbours");
-    return false;
-  }
-  Measure(tokens, end_, &among);
-  return true;
-}
-
-void Tuner::RefineBorders() {
-  std::vector<std::pair<int64_t, int64_t>> borders;
-  for (auto low = points_.begin(); low != points_.end(); ++low) {
-    const auto high = std::next(low);
-    if (high != points_.end() && low->second.tactic != high->second.tactic) {
-      borders.emplace_back(low->first, high->first);
-    }
-  }
-  for (const auto& [low, high] : borders) {
-    RefineBorder(low, high);
-  }
-}
-
-// Where the untuned choice in the middle is a third tactic and wins, the lower of its two borders
-// is halved on.
-void Tuner::RefineBorder(int64_t low, int64_t high) {
-  for (int step = 0; step < kBorderSteps && !Over(); ++step) {
-    if (high - low <= std::max<int64_t>(low / kCloseBorder, 1)) {
-      return;
-    }
-    const std::string below = points_[low].tactic;
-    const std::vector<std::string> among = {below, points_[high].tactic};
-    const int64_t middle = low + (high - low) / 2;
-    if (!Measure(middle, end_, &among)) {
-      return;
-    }
-    (points_[middle].tactic == below ? low : high) = middle;
-  }
-}
-
 bool Tuner::Allowed(const std::string& tactic) const {
   const std::string names[] = {tactic, FirstOf(tactic), SecondOf(tactic)};
   return std::none_of(std::begin(names), std::end(names), [&](const std::string& name) {
@@ -318,28 +163,37 @@ Tuner::Field Tuner::FieldAt(int64_t tokens) {
   const Kernels kernels = lab_->KernelsAt(tokens);
   Field field{kernels.untuned, kernels.untuned, kernels.gemm1, kernels.gemm2};
   if (!Admit(field.untuned, tokens)) {
-    field.reference = StandIn(field, tokens);
+    const std::vector<std::string> others = StandIns(field, tokens);
+    HOPYARD_CHECK(!others.empty(), kUnsupported)
+        << "every candidate is on the blocklist or has failed; shorten the blocklist";
+    field.reference = others.front();
   }
   return field;
 }
 
-// The first pair that may run.
-std::string Tuner::StandIn(const Field& field, int64_t tokens) {
+// All pairs that may run but the reference.
+std::vector<std::string> Tuner::StandIns(const Field& field, int64_t tokens) {
   const std::vector<std::string> alone = {std::string()};
+  std::vector<std::string> tactics;
   for (const std::string& first : field.gemm1) {
     for (const std::string& second : field.gemm2.empty() ? alone : field.gemm2) {
-      std::string tactic = Join(first, second);
-      if (Admit(tactic, tokens)) {
-        return tactic;
+      const std::string tactic = Join(first, second);
+      if (tactic != field.reference && Admit(tactic, tokens)) {
+        tactics.push_back(tactic);
       }
     }
   }
-  HOPYARD_CHECK(false, kUnsupported)
-      << "every candidate is on the blocklist or has failed; shorten the blocklist";
-  return {};
+  return tactics;
 }
 
 bool Tuner::Measure(int64_t tokens, double deadline, const std::vector<std::string>* among) {
+  // Ends: each time there is one candidate less.
+  while (MeasureOnce(tokens, deadline, among)) {
+  }
+  return points_.count(tokens) > 0;
+}
+
+bool Tuner::MeasureOnce(int64_t tokens, double deadline, const std::vector<std::string>* among) {
   std::string tactic;
   try {
     const Field field = FieldAt(tokens);
@@ -347,12 +201,15 @@ bool Tuner::Measure(int64_t tokens, double deadline, const std::vector<std::stri
     const std::unique_ptr<Bench> bench = lab_->Open(tokens);
     RaceRules rules;
     rules.margin = options_.margin;
+    rules.stand_ins = [&] { return StandIns(field, tokens); };
+    rules.finite = finite_;
     rules.pulse = [&](int candidates, const std::string& best, double best_us) {
       return Pulse({done_, static_cast<int64_t>(tokens_.size()), tokens, candidates, best, best_us,
                     0.0, 0.0});
     };
     Race race(lab_, bench.get(), field.reference, std::move(rules));
     RunRace(&race, field, tokens, deadline, among);
+    return race.end() == RaceEnd::kNoReference && !Allowed(race.reference());
   } catch (const std::exception& error) {
     const auto* const own = dynamic_cast<const Error*>(&error);
     Fault(tactic.empty() ? UntunedAt(tokens) : tactic, tokens,
@@ -361,17 +218,18 @@ bool Tuner::Measure(int64_t tokens, double deadline, const std::vector<std::stri
       ended_ = RaceEnd::kDeviceLost;
     }
   }
-  return points_.count(tokens) > 0;
+  return false;
 }
 
-void Tuner::RunRace(Race* race, const Field& field, int64_t tokens, double deadline,
+void Tuner::RunRace(Race* race, Field field, int64_t tokens, double deadline,
                     const std::vector<std::string>* among) {
   Decision decision;
   try {
     race->EnterReference();
-    if (among == nullptr) {
+    field.reference = race->reference();
+    if (race->end() == RaceEnd::kNone && among == nullptr) {
       decision = RaceAll(race, field, tokens, deadline);
-    } else {
+    } else if (race->end() == RaceEnd::kNone) {
       std::vector<std::string> tactics;
       std::copy_if(among->begin(), among->end(), std::back_inserter(tactics),
                    [&](const std::string& tactic) { return Admit(tactic, tokens); });
@@ -382,10 +240,19 @@ void Tuner::RunRace(Race* race, const Field& field, int64_t tokens, double deadl
     throw;
   }
   KeepFailures(*race, tokens);
+  if (race->end() == RaceEnd::kNoReference) {
+    return;
+  }
   if (race->end() != RaceEnd::kNone) {
     ended_ = race->end();
     Fault(field.reference, tokens, WhyOver() + " while it was measured");
     return;
+  }
+  if (!race->not_finite().empty()) {
+    finite_ = false;
+    Fault(
+        field.reference, tokens,
+        race->not_finite() + ", nor is any other candidate's finite; this is not looked at again");
   }
   const bool stands_in = field.reference != field.untuned;
   points_[tokens] = {tokens,        tokens,        decision.tactic,
@@ -521,46 +388,6 @@ double Tuner::SecondsLeft() const {
   }
   const double most = std::max(end_ - now, 0.0);
   return done > 0.0 ? std::min(most, (now - begin_) * (all / kBucketShare - done) / done) : most;
-}
-
-// The largest number of tokens from `low` on, below `high`, with the untuned choice of `low`, where
-// it changes once.
-int64_t Tuner::LastWithUntuned(int64_t low, int64_t high) const {
-  const std::string untuned = UntunedAt(low);
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    (UntunedAt(middle) == untuned ? low : high) = middle;
-  }
-  return low;
-}
-
-// Up to where the tactic of `low` runs, of the numbers of tokens between two that were measured. A
-// winner on both sides runs between them; else the untuned choice does where there is one: on an
-// H100 winners by 1 to 2 % at 512 and 2048 tokens lost 4 % at 541 and 2162, before the next that
-// was measured (2026-11-22).
-int64_t Tuner::BorderBetween(const TunedRange& low, const TunedRange& high) const {
-  const bool untuned_below = low.tactic == low.untuned;
-  const bool untuned_above = high.tactic == high.untuned;
-  if (untuned_below && untuned_above) {
-    return LastWithUntuned(low.tokens, high.tokens);
-  }
-  if (untuned_below || untuned_above) {
-    return untuned_below ? high.tokens - 1 : low.tokens;
-  }
-  return low.tokens + (high.tokens - low.tokens) / 2;
-}
-
-std::vector<TunedRange> Tuner::Ranges() const {
-  std::vector<TunedRange> ranges;
-  for (auto point = points_.begin(); point != points_.end(); ++point) {
-    TunedRange range = point->second;
-    const auto next = std::next(point);
-    if (next != points_.end() && next->second.tactic != range.tactic) {
-      range.last = BorderBetween(range, next->second);
-    }
-    ranges.push_back(std::move(range));
-  }
-  return ranges;
 }
 
 }  // namespace hopyard::tune

@@ -48,6 +48,8 @@ class Tuner {
   void ValidateChanges();
   // Where the same tactic won at two numbers of tokens far from each other.
   void ValidateBetween();
+  // Where the untuned choice was kept that has failed since.
+  void MeasureBrokenAgain();
   void DropUnproven();
   [[nodiscard]] bool MeasureMore(int64_t tokens, const std::vector<std::string>& among);
   void RefineBorders();
@@ -55,11 +57,13 @@ class Tuner {
   // Races at `tokens`: of `among` if given, else of the whole field. False where there is no
   // result; then a fault says why.
   bool Measure(int64_t tokens, double deadline, const std::vector<std::string>* among);
-  void RunRace(Race* race, const Field& field, int64_t tokens, double deadline,
+  // True where the reference broke: another is to take its place.
+  bool MeasureOnce(int64_t tokens, double deadline, const std::vector<std::string>* among);
+  void RunRace(Race* race, Field field, int64_t tokens, double deadline,
                const std::vector<std::string>* among);
   [[nodiscard]] Decision RaceAll(Race* race, const Field& field, int64_t tokens, double deadline);
   [[nodiscard]] Field FieldAt(int64_t tokens);
-  [[nodiscard]] std::string StandIn(const Field& field, int64_t tokens);
+  [[nodiscard]] std::vector<std::string> StandIns(const Field& field, int64_t tokens);
   void KeepFailures(const Race& race, int64_t tokens);
 
   [[nodiscard]] bool Allowed(const std::string& tactic) const;
@@ -89,6 +93,7 @@ class Tuner {
   std::set<std::string> blocklist_;
   std::set<std::string> broken_;          // tactics and kernels that are not run again
   std::set<std::string> reported_;        // of the blocklist
+  bool finite_ = true;                    // whether some kernel's output is
   std::map<int64_t, TunedRange> points_;  // by number of tokens; `last` is set at the end
   std::vector<TuningFault> faults_;
 };

@@ -59,15 +59,10 @@ TEST(TunerBetween, AWinnerOnBothSidesIsMeasuredBetweenThem) {
     return (kernel == "b") == stretch ? 70.0 : 60.0;
   };
   const TunerResult tuned = Tune(&lab, {4096, 8192});
-  const auto tactic_at = [&](int64_t tokens) {
-    return std::find_if(tuned.ranges.begin(), tuned.ranges.end(),
-                        [&](const TunedRange& range) { return tokens <= range.last; })
-        ->tactic;
-  };
-  EXPECT_EQ(tactic_at(4500), "b") << Shown(tuned);
-  EXPECT_EQ(tactic_at(5793), "a") << Shown(tuned);
-  EXPECT_EQ(tactic_at(6889), "a") << Shown(tuned);
-  EXPECT_EQ(tactic_at(8000), "b") << Shown(tuned);
+  EXPECT_EQ(RangeAt(tuned, 4500).tactic, "b") << Shown(tuned);
+  EXPECT_EQ(RangeAt(tuned, 5793).tactic, "a") << Shown(tuned);
+  EXPECT_EQ(RangeAt(tuned, 6889).tactic, "a") << Shown(tuned);
+  EXPECT_EQ(RangeAt(tuned, 8000).tactic, "b") << Shown(tuned);
 }
 
 // Where it loses lies between what a border made and a bucket.
@@ -84,9 +79,7 @@ TEST(TunerBetween, AWinnerThatABorderLeavesIsMeasuredUpToTheNext) {
   };
   const TunerResult tuned = Tune(&lab, {4096, 8192});
   for (const int64_t tokens : {6600, 7000, 7400}) {
-    const auto range = std::find_if(tuned.ranges.begin(), tuned.ranges.end(),
-                                    [&](const TunedRange& one) { return tokens <= one.last; });
-    EXPECT_EQ(range->tactic, "a") << tokens << '\n' << Shown(tuned);
+    EXPECT_EQ(RangeAt(tuned, tokens).tactic, "a") << tokens << '\n' << Shown(tuned);
   }
 }
 
@@ -99,8 +92,27 @@ TEST(TunerBetween, WhatWasNotMeasuredBesideAWinnerIsTheUntunedChoices) {
   };
   const TunerResult tuned = Tune(&lab, {256, 512, 1024});
   for (const TunedRange& range : tuned.ranges) {
-    EXPECT_EQ(range.tactic, range.last <= 512 ? "b" : "a") << Shown(tuned);
+    const bool wins = range.tokens >= 256 && range.last <= 512;
+    EXPECT_EQ(range.tactic, wins ? "b" : "a") << Shown(tuned);
   }
+}
+
+TEST(TunerBetween, BelowTheFirstNumberOfTokensItsWinnerRunsNothing) {
+  FakeLab lab;
+  lab.kernels = {"a", {"a", "b"}, {}};
+  lab.time = TimesOf({{"a", 50}, {"b", 40}});
+  const TunerResult tuned = Tune(&lab, {16, 32});
+  EXPECT_EQ(tuned.ranges.front(), (TunedRange{15, 15, "a", 0.0, "a"})) << Shown(tuned);
+  EXPECT_EQ(tuned.ranges[1].tokens, 16);
+  EXPECT_EQ(tuned.ranges[1].tactic, "b");
+  // An untuned choice that won there may run below; one that may not run leaves it to the winner.
+  lab.time = TimesOf({{"a", 50}, {"b", 60}});
+  EXPECT_EQ(Tune(&lab, {16, 32}).ranges.front().tokens, 16);
+  TuneOptions options;
+  options.blocklist = {"a"};
+  const TunerResult without = Tune(&lab, {16, 32}, options);
+  EXPECT_EQ(without.ranges.front().tactic, "b") << Shown(without);
+  EXPECT_EQ(without.ranges.front().tokens, 16);
 }
 
 TEST(TunerBetween, TwoUntunedChoicesMeetWhereTheModelChanges) {

@@ -23,8 +23,7 @@ TEST(Tuner, FindsTheBestPair) {
   lab.kernels = {"a+x", {"a", "b", "c"}, {"x", "y", "z"}};
   lab.time = TimesOf({{"a", 50}, {"b", 45}, {"c", 70}, {"x", 30}, {"y", 33}, {"z", 25}});
   const TunerResult tuned = Tune(&lab, {16});
-  ASSERT_FALSE(tuned.ranges.empty());
-  const TunedRange& range = tuned.ranges.front();
+  const TunedRange range = RangeAt(tuned, 16);
   EXPECT_EQ(range.tokens, 16);
   EXPECT_EQ(range.tactic, "b+z");
   EXPECT_EQ(range.untuned, "a+x");
@@ -62,14 +61,14 @@ TEST(Tuner, AWinnerIsFasterByMoreThanTheMargin) {
     FakeLab lab;
     lab.kernels = {"a", {"a", "b"}, {}};
     lab.time = TimesOf({{"a", 100.0}, {"b", us}});
-    EXPECT_EQ(Tune(&lab, {8}).ranges.front().tactic, wins ? "b" : "a") << us;
+    EXPECT_EQ(RangeAt(Tune(&lab, {8}), 8).tactic, wins ? "b" : "a") << us;
   }
   FakeLab lab;
   lab.kernels = {"a", {"a", "b"}, {}};
   lab.time = TimesOf({{"a", 100.0}, {"b", 93.0}});
   TuneOptions options;
   options.margin = 0.08;
-  EXPECT_EQ(Tune(&lab, {8}, options).ranges.front().tactic, "a");
+  EXPECT_EQ(RangeAt(Tune(&lab, {8}, options), 8).tactic, "a");
 }
 
 TEST(Tuner, AWinnerLosesInNoKindOfRouting) {
@@ -78,11 +77,11 @@ TEST(Tuner, AWinnerLosesInNoKindOfRouting) {
   lab.time = [](const std::string& kernel, int64_t, int kind) {
     return kernel == "a" ? 100.0 : kind == 0 ? 80.0 : 103.0;
   };
-  EXPECT_EQ(Tune(&lab, {8}).ranges.front().tactic, "a") << "12 % faster in all, 3 % slower in one";
+  EXPECT_EQ(RangeAt(Tune(&lab, {8}), 8).tactic, "a") << "12 % faster in all, 3 % slower in one";
   lab.time = [](const std::string& kernel, int64_t, int kind) {
     return kernel == "a" ? 100.0 : kind == 0 ? 80.0 : 100.5;
   };
-  EXPECT_EQ(Tune(&lab, {8}).ranges.front().tactic, "b") << "equal within the margin";
+  EXPECT_EQ(RangeAt(Tune(&lab, {8}), 8).tactic, "b") << "equal within the margin";
 }
 
 // Every round has every runner once per kind of routing, and another one first.
@@ -113,7 +112,7 @@ TEST(Tuner, TheSlowLeaveEarly) {
   FakeLab lab;
   lab.kernels = {"a", {"a", "b", "c", "d"}, {}};
   lab.time = TimesOf({{"a", 100}, {"b", 140}, {"c", 108}, {"d", 90}});
-  EXPECT_EQ(Tune(&lab, {8}).ranges.front().tactic, "d");
+  EXPECT_EQ(RangeAt(Tune(&lab, {8}), 8).tactic, "d");
   EXPECT_EQ(lab.RunsOf("b"), 1 + 2 * 2) << "out after two rounds";
   EXPECT_EQ(lab.RunsOf("c"), 1 + 3 * 2) << "out after three";
 }
@@ -409,7 +408,7 @@ Rates RatesOf(double difference, int tunes) {
     lab.noise = 0.02;
     lab.overhead = 1e-6;
     lab.seed = static_cast<uint64_t>(i) + 1;
-    const std::string winner = Tune(&lab, {8}).ranges.front().tactic;
+    const std::string winner = RangeAt(Tune(&lab, {8}), 8).tactic;
     ++winners[winner];
     const double regret = lab.TimeOf(winner, 8, 0) / (100.0 * (1.0 - difference)) - 1.0;
     rates.regret += regret / tunes;

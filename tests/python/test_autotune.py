@@ -16,20 +16,14 @@ import pytest
 
 import hopyard
 import layers
+import tuning_state
 from devices import DEVICES
 
 MODULE = importlib.import_module("hopyard.autotune")  # the name is the function's
 QUICK = {"tokens": [1, 24], "max_seconds": 0.3}
 GPU_QUICK = {"tokens": [1, 24], "max_seconds": 5.0}  # the first calls load the kernels
 WHOLE = {"tokens": [1, 24], **layers.TUNED_WHOLE}
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    hopyard.forget_tuning()
-    hopyard.reset_tuning_stats()
-    yield
-    hopyard.forget_tuning()
+fresh = tuning_state.fresh
 
 
 @pytest.fixture(params=DEVICES)
@@ -87,8 +81,7 @@ def start(last, path):
     with hopyard.autotune(path, [last, 24], **options):
         layer(data.bits, logits=data.logits)
     assert lasts(hopyard.TuningTable.load(path)) == [last]
-    hopyard.forget_tuning()
-    hopyard.reset_tuning_stats()
+    tuning_state.forget()
 
 
 @pytest.fixture
@@ -311,8 +304,7 @@ def test_a_second_process_measures_nothing(tmp_path, device):
     with hopyard.autotune(path, **quick(device, WHOLE)):
         layer(data.bits, logits=data.logits)
     text = path.read_text()
-    hopyard.forget_tuning()
-    hopyard.reset_tuning_stats()
+    tuning_state.forget()
     layer, data = make(device)
     with hopyard.autotune(path, **quick(device, WHOLE)):
         layer(data.bits, logits=data.logits)

@@ -71,6 +71,17 @@ def test_the_plot_has_a_line_for_every_tactic(tuned):
     assert tactics <= texts
 
 
+def test_the_plot_leaves_out_an_untuned_choice_that_may_not_run(tuned, tmp_path):
+    kept = layer_of(tuned[0]["table"])["ranges"][0]["untuned"]
+    plot = tmp_path / "plot.svg"
+    quick = ("--weights", "mxfp4", "--tokens", 1, "--seconds", 0.5)
+    answer = result("tune", *TARGET, *quick, "--block", kept, "--plot", plot)
+    assert {entry["untuned_us"] for entry in layer_of(answer["table"])["ranges"]} == {0}
+    lines = [path.get("d") for path in ET.fromstring(plot.read_text()).iter() if path.get("d")]
+    assert lines
+    assert not any(word in line for line in lines for word in ("inf", "nan"))
+
+
 def test_a_second_layer_joins_the_file(tuned, tmp_path):
     _, files = tuned
     both = tmp_path / "both.json"
@@ -105,6 +116,28 @@ def test_diff_names_other_winners(tuned, tmp_path):
     difference = result("tune", "diff", files["output"], other)
     assert difference["changed"][0]["ranges"][0]["to"] == changed["tactic"]
     assert changed["tactic"] in hopyard("tune", "diff", files["output"], other).stdout
+
+
+def test_what_was_not_measured_is_shown_as_such(tuned, tmp_path):
+    table = json.loads(tuned[1]["output"].read_text())
+    kept = layer_of(table)["ranges"][0]["untuned"]
+    below = {"last": 7, "tokens": 7, "tactic": kept, "us": 0, "untuned": kept}
+    below |= {"untuned_us": 0, "noise": 0}
+    wins = {**below, "last": 16, "tokens": 8, "tactic": "cpu_scalar_mxfp4", "us": 10.5}
+    files = {}
+    for name, ranges in {"whole": [below, wins], "part": [below]}.items():
+        layer_of(table)["ranges"] = ranges
+        files[name] = tmp_path / f"{name}.json"
+        files[name].write_text(json.dumps(table))
+    lines = hopyard("tune", "show", files["whole"]).stdout.splitlines()
+    assert [line.split() for line in lines if ".." in line] == [
+        ["1..7", "-", "-", "-", "-", kept, "the", "same"],
+        ["8..16", "8", "10.50", "-", "-", "cpu_scalar_mxfp4", kept],
+    ]
+    # Beyond its last range a table leaves the choice to the plan.
+    text = hopyard("tune", "diff", files["whole"], files["part"]).stdout
+    assert f"8 tokens: cpu_scalar_mxfp4 (10.5 us) -> {kept} (-)" in text
+    assert result("tune", "diff", files["part"], files["whole"])["changed"] == []
 
 
 def test_a_table_is_used_by_what_runs_afterwards(tuned, monkeypatch):

@@ -25,6 +25,7 @@ import autotuner_runners  # noqa: E402
 import compat_layers as cl  # noqa: E402
 import gpu_layers as gpu  # noqa: E402
 import hopyard.compat.flashinfer as fi  # noqa: E402
+import tuning_state  # noqa: E402
 from autotuner_runners import dynamic  # noqa: E402
 from hopyard import torch_ops  # noqa: E402
 from hopyard.compat.flashinfer import autotuner as at  # noqa: E402
@@ -34,17 +35,15 @@ KINDS = [("bf16", "bf16"), ("fp8_block128", "fp8_block128"), ("mxfp4", "bf16")]
 QUICK = {"tokens": [1, TOKENS], "max_seconds": 5.0}
 OP = "test::op"
 tuner = autotuner_runners.tuner
+fresh = tuning_state.fresh
 twins = functools.cache(gpu.twins)
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-    hopyard.forget_tuning()
-    hopyard.reset_tuning_stats()
+def without_caches(fresh):
     fi.clear_caches()
     with torch.no_grad():
         yield
-    hopyard.forget_tuning()
     fi.clear_caches()
 
 

@@ -15,18 +15,11 @@ import pytest
 
 import hopyard
 import layers
+import tuning_state
 from hopyard.autotune import path_of
 
 THREADS = 2
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state():
-    """Tables and statistics of the process are each test's own."""
-    hopyard.forget_tuning()
-    hopyard.reset_tuning_stats()
-    yield
-    hopyard.forget_tuning()
+fresh = tuning_state.fresh
 
 
 def key_fields(**changes):

@@ -9,17 +9,11 @@ import pytest
 
 import hopyard
 import layers
+import tuning_state
 
 TUNED = {"tokens": [1, 24], **layers.TUNED_WHOLE}
 FIRST, SECOND = 1, 2  # threads
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    hopyard.forget_tuning()
-    hopyard.reset_tuning_stats()
-    yield
-    hopyard.forget_tuning()
+fresh = tuning_state.fresh
 
 
 def make(threads):

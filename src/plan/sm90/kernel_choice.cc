@@ -241,7 +241,7 @@ void AddUntuned(const std::vector<TileChoice>& cheapest, int64_t first, const Tu
   const size_t begin = out->size();
   AddPart(cheapest, first, range.last, out);
   for (size_t i = begin; i < out->size(); ++i) {
-    if (TacticOf((*out)[i]) == range.tactic) {
+    if (range.measured() && TacticOf((*out)[i]) == range.tactic) {
       (*out)[i].measured = tune::MeasuredText(range);
     }
   }

@@ -137,6 +137,22 @@ TEST(TunedChoice, ReasonsSayWhatWasMeasured) {
             std::string::npos);
 }
 
+// A range of time 0 fills a gap between measurements.
+TEST(TunedChoice, WhereNothingWasMeasuredNothingIsSaidToBe) {
+  const MoeSpec spec = Spec();
+  const std::string model = PickAt(spec, 8, {});
+  TunedRange filled = RangeOf(8, 8, model);
+  filled.untuned = model;
+  const std::string first = model.substr(0, model.find('+'));
+  const auto reason = [&] {
+    return ReasonOf(Hopper().Choose(spec, OptionsFor(8), {filled}), first);
+  };
+  EXPECT_NE(reason().find("tuned: "), std::string::npos) << reason();
+  filled.us = 0.0;
+  EXPECT_EQ(reason().find("tuned: "), std::string::npos) << reason();
+  EXPECT_EQ(PickAt(spec, 8, {filled}), model);
+}
+
 // The model may have learnt since: what it takes now is not what was measured.
 TEST(TunedChoice, WhereNothingWonTheModelChooses) {
   const MoeSpec spec = Spec();
