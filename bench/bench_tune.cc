@@ -55,7 +55,8 @@ struct Subject {
                  {"what", what},
                  {"model", one.shape.name},
                  {"weights", ToString(spec().weights)},
-                 {"activations", ToString(spec().activations)}};
+                 {"activations", ToString(spec().activations)},
+                 {"packed", one.packed}};
     line.update(fields);
     std::cout << line.dump() << std::endl;
   }
@@ -169,6 +170,7 @@ void Check(const Subject& subject, const TuneRequest& request, const TuningTable
   constexpr int kRounds = 15;
   PlanOptions tuned;
   tuned.tuning = std::make_shared<const TuningTable>(table);
+  tuned.weight_orders = OrdersOf(subject.spec(), subject.layers.front()->weights.desc());
   PlanOptions untuned;
   untuned.untuned = true;
   for (const int64_t tokens : CheckedTokens(request)) {
@@ -255,7 +257,7 @@ void Regret(const Subject& subject, const TuningTable& table, int64_t tokens) {
 }
 
 void BenchTuning(const Machine& machine, const Case& one, const TuneRequest& request) {
-  const Layers layers = ColdLayers(one.shape.spec);
+  const Layers layers = ColdLayers(one.shape.spec, one.packed);
   const Subject subject{machine, one, layers};
   const TuningTable table = TuneOnce(subject, request, 1);
   if (!request.output.empty()) {
