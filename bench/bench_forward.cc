@@ -27,6 +27,8 @@ void BenchTokens(const Machine& machine, const Case& one, const Layers& layers, 
   PlanOptions options;
   options.tactic = one.tactic;
   options.untuned = one.untuned;
+  const Weights& weights = layers.front()->weights;
+  options.weight_orders = OrdersOf(spec, weights.desc());
   const Plan plan = PlanFor(spec, tokens, options);
   const DeviceBuffer<uint8_t> workspace(plan.workspace_bytes());
   const double matrices = 3.0 * static_cast<double>(spec.hidden_size * spec.intermediate_size);
@@ -46,11 +48,12 @@ void BenchTokens(const Machine& machine, const Case& one, const Layers& layers, 
             {{"weights", ToString(spec.weights)},
              {"activations", ToString(spec.activations)},
              {"routing", routing},
+             {"packed", one.packed},
              {"tuned", plan.Explain().ToString().find("tuned: ") != std::string::npos}});
 }
 
 void BenchLayer(const Machine& machine, const Case& one) {
-  const Layers layers = ColdLayers(one.shape.spec);
+  const Layers layers = ColdLayers(one.shape.spec, one.packed);
   for (const std::string& routing : one.routings) {
     for (const int64_t tokens : one.tokens) {
       BenchTokens(machine, one, layers, tokens, routing);

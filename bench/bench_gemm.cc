@@ -335,8 +335,8 @@ void BenchTokens(const Point& point) {
     const Rows rows(spec, gemm, point.tokens);
     for (int index = 0; index < gemm::sm90::NumKernels(); ++index) {
       const KernelInfo kernel = KernelAt(index);
-      if (!kernel.mn_major && gemm::sm90::Runs(index, spec.weights, gemm.x(), gemm.gated) &&
-          IsWanted(point, kernel)) {
+      if (!kernel.mn_major && !kernel.packed &&
+          gemm::sm90::Runs(index, spec.weights, gemm.x(), gemm.gated) && IsWanted(point, kernel)) {
         BenchKernel(point, gemm, rows, index, &routings);
         any = true;
       }
@@ -352,7 +352,7 @@ void BenchLayer(const Machine& machine, const Case& one) {
   Layers layers;
   int64_t bytes = 0;
   while (bytes < kColdBytes) {
-    layers.push_back(std::make_unique<LayerWeights>(one.shape.spec));
+    layers.push_back(std::make_unique<LayerWeights>(one.shape.spec, false));
     bytes += layers.back()->routed.gemm2.bytes();
   }
   for (const std::string& routing : one.routings) {

@@ -62,7 +62,8 @@ struct Subject {
                  {"what", what},
                  {"model", one.shape.name},
                  {"weights", ToString(spec().weights)},
-                 {"activations", ToString(spec().activations)}};
+                 {"activations", ToString(spec().activations)},
+                 {"packed", one.packed}};
     line.update(fields);
     std::cout << line.dump() << std::endl;
   }
@@ -200,6 +201,7 @@ std::set<int64_t> CheckedTokens(const TuneRequest& request) {
 void Check(const Subject& subject, const TuneRequest& request, const TuningTable& table) {
   PlanOptions tuned;
   tuned.tuning = std::make_shared<const TuningTable>(table);
+  tuned.weight_orders = OrdersOf(subject.spec(), subject.layers.front()->weights.desc());
   PlanOptions untuned;
   untuned.untuned = true;
   for (const int64_t tokens : CheckedTokens(request)) {
@@ -348,7 +350,7 @@ void Regret(const Subject& subject, const TuningTable& table, int64_t tokens) {
 }
 
 void BenchTuning(const Machine& machine, const Case& one, const TuneRequest& request) {
-  const Layers layers = ColdLayers(one.shape.spec);
+  const Layers layers = ColdLayers(one.shape.spec, one.packed);
   const Subject subject{machine, one, layers};
   const TuningTable table = TuneOnce(subject, request, 1);
   if (!request.output.empty()) {

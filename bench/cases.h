@@ -2,7 +2,7 @@
 // The command line that bench_forward and bench_gemm share:
 //
 //   COMMIT CASE ... [--tokens=1,8,64] [--routing=uniform,balanced,zipf,hot] [--tactic=NAME]
-//   [--untuned] [--shared]
+//   [--untuned] [--shared] [--packed]
 //
 // CASE is MODEL[:WEIGHTS:ACTIVATIONS[:TOKENS]], e.g. qwen3-30b-a3b:mxfp4:fp8_block128:1,8,64.
 // Routed experts only, unless --shared keeps the model's shared ones.
@@ -32,6 +32,7 @@ struct Case {
   std::vector<std::string> routings;
   std::string tactic;  // empty: not given
   bool untuned = false;
+  bool packed = false;
   bool shared = false;
 };
 
@@ -79,7 +80,8 @@ inline Case ParseCase(const std::string& name, const Case& options) {
   return out;
 }
 
-// Takes --tokens=, --routing=, --tactic=, --untuned and --shared; false for anything else.
+// Takes --tokens=, --routing=, --tactic=, --untuned, --shared and --packed; false for anything
+// else.
 inline bool TakeOption(const std::string& argument, Case* options) {
   const size_t end = argument.find('=');
   const std::string name = argument.substr(0, end);
@@ -93,6 +95,8 @@ inline bool TakeOption(const std::string& argument, Case* options) {
     options->tactic = value;
   } else if (argument == "--untuned") {
     options->untuned = true;
+  } else if (argument == "--packed") {
+    options->packed = true;
   } else if (argument == "--shared") {
     options->shared = true;
   } else {
@@ -113,10 +117,11 @@ int BenchCases(int argc, char** argv, Run&& run) {
                                [&](const std::string& name) { return TakeOption(name, &options); }),
                 names.end());
     if (names.empty()) {
-      std::cerr << "usage: " << argv[0]
-                << " COMMIT MODEL[:WEIGHTS:ACTIVATIONS[:TOKENS]] ... [--tokens=1,8] "
-                   "[--routing=uniform,zipf] [--tactic=NAME] [--untuned] [--shared]; models: "
-                << ShapeNames() << '\n';
+      std::cerr
+          << "usage: " << argv[0]
+          << " COMMIT MODEL[:WEIGHTS:ACTIVATIONS[:TOKENS]] ... [--tokens=1,8] "
+             "[--routing=uniform,zipf] [--tactic=NAME] [--untuned] [--shared] [--packed]; models: "
+          << ShapeNames() << '\n';
       return 2;
     }
     std::vector<Case> cases(names.size());

@@ -19,11 +19,11 @@ namespace hopyard::bench {
 inline constexpr int kLayerCalls = 8;
 
 // Weights of one layer, repeated until they are cold when a call comes back to them.
-inline Layers ColdLayers(const MoeSpec& spec) {
+inline Layers ColdLayers(const MoeSpec& spec, bool packed = false) {
   Layers layers;
   int64_t bytes = 0;
   while (layers.empty() || (bytes < kColdBytes && layers.size() < kLayerCalls)) {
-    layers.push_back(std::make_unique<LayerWeights>(spec));
+    layers.push_back(std::make_unique<LayerWeights>(spec, packed));
     bytes += layers.back()->bytes();
   }
   return layers;

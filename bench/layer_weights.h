@@ -129,10 +129,11 @@ struct LayerWeights {
   DeviceBuffer<float> input_scales;
   Weights weights;
 
-  explicit LayerWeights(const MoeSpec& spec)
+  LayerWeights(const MoeSpec& spec, bool packed)
       : routed(spec, spec.weights, spec.num_experts),
         input_scales(std::vector<float>{0x1p-5F, 0x1p-5F}) {
     WeightsDesc desc;
+    desc.packed = packed;
     desc.routed.gemm1 = routed.gemm1.set();
     desc.routed.gemm2 = routed.gemm2.set();
     if (spec.shared.count > 0) {

@@ -80,6 +80,15 @@ struct WeightsDesc {
   ExpertMatrices shared;              // spec.shared.count experts in spec.shared.weights
   bool read_only = false;             // the memory must not be written: Update refuses
   std::shared_ptr<const void> owner;  // keeps the memory alive (a mapped file); may be null
+  // Of kMxFp4 and kNvFp4 weights on a GPU: Weights copies codes and block scales into memory of the
+  // library's own, in the order in which its kernels are the fastest (docs/hopper.md), and reads
+  // the copy from then on. The given ones may be freed or overwritten once Weights is constructed;
+  // all else (biases, global scales, parameters) is read where it lies, as ever. Results are the
+  // same bits. Update writes into the copy. Other formats of the layer stay as they are; a layer
+  // without those two, or weights on the CPU, are an Error.
+  bool packed = false;
+  // Keeps alive what `packed` makes dispensable: values and scales. Released then; may be null.
+  std::shared_ptr<const void> codes_owner;
 };
 
 // What of a matrix's layout has kernels of its own; K blocks, shuffled rows and the layouts of
@@ -88,6 +97,7 @@ enum class ReadOrder : uint8_t {
   kKMajor,
   kMnMajor,
   kMnMajorInterleaved,  // gate and up in alternate columns
+  kPacked,              // WeightsDesc::packed
 };
 [[nodiscard]] std::string_view ToString(ReadOrder order);
 
@@ -103,7 +113,8 @@ struct WeightOrders {
 [[nodiscard]] WeightOrders OrdersOf(const MoeSpec& spec, const WeightsDesc& desc);
 
 // A copy in memory of `device`, which its `owner` holds: contiguous, MN-major matrices K-major. All
-// tensors of `desc` lie in host memory. Returns when the bytes have arrived.
+// tensors of `desc` lie in host memory; codes and scales are the `codes_owner`'s. Returns when the
+// bytes have arrived.
 [[nodiscard]] WeightsDesc CopyWeights(const WeightsDesc& desc, Device device);
 
 // Part of an expert that Update writes.
@@ -143,7 +154,8 @@ class Weights {
   [[nodiscard]] Device device() const;
   // Bytes of one expert's codes and scales: what a decode step reads per touched expert.
   [[nodiscard]] int64_t bytes_per_expert() const;
-  // Writes a slice in place, in whatever layout the weights are stored. Takes effect in the next
+  // Writes a slice in place, in whatever layout the weights are stored (packed ones: into the
+  // library's copy). Takes effect in the next
   // Forward; addresses do not change. On a GPU the writes are enqueued on `stream`, the slice's
   // tensors lie on the weights' device or on the host, and the call may synchronise.
   void Update(const WeightSlice& slice, Stream stream = {});

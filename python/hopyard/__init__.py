@@ -38,7 +38,7 @@ from hopyard.tuning import (
     use_tuning,
     wait_for_tuning,
 )
-from hopyard.weights import ExpertWeights, Matrix, WeightOrders, Weights
+from hopyard.weights import ExpertWeights, Matrix, WeightOrders, Weights, can_pack
 
 __version__ = "0.1.0"
 
@@ -74,6 +74,7 @@ __all__ = [
     "WeightOrders",
     "Weights",
     "autotune",
+    "can_pack",
     "dequantize",
     "explain",
     "forget_tuning",

@@ -53,12 +53,12 @@ class LoadedLayer:
             logits = np.asarray(hidden, np.float32) @ self.router_weight.T
         return logits if self.router_bias is None else logits + self.router_bias
 
-    def to(self, device: Device) -> LoadedLayer:
+    def to(self, device: Device, *, packed: bool = False) -> LoadedLayer:
         """This layer with weights and routing bias on a device; see `Weights.to`."""
         index = parse_device(device, self.weights._device)
         if index == self.weights._device:
             return self
-        moved = replace(self, weights=self.weights.to(device_name(index)))
+        moved = replace(self, weights=self.weights.to(device_name(index), packed=packed))
         torch = torch_module()
         if torch is None:
             return replace(moved, routing_bias=_on_gpu(self.routing_bias, index))
@@ -110,7 +110,12 @@ class Checkpoint:
         return [int(i) for i in self._handle.moe_layers]
 
     def layer(
-        self, index: int, activations: ActivationFormat | None = None, device: Device = "cpu"
+        self,
+        index: int,
+        activations: ActivationFormat | None = None,
+        device: Device = "cpu",
+        *,
+        packed: bool = False,
     ) -> LoadedLayer:
         """Read one layer.
 
@@ -119,6 +124,7 @@ class Checkpoint:
             activations: format that activations are rounded to; None for the one that goes with the
                 weights ("fp8_block128" for FP8 blocks, else "bf16").
             device: where its weights shall be; on a GPU they are copies of the files'.
+            packed: as of `Weights`, for those on a GPU.
 
         Raises:
             ValueError: the layer has no experts, or a tensor is missing or wrong.
@@ -138,7 +144,7 @@ class Checkpoint:
             router_bias=array("router_bias"),
             routing_bias=array("routing_bias"),
         )
-        return loaded.to(device)
+        return loaded.to(device, packed=packed)
 
 
 def load_layer(
@@ -146,6 +152,8 @@ def load_layer(
     index: int,
     activations: ActivationFormat | None = None,
     device: Device = "cpu",
+    *,
+    packed: bool = False,
 ) -> LoadedLayer:
     """Read one MoE layer of a checkpoint directory; see `Checkpoint.layer`."""
-    return Checkpoint(directory).layer(index, activations, device)
+    return Checkpoint(directory).layer(index, activations, device, packed=packed)

@@ -17,7 +17,7 @@ RowOrder: TypeAlias = Literal["up_gate", "gate_up", "interleaved_gate_up", "inte
 RowMap: TypeAlias = Literal["natural", "shuffled128", "shuffled64"]
 MajorOrder: TypeAlias = Literal["k", "mn", "block_k"]
 ScaleLayout: TypeAlias = Literal["linear", "swizzled128x4"]
-ReadOrder: TypeAlias = Literal["k_major", "mn_major", "mn_major_interleaved"]
+ReadOrder: TypeAlias = Literal["k_major", "mn_major", "mn_major_interleaved", "packed"]
 WeightPart: TypeAlias = Literal["gate", "up", "gemm1", "gemm2"]
 
 
@@ -170,8 +170,8 @@ class WeightOrders:
     """What of the matrices' layouts has GPU kernels of its own.
 
     Attributes:
-        gemm1: "mn_major_interleaved" with gate and up in alternate columns; K blocks and shuffled
-            rows are "k_major".
+        gemm1: "mn_major_interleaved" with gate and up in alternate columns; "packed" where
+            `Weights` packed them; K blocks and shuffled rows are "k_major".
         gemm2: of the local experts, too.
         shared_gemm1: of the shared experts; "k_major" where there are none.
         shared_gemm2: of these, too.
@@ -183,11 +183,27 @@ class WeightOrders:
     shared_gemm2: ReadOrder = "k_major"
 
 
+def can_pack(spec: MoeSpec) -> bool:
+    """Whether a GPU has kernels for the layer with `Weights(..., packed=True)`.
+
+    Args:
+        spec: the layer.
+
+    Returns:
+        True where its local experts, shared ones or both are "mxfp4" or "nvfp4", the latter with
+        other activations than "fp8_per_token".
+    """
+    formats = {spec.weights, *([spec.shared.weights] if spec.shared.count > 0 else [])}
+    refused = "nvfp4" in formats and spec.activations == "fp8_per_token"
+    return not refused and bool(formats & {"mxfp4", "nvfp4"})
+
+
 class Weights:
     """Weights of one layer: views of the caller's arrays, which are kept alive.
 
-    Nothing is copied, so a later write to the arrays is seen by the next call of a layer. Safe to
-    share between threads; neither `update` nor such a write may run beside a call.
+    Nothing is copied, so a later write to the arrays is seen by the next call of a layer, unless
+    `packed` says otherwise. Safe to share between threads; neither `update` nor such a write may
+    run beside a call.
 
     All arrays lie on one device, the CPU or a GPU, where a layer of these weights then runs. Making
     weights on a GPU waits for it.
@@ -200,19 +216,33 @@ class Weights:
         spec: the layer; shapes and dtypes are checked against it.
         routed: matrices of the local experts.
         shared: matrices of `spec.shared.count` shared experts.
+        packed: of "mxfp4" and "nvfp4" weights on a GPU (`can_pack`): copy codes and block scales
+            into memory of the library's own, in the order in which its kernels are the fastest. The
+            arrays of codes and scales are then let go of, and a later write to them is not seen;
+            `update` writes into the copy. Biases, global scales and parameters are read where they
+            lie. The layer's results are the same bits. The copy takes as many bytes as codes and
+            scales, up to 5 % more where H or I are no multiples of 256.
 
     Raises:
-        ValueError: naming the array, what it is and what was wanted.
+        ValueError: naming the array, what it is and what was wanted; `packed` of weights on the
+            CPU, or of formats without such an order.
+        NotImplementedError: no kernel reads the layout, or the build has none for packed weights.
     """
 
     def __init__(
-        self, spec: MoeSpec, routed: ExpertWeights, shared: ExpertWeights | None = None
+        self,
+        spec: MoeSpec,
+        routed: ExpertWeights,
+        shared: ExpertWeights | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
         collector = _Collector()
         fields = collector.group(routed, "weights.routed", spec.weights)
         if shared is not None:
             fields["shared"] = collector.group(shared, "weights.shared", spec.shared.weights)
         fields["read_only"] = collector.read_only
+        fields["packed"] = packed
         self._spec = spec
         self._uses_torch = collector.uses_torch
         self._trainable = collector.trainable
@@ -241,25 +271,31 @@ class Weights:
         """Where they lie: "cpu" or "cuda:0"."""
         return device_name(self._device)
 
-    def to(self, device: Device) -> Weights:
+    def to(self, device: Device, *, packed: bool = False) -> Weights:
         """These weights on a device: themselves, or a copy in memory of the library's own.
 
         Args:
             device: "cpu", "cuda", "cuda:1" or a torch.device.
+            packed: as of `Weights`, for a copy on a GPU.
 
         Returns:
             Weights that can be updated, also where these are a mapped checkpoint. MN-major matrices
             become K-major, which is what a GPU reads.
 
         Raises:
-            ValueError: these weights lie on another GPU.
+            ValueError: these weights lie on another GPU, or on this one and should be packed.
             NotImplementedError: the build has no CUDA backend, or no kernel reads the layout.
             MemoryError: the device has not enough memory.
         """
         index = parse_device(device, self._device)
         if index == self._device:
+            if packed and "packed" not in vars(self.orders).values():
+                raise ValueError(
+                    f"packed=True, but these weights lie on {self.device} as they are; make them "
+                    "with Weights(..., packed=True), or copy them from the host"
+                )
             return self
-        handle = lib.copy_weights(self._handle, index)
+        handle = lib.copy_weights(self._handle, index, packed)
         return Weights._from_handle(self._spec, handle, uses_torch=self._uses_torch)
 
     @property

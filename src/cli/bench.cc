@@ -320,6 +320,7 @@ void AddBenchCommand(CLI::App& app, CommandContext* context) {
       "bench", "Sweep tokens, formats and routing skew; one JSON line per point on stdout");
   auto options = std::make_shared<BenchOptions>();
   AddLayerOptions(*command, &options->layer, false);
+  AddPackedOption(*command, &options->layer);
   AddDeviceOption(*command, &options->device);
   command->add_option("--tokens", options->tokens, "Batch sizes")
       ->delimiter(',')

@@ -223,6 +223,11 @@ void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights
   command.add_option("--seed", request->seed, "Seed of everything random")->capture_default_str();
 }
 
+void AddPackedOption(CLI::App& command, LayerRequest* request) {
+  command.add_flag("--packed", request->packed,
+                   "mxfp4 and nvfp4 weights on a GPU: in the order in which kernels are fastest");
+}
+
 LayerPlan ResolveLayer(const LayerRequest& request) {
   LayerPlan plan;
   if (const bench::ModelShape* shape = bench::FindShape(request.target)) {
@@ -237,6 +242,7 @@ LayerPlan ResolveLayer(const LayerRequest& request) {
     plan = ResolveCheckpoint(request);
   }
   ApplyFormats(request, &plan);
+  plan.packed = request.packed;
   return plan;
 }
 
@@ -257,7 +263,9 @@ LoadedLayer LoadLayer(const LayerPlan& plan, uint64_t seed) {
       << "be explained, but not run here; use the library";
   const int64_t need = LoadBytes(plan);
   CheckMemory(plan.name + ": the weights", need, MemoryRemedy(plan, need));
-  return plan.preset != nullptr ? LoadPreset(plan, seed) : LoadCheckpoint(plan);
+  LoadedLayer layer = plan.preset != nullptr ? LoadPreset(plan, seed) : LoadCheckpoint(plan);
+  layer.packed = plan.packed;
+  return layer;
 }
 
 std::vector<float> ToFloats(const TensorView& tensor) {

@@ -28,6 +28,7 @@ struct LayerRequest {
   std::string activations;  // empty: the default for the weights
   int layer = -1;           // checkpoint layer; -1: the first with experts
   int experts = 0;          // presets: fewer experts than published; 0: all
+  bool packed = false;      // WeightsDesc::packed of the weights on a GPU
   uint64_t seed = 1;
 };
 
@@ -35,6 +36,8 @@ struct LayerRequest {
 // out, which is then the command's to check.
 void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights,
                      bool without_target = false);
+// For commands that run the layer.
+void AddPackedOption(CLI::App& command, LayerRequest* request);
 
 // The layer without its weights in memory.
 struct LayerPlan {
@@ -44,6 +47,7 @@ struct LayerPlan {
   const bench::ModelShape* preset = nullptr;        // or the same as `stated`; or
   std::optional<CheckpointLayer> checkpoint;
   bool requantise = false;  // the checkpoint's weights change format
+  bool packed = false;
   std::vector<std::string> notes;
 };
 
@@ -58,6 +62,7 @@ struct LoadedLayer {
   std::vector<float> router_weight;         // [E, H]
   std::vector<float> router_bias;           // [E] or empty
   std::vector<float> routing_bias;          // [E] or empty
+  bool packed = false;                      // on a GPU
 };
 
 // Bytes that LoadLayer will allocate.

@@ -213,6 +213,7 @@ void AddRunCommand(CLI::App& app, CommandContext* context) {
       app.add_subcommand("run", "Run one layer and verify sampled tokens against the oracle");
   auto options = std::make_shared<RunOptions>();
   AddLayerOptions(*command, &options->layer, true);
+  AddPackedOption(*command, &options->layer);
   AddDeviceOption(*command, &options->device);
   CLI::Option* tokens =
       command->add_option("--tokens", options->tokens, "Generated tokens")->capture_default_str();

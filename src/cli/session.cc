@@ -57,13 +57,33 @@ bool NeedsStaticScales(ActivationFormat format) {
   return format == ActivationFormat::kFp8PerTensor || format == ActivationFormat::kNvFp4;
 }
 
+namespace {
+
+// What a plan for the device asks the description of the layer's weights for: those of a copy on a
+// GPU are K-major, whatever the host's are, or packed.
+WeightsDesc OnDevice(const LoadedLayer& layer, bool on_host) {
+  WeightsDesc desc = layer.weights;
+  if (!on_host) {
+    for (ExpertMatrices* group : {&desc.routed, &desc.shared}) {
+      for (MatrixSet* set : {&group->gemm1, &group->gate, &group->up, &group->gemm2}) {
+        set->major = MajorOrder::kKMajor;
+      }
+    }
+    desc.packed = layer.packed;
+  }
+  return desc;
+}
+
+}  // namespace
+
 Session::Session(LoadedLayer layer, const PlanOptions& options, Device device)
     : layer_(std::move(layer)) {
   const bool on_host = device.kind == DeviceKind::kCpu;
   const int64_t max_tokens = options.max_tokens;
   PlanOptions of_layer = options;
-  // Those of a copy on a GPU are K-major, whatever the host's are.
-  of_layer.weight_orders = on_host ? OrdersOf(layer_.spec, layer_.weights) : WeightOrders{};
+  HOPYARD_CHECK(!layer_.packed || !on_host, kInvalidArgument)
+      << "--packed is for weights on a GPU, the CPU reads them as they are; add --device cuda";
+  of_layer.weight_orders = OrdersOf(layer_.spec, OnDevice(layer_, on_host));
   plan_ = MakePlan(layer_.spec, device, of_layer);
   if (NeedsStaticScales(layer_.spec.activations)) {
     scales_ = std::make_shared<StaticScales>();
@@ -159,8 +179,12 @@ void Session::Poison() {
 }
 
 WeightsDesc Session::Place(const WeightsDesc& desc) const {
-  const bool on_host = plan_.device().kind == DeviceKind::kCpu;
-  return on_host ? desc : CopyWeights(desc, plan_.device());
+  if (plan_.device().kind == DeviceKind::kCpu) {
+    return desc;
+  }
+  WeightsDesc copy = CopyWeights(desc, plan_.device());
+  copy.packed = layer_.packed;
+  return copy;
 }
 
 Weights Session::MakeWeights(const WeightsDesc& placed) const {

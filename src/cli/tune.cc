@@ -155,6 +155,7 @@ void Run(const Options& options, bool json) {
 
 void AddOptions(CLI::App& command, Options* options) {
   AddLayerOptions(command, &options->layer, true, true);
+  AddPackedOption(command, &options->layer);
   AddDeviceOption(command, &options->device);
   command
       .add_option("--tokens", options->tokens,

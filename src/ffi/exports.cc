@@ -68,10 +68,12 @@ Dict WeightOrdersFn(const WeightsRef& weights) {
 }
 
 // A copy on another device.
-WeightsRef CopyWeightsFn(const WeightsRef& weights, int device) {
+WeightsRef CopyWeightsFn(const WeightsRef& weights, int device, bool packed) {
   return Guarded([&] {
     const Weights& from = weights->weights;
-    return WeightsRef(Weights(from.spec(), CopyWeights(from.desc(), DeviceOf(device))));
+    WeightsDesc copy = CopyWeights(from.desc(), DeviceOf(device));
+    copy.packed = packed;
+    return WeightsRef(Weights(from.spec(), std::move(copy)));
   });
 }
 

@@ -65,6 +65,7 @@ constexpr Named<ReadOrder> kReadOrders[] = {
     {"k_major", ReadOrder::kKMajor},
     {"mn_major", ReadOrder::kMnMajor},
     {"mn_major_interleaved", ReadOrder::kMnMajorInterleaved},
+    {"packed", ReadOrder::kPacked},
 };
 constexpr Named<ScaleLayout> kScaleLayouts[] = {
     {"linear", ScaleLayout::kLinear},
@@ -356,13 +357,31 @@ ScaleLayout ScaleLayoutOf(const std::string& name) {
   return Parse(kScaleLayouts, name, "scale_layout");
 }
 
+// All but values and scales, which packed weights do without.
+Dict WithoutCodes(const Dict& map) {
+  Dict rest;
+  for (const auto& [name, value] : map) {
+    if (name == "values" || name == "scales") {
+      continue;
+    }
+    if (const auto nested = value.try_cast<Dict>()) {
+      rest.Set(name, WithoutCodes(*nested));
+    } else {
+      rest.Set(name, value);
+    }
+  }
+  return rest;
+}
+
 WeightsDesc WeightsDescOf(const MoeSpec& spec, const Dict& map) {
   const Fields fields(map);
   WeightsDesc desc;
   desc.routed = MatricesOf(fields, spec.weights);
   desc.shared = MatricesOf(fields.Nested("shared"), spec.shared.weights);
   desc.read_only = fields.Get<bool>("read_only", false);
-  desc.owner = std::make_shared<const Dict>(map);
+  desc.packed = fields.Get<bool>("packed", false);
+  desc.owner = std::make_shared<const Dict>(WithoutCodes(map));
+  desc.codes_owner = std::make_shared<const Dict>(map);
   return desc;
 }
 

@@ -23,6 +23,11 @@ struct WeightFormatRule {
 
 [[nodiscard]] WeightFormatRule RuleOf(WeightFormat format);
 
+// Whether WeightsDesc::packed has an order for it.
+[[nodiscard]] constexpr bool HasPackedOrder(WeightFormat format) {
+  return format == WeightFormat::kMxFp4 || format == WeightFormat::kNvFp4;
+}
+
 // Number format that hidden states of this activation format have, and the intermediate's
 // (spec 4.7).
 [[nodiscard]] Format InputFormat(ActivationFormat format);

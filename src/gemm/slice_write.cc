@@ -15,4 +15,12 @@ void WriteSliceCpu(const SliceWrite& write) {
   }
 }
 
+void PackCpu(const PackArgs& args) {
+  for (int64_t row = 0; row < args.from.rows; ++row) {
+    for (int64_t group = 0; group < args.to.groups; ++group) {
+      PackRow(args, row, group);
+    }
+  }
+}
+
 }  // namespace hopyard::gemm

@@ -34,6 +34,11 @@ struct SliceWrite {
                                                        int64_t c) {
   const MatrixRef& target = write.target;
   const formats::WeightFormatRule& rule = write.rule;
+  const bool packed = target.packed.base != nullptr;
+  if (write.part == SlicePart::kValues && packed) {
+    return PackedCode(target.packed, write.row_begin + r,
+                      write.col_begin / rule.codes_per_byte + c);
+  }
   if (write.part == SlicePart::kValues) {
     return ValueAddress(target, rule, write.row_begin + r,
                         write.col_begin + c * rule.codes_per_byte);
@@ -48,8 +53,39 @@ struct SliceWrite {
   const int64_t col_phase = (target.col_origin + write.col_begin) % col_block;
   const int64_t row = write.row_begin + (r == 0 ? 0 : r * row_block - row_phase);
   const int64_t col = write.col_begin + (c == 0 ? 0 : c * col_block - col_phase);
-  return ScaleAddress(target, rule, row, col);
+  return packed ? PackedScale(target.packed, row, col / col_block)
+                : ScaleAddress(target, rule, row, col);
 }
+
+// Codes and block scales of a matrix, one byte each (two codes), from where they are stored into
+// packed memory, whose other bytes stay as they are.
+struct PackArgs {
+  MatrixRef from;
+  formats::WeightFormatRule rule;
+  PackedOrder to;
+};
+// What of natural row `row` lies in group `group` of 128 of K.
+HOPYARD_HOST_DEVICE void PackRow(const PackArgs& args, int64_t row, int64_t group) {
+  const int64_t bytes = (args.from.cols + 1) / 2 - group * kPackedRowBytes;
+  const int64_t codes = bytes < kPackedRowBytes ? bytes : kPackedRowBytes;
+  const uint8_t* const from = ValueAddress(args.from, args.rule, row, group * 2 * kPackedRowBytes);
+  uint8_t* const to = PackedCode(args.to, row, group * kPackedRowBytes);
+  // 64 bytes of a row lie together in every order of 4-bit codes.
+  for (int64_t i = 0; i < codes; ++i) {
+    to[i] = from[i];
+  }
+  const int64_t blocks = (args.from.cols + args.rule.scale_block - 1) / args.rule.scale_block;
+  for (int64_t i = group * args.to.scale_bytes; i < (group + 1) * args.to.scale_bytes; ++i) {
+    if (i < blocks) {
+      *PackedScale(args.to, row, i) =
+          *ScaleAddress(args.from, args.rule, row, i * args.rule.scale_block);
+    }
+  }
+}
+// All pointers are host memory.
+void PackCpu(const PackArgs& args);
+// All pointers are device memory; enqueued on `stream`. Throws as WriteSliceSm90.
+void PackSm90(const PackArgs& args, void* stream);
 
 // All pointers are host memory.
 void WriteSliceCpu(const SliceWrite& write);

@@ -25,6 +25,19 @@ __global__ void __launch_bounds__(kThreads) WriteSliceKernel(const __grid_consta
   }
 }
 
+__global__ void __launch_bounds__(kThreads) PackKernel(const __grid_constant__ PackArgs args) {
+  const int64_t count = args.from.rows * args.to.groups;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * kThreads) {
+    PackRow(args, i / args.to.groups, i % args.to.groups);
+  }
+}
+
+unsigned BlocksFor(int64_t count) {
+  constexpr int64_t kMaxBlocks = 132 * 16;
+  return static_cast<unsigned>(std::min(kMaxBlocks, (count + kThreads - 1) / kThreads));
+}
+
 }  // namespace
 
 void WriteSliceSm90(const SliceWrite& write, void* stream) {
@@ -32,10 +45,16 @@ void WriteSliceSm90(const SliceWrite& write, void* stream) {
   if (count == 0) {
     return;
   }
-  constexpr int64_t kMaxBlocks = 132 * 16;
-  const auto blocks =
-      static_cast<unsigned>(std::min(kMaxBlocks, (count + kThreads - 1) / kThreads));
-  WriteSliceKernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(write);
+  WriteSliceKernel<<<BlocksFor(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(write);
+  HOPYARD_CUDA(cudaGetLastError());
+}
+
+void PackSm90(const PackArgs& args, void* stream) {
+  const int64_t count = args.from.rows * args.to.groups;
+  if (count == 0) {
+    return;
+  }
+  PackKernel<<<BlocksFor(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   HOPYARD_CUDA(cudaGetLastError());
 }
 

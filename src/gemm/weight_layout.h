@@ -11,6 +11,7 @@
 #include "formats/format_rules.h"
 #include "formats/row_map.h"
 #include "formats/rows.h"
+#include "gemm/packed_order.h"
 
 namespace hopyard::gemm {
 
@@ -33,6 +34,7 @@ struct MatrixRef {
   int64_t position_step = 1;
   int64_t row_origin = 0;
   int64_t col_origin = 0;
+  PackedOrder packed;  // where codes and scales are written instead
 };
 
 // One expert: gate (or the only matrix of an activation that is not gated), up, and GEMM2.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hopyard/weights.h"
 
+#include "formats/format_rules.h"
+
 namespace hopyard {
 namespace {
 
@@ -15,10 +17,19 @@ ReadOrder OrderOf(const MatrixSet& set, bool interleaved) {
   return interleaved ? ReadOrder::kMnMajorInterleaved : ReadOrder::kMnMajor;
 }
 
-ReadOrder Gemm1Order(const MoeSpec& spec, const ExpertMatrices& matrices) {
+struct GroupOrders {
+  ReadOrder gemm1;
+  ReadOrder gemm2;
+};
+GroupOrders OrdersOfGroup(const MoeSpec& spec, const ExpertMatrices& matrices, bool packed) {
+  if (packed) {
+    return {ReadOrder::kPacked, ReadOrder::kPacked};
+  }
   const bool apart = matrices.gate.defined();
-  return OrderOf(apart ? matrices.gate : matrices.gemm1,
-                 !apart && IsGated(spec.activation.kind) && IsInterleaved(matrices.row_order));
+  const bool interleaved =
+      !apart && IsGated(spec.activation.kind) && IsInterleaved(matrices.row_order);
+  return {OrderOf(apart ? matrices.gate : matrices.gemm1, interleaved),
+          OrderOf(matrices.gemm2, false)};
 }
 
 }  // namespace
@@ -31,17 +42,24 @@ std::string_view ToString(ReadOrder order) {
       return "mn_major";
     case ReadOrder::kMnMajorInterleaved:
       return "mn_major_interleaved";
+    case ReadOrder::kPacked:
+      return "packed";
   }
   return "?";
 }
 
 WeightOrders OrdersOf(const MoeSpec& spec, const WeightsDesc& desc) {
   WeightOrders orders;
-  orders.gemm1 = Gemm1Order(spec, desc.routed);
-  orders.gemm2 = OrderOf(desc.routed.gemm2, false);
+  const auto packed = [&](WeightFormat format) {
+    return desc.packed && formats::HasPackedOrder(format);
+  };
+  const GroupOrders routed = OrdersOfGroup(spec, desc.routed, packed(spec.weights));
+  orders.gemm1 = routed.gemm1;
+  orders.gemm2 = routed.gemm2;
   if (spec.shared.count > 0) {
-    orders.shared_gemm1 = Gemm1Order(spec, desc.shared);
-    orders.shared_gemm2 = OrderOf(desc.shared.gemm2, false);
+    const GroupOrders shared = OrdersOfGroup(spec, desc.shared, packed(spec.shared.weights));
+    orders.shared_gemm1 = shared.gemm1;
+    orders.shared_gemm2 = shared.gemm2;
   }
   return orders;
 }

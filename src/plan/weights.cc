@@ -310,6 +310,9 @@ Weights::Weights(const MoeSpec& spec, WeightsDesc desc) : impl_(std::make_shared
   impl_->gemm1_input_scale = kept.routed.gemm1_input_scale.as<float>();
   if (on_gpu) {
     impl_->sm90 = sm90::FindBackend()->MakeWeights(*impl_);
+    if (impl_->desc.packed) {
+      impl_->desc.codes_owner.reset();
+    }
   }
 }
 

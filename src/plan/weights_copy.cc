@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights from the host into one piece of a device's memory: sizes first, then the bytes.
+// Weights from the host into two pieces of a device's memory: sizes first, then the bytes.
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -18,22 +18,25 @@ namespace {
 
 struct Tensor {
   TensorView* view = nullptr;
+  bool codes = false;      // or scales of codes: the `codes_owner`'s
   bool transpose = false;  // its last two dimensions change places
 };
 
 void AddTensors(MatrixSet* set, std::vector<Tensor>* tensors) {
   const bool transpose = set->major == MajorOrder::kMnMajor;
-  tensors->push_back({&set->values, transpose});
+  tensors->push_back({&set->values, true, transpose});
   for (TensorView& view : set->values_per_expert) {
-    tensors->push_back({&view, transpose});
+    tensors->push_back({&view, true, transpose});
   }
-  for (TensorView* view : {&set->scales, &set->global_scales, &set->bias}) {
+  tensors->push_back({&set->scales, true});
+  for (TensorView& view : set->scales_per_expert) {
+    tensors->push_back({&view, true});
+  }
+  for (TensorView* view : {&set->global_scales, &set->bias}) {
     tensors->push_back({view});
   }
-  for (auto* list : {&set->scales_per_expert, &set->bias_per_expert}) {
-    for (TensorView& view : *list) {
-      tensors->push_back({&view});
-    }
+  for (TensorView& view : set->bias_per_expert) {
+    tensors->push_back({&view});
   }
 }
 
@@ -111,17 +114,20 @@ std::vector<uint8_t> Compacted(const TensorView& view) {
 WeightsDesc CopyWeights(const WeightsDesc& desc, Device device) {
   WeightsDesc copy = desc;
   const std::vector<Tensor> tensors = TensorsOf(&copy);
-  int64_t bytes = 0;
+  int64_t bytes[2] = {0, 0};  // of codes, and of the others
   for (const Tensor& tensor : tensors) {
     const TensorView& view = *tensor.view;
     HOPYARD_CHECK(view.device.kind == DeviceKind::kCpu, kInvalidArgument)
         << "weights are on cuda:" << view.device.index
         << "; wanted host memory: copy them from where they were loaded";
-    bytes += RoundUp(view.numel() * SizeOf(view.dtype), kWorkspaceAlignment);
+    bytes[tensor.codes ? 0 : 1] += RoundUp(view.numel() * SizeOf(view.dtype), kWorkspaceAlignment);
   }
-  const auto memory = std::make_shared<const DeviceMemory>(device, bytes);
-  auto* next = static_cast<uint8_t*>(memory->data());
+  const auto codes = std::make_shared<const DeviceMemory>(device, bytes[0]);
+  const auto others = std::make_shared<const DeviceMemory>(device, bytes[1]);
+  uint8_t* places[2] = {static_cast<uint8_t*>(codes->data()),
+                        static_cast<uint8_t*>(others->data())};
   for (const Tensor& tensor : tensors) {
+    uint8_t*& next = places[tensor.codes ? 0 : 1];
     const TensorView source = tensor.transpose ? Transposed(*tensor.view) : *tensor.view;
     const int64_t size = source.numel() * SizeOf(source.dtype);
     if (source.is_contiguous()) {
@@ -140,7 +146,8 @@ WeightsDesc CopyWeights(const WeightsDesc& desc, Device device) {
     }
   }
   copy.read_only = false;
-  copy.owner = memory;
+  copy.owner = others;
+  copy.codes_owner = codes;
   return copy;
 }
 

@@ -343,12 +343,27 @@ void CheckNoShared(const ExpertMatrices& unused) {
       << " is given, but spec.shared.count=0; leave it absent or set the count";
 }
 
+void CheckPacked(const MoeSpec& spec, const Place& place) {
+  const bool any = formats::HasPackedOrder(spec.weights) ||
+                   (spec.shared.count > 0 && formats::HasPackedOrder(spec.shared.weights));
+  HOPYARD_CHECK(any, kInvalidArgument)
+      << "weights.packed=true, but " << ToString(spec.weights)
+      << " weights have no packed order; wanted mxfp4 or nvfp4, or packed=false";
+  HOPYARD_CHECK(place.device.kind == DeviceKind::kCuda, kInvalidArgument)
+      << "weights.packed=true, but the weights lie on the CPU, which reads them as they are; "
+         "wanted "
+         "weights on a GPU, or packed=false";
+}
+
 }  // namespace
 
 void ValidateWeights(const MoeSpec& spec, const WeightsDesc& desc, const Place& place) {
   HOPYARD_CHECK(desc.struct_size == sizeof(WeightsDesc), kInvalidArgument)
       << "WeightsDesc.struct_size=" << desc.struct_size << "; this library knows "
       << sizeof(WeightsDesc) << ": compile against its headers";
+  if (desc.packed) {
+    CheckPacked(spec, place);
+  }
   const GroupRule routed = {"routed", spec.num_local_experts(), spec.weights, &place};
   CheckGroup(spec, desc.routed, routed);
   CheckInputScales(spec, desc.routed, routed);

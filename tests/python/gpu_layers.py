@@ -41,7 +41,7 @@ PAIRS = [
 # Of the worst row; tests/numerics.cc has the same numbers.
 _TOLERANCE = {"bf16": 0.012, "nvfp4": 0.40, "nvfp4_per_token": 0.40}
 _FLOOR = 5e-4
-_INPUT_SCALES = ("gemm1_input_scale", "gemm2_input_scale")
+INPUT_SCALES = ("gemm1_input_scale", "gemm2_input_scale")
 
 
 def to_gpu(array, device="cuda"):
@@ -60,7 +60,8 @@ def bits(tensor):
     return tensor.cpu().numpy()
 
 
-def _on_gpu(matrix):
+def on_gpu(matrix):
+    """A matrix of torch tensors on the GPU."""
     parts = ("values", "scales", "global_scales")
     return replace(matrix, **{name: to_gpu(getattr(matrix, name)) for name in parts})
 
@@ -90,8 +91,8 @@ class Twins:
     @cached_property
     def gpu(self):
         """The weights on the GPU."""
-        parts = {name: _on_gpu(getattr(self.experts, name)) for name in ("gemm1", "gemm2")}
-        parts |= {name: to_gpu(getattr(self.experts, name)) for name in _INPUT_SCALES}
+        parts = {name: on_gpu(getattr(self.experts, name)) for name in ("gemm1", "gemm2")}
+        parts |= {name: to_gpu(getattr(self.experts, name)) for name in INPUT_SCALES}
         return hopyard.Weights(self.spec, replace(self.experts, **parts))
 
     def layer(self, device="cuda", tokens=TOKENS, **options):

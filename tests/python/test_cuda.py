@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -52,6 +54,47 @@ def test_weights_copied_to_the_gpu_give_the_same_bits(weights):
     hidden, logits = arrays_of(twins)
     output = hopyard.MoeLayer(twins.spec, copied, TOKENS)(hidden, logits=logits)
     np.testing.assert_array_equal(bits(output), twins.call())
+
+
+@pytest.mark.parametrize(("weights", "activations"), gpu.PAIRS)
+def test_packed_weights_give_the_same_bits_and_let_go_of_the_codes(weights, activations):
+    twins = gpu.twins(weights, activations)
+    parts = {name: to_gpu(getattr(twins.experts, name)) for name in gpu.INPUT_SCALES}
+    parts |= {name: gpu.on_gpu(getattr(twins.experts, name)) for name in ("gemm1", "gemm2")}
+    if not hopyard.can_pack(twins.spec):
+        with pytest.raises((ValueError, NotImplementedError), match="packed"):
+            hopyard.Weights(twins.spec, hopyard.ExpertWeights(**parts), packed=True)
+        return
+    packed = hopyard.Weights(twins.spec, hopyard.ExpertWeights(**parts), packed=True)
+    assert (packed.orders.gemm1, packed.orders.gemm2) == ("packed", "packed")
+    codes = weakref.ref(parts["gemm1"].values)
+    for name in ("gemm1", "gemm2"):
+        parts[name].values.fill_(0xFF)
+        parts[name].scales.fill_(0xFF)
+    parts.clear()
+    gc.collect()
+    assert codes() is None
+    hidden, logits = arrays_of(twins)
+    for made in (packed, twins.cpu.to("cuda", packed=True)):
+        output = hopyard.MoeLayer(twins.spec, made, TOKENS)(hidden, logits=logits)
+        np.testing.assert_array_equal(bits(output), twins.call())
+    assert packed.to("cuda", packed=True) is packed
+    with pytest.raises(
+        ValueError, match="packed=True, but these weights lie on cuda:0 as they are"
+    ):
+        twins.gpu.to("cuda", packed=True)
+
+
+def test_packed_weights_are_updated():
+    twins, others = gpu.twins("mxfp4", seed=3), gpu.twins("mxfp4", seed=4)
+    packed = twins.cpu.to("cuda", packed=True)
+    for expert in range(layers.EXPERTS):
+        for part in ("gemm1", "gemm2"):
+            matrix = getattr(others.experts, part)
+            packed.update(expert, part, matrix.values[expert], scales=matrix.scales[expert])
+    hidden, logits = arrays_of(others)
+    output = hopyard.MoeLayer(twins.spec, packed, TOKENS)(hidden, logits=logits)
+    np.testing.assert_array_equal(bits(output), others.call())
 
 
 def test_mn_major_weights_are_transposed_on_the_way(bf16):

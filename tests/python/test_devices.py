@@ -319,3 +319,42 @@ def test_an_int_is_the_same_as_fewer_rows():
     places = np.zeros((24, 2), np.int32)
     with pytest.raises(ValueError, match=r"rows has 47 rows; wanted 48, .* tokens x slots"):
         layer(data.bits, logits=data.logits, num_tokens=5, rows_out=rows, slot_to_row_out=places)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            "mxfp4",
+            r"weights.packed=true, but the weights lie on the CPU, .*wanted weights on a GPU",
+        ),
+        ("bf16", r"weights.packed=true, but bf16 weights have no packed order; wanted mxfp4 or"),
+    ],
+)
+def test_weights_on_the_cpu_are_not_packed(weights, message):
+    spec = layers.spec(weights=weights)
+    data = layers.arrays()
+    matrices = {"gemm1": data.gemm1, "gemm2": data.down}
+    if weights == "bf16":
+        made = {name: hopyard.Matrix(hopyard.to_bf16(of)) for name, of in matrices.items()}
+    else:
+        made = {
+            name: hopyard.Matrix.from_quantized(hopyard.quantize(of, weights))
+            for name, of in matrices.items()
+        }
+    with pytest.raises(ValueError, match=message):
+        hopyard.Weights(spec, hopyard.ExpertWeights(**made), packed=True)
+    plain = hopyard.Weights(spec, hopyard.ExpertWeights(**made))
+    assert set(vars(plain.orders).values()) == {"k_major"}
+
+
+def test_what_can_be_packed():
+    def can(weights, activations="bf16", **more):
+        return hopyard.can_pack(layers.spec(weights=weights, activations=activations, **more))
+
+    assert can("mxfp4")
+    assert can("mxfp4", "fp8_per_token")
+    assert can("nvfp4", "nvfp4")
+    assert not can("nvfp4", "fp8_per_token")
+    assert not can("bf16")
+    assert can("bf16", shared=hopyard.SharedExperts(count=1, weights="mxfp4"))

@@ -16,7 +16,7 @@ from hopyard.integrations.replay import Replay, RoutingRecord
 from hopyard.layer import MoeLayer
 from hopyard.spec import Activation, ActivationFormat, MoeSpec, WeightFormat
 from hopyard.tuning import generation
-from hopyard.weights import ExpertWeights, Matrix, Weights
+from hopyard.weights import ExpertWeights, Matrix, Weights, can_pack
 
 _LEAST_CAPACITY = 64
 _PARAMETERS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
@@ -199,7 +199,10 @@ class Experts:
         )
         if stamp != self._stamp:
             self._spec = self._spec_of(module, top_k)
-            self._weights = Weights(self._spec, self._experts_of(module, copied))
+            # Codes of the integration's own making: on a GPU nobody else wants them in rows.
+            packed = module.down_proj.device.type == "cuda" and can_pack(self._spec)
+            experts = self._experts_of(module, copied)
+            self._weights = Weights(self._spec, experts, packed=packed)
             self._layer, self._stamp = None, stamp
         now = generation()
         stale = self._generation != now

@@ -54,6 +54,25 @@ __device__ __forceinline__ void CopyBoxToBlocks(const void* map, uint32_t shared
       : "memory");
 }
 
+// `bytes` contiguous ones, a multiple of 16, from and to multiples of 16; `barrier` counts them.
+__device__ __forceinline__ void CopyBytes(const void* global, uint32_t shared, Barrier barrier,
+                                          uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1], %2, [%3];" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier.address)
+      : "memory");
+}
+// The same under such a policy.
+__device__ __forceinline__ void CopyBytes(const void* global, uint32_t shared, Barrier barrier,
+                                          uint32_t bytes, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier.address), "l"(policy)
+      : "memory");
+}
+
 // Four values to this place in the shared memory of the cluster's block `rank`, whose `barrier`
 // there counts the bytes.
 __device__ __forceinline__ void SendFour(uint32_t shared, Barrier barrier, uint32_t rank,

@@ -56,6 +56,8 @@ struct GemmConfig {
   // others have (BlocksPerProcessor). With few tokens more of them help where the second one waits
   // for memory, too.
   int blocks = 0;
+  // Weights and their block scales come in units of gemm/packed_order.h, one copy each.
+  bool packed = false;
 
   friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
 };
@@ -146,8 +148,12 @@ constexpr bool RoundsRows(const GemmConfig& config) {
 constexpr int TileBytes(const GemmConfig& config) {
   return kTileRows * WeightRowBytes(config.family);
 }
+// Of a consumer's 128 weight rows in a stage. Packed ones bring their block scales, behind them.
+constexpr int ConsumerWeightBytes(const GemmConfig& config) {
+  return 2 * TileBytes(config) + (config.packed ? 2 * kTileRows * ScaleBytes(config.family) : 0);
+}
 constexpr int WeightBytes(const GemmConfig& config) {
-  return config.consumers * 2 * TileBytes(config);
+  return config.consumers * ConsumerWeightBytes(config);
 }
 // A stage's token rows: panels of 128 bytes a row, one or two of them.
 constexpr int TokenPanels(const GemmConfig& config) {
@@ -209,7 +215,9 @@ constexpr int SourceBytes(const GemmConfig& config) {
 inline constexpr int kWeightScaleRowBytes = 32;
 inline constexpr int kWeightScaleWarpBytes = 32 * kWeightScaleRowBytes;
 constexpr int WeightScaleBytes(const GemmConfig& config) {
-  return ScaleBytes(config.family) > 0 ? config.consumers * 4 * kWeightScaleWarpBytes : 0;
+  return ScaleBytes(config.family) > 0 && !config.packed
+             ? config.consumers * 4 * kWeightScaleWarpBytes
+             : 0;
 }
 // The sums of all parts of K but the first, on their way to it: FP32, of two tiles. Every block has
 // room for them, that of the first part uses it.
@@ -282,6 +290,13 @@ constexpr bool IsMnMajorTwin(GemmConfig config, const GemmConfig& twin, bool int
   config.interleaved = interleaved;
   return config == twin;
 }
+// Whether the kernel for packed weights can take the place of the one for the checkpoint's own: it
+// sees the same tiles of tokens, and all that the other one writes.
+constexpr bool IsPackedTwin(const GemmConfig& config, const GemmConfig& twin) {
+  return twin.packed && !config.packed && config.family == twin.family &&
+         config.tokens == twin.tokens && config.gated == twin.gated &&
+         config.promoted == twin.promoted && (RoundsRows(twin) || !RoundsRows(config));
+}
 // The feature, of a consumer's 64, whose sums end up in row `row` of its tile. Interleaved: columns
 // 2 f and 2 f + 1 are gate and up of feature f; of a pair of rows the even one keeps the feature of
 // the first tile's, the odd one takes the second's.
@@ -305,7 +320,10 @@ constexpr bool IsValid(const GemmConfig& config) {
   const bool blocks =
       config.blocks == 0 || ((config.blocks == 3 || config.blocks == 4) && config.consumers == 1 &&
                              config.tokens == 16 && BlocksPerCluster(config) == 1);
-  return tokens && operands && major && cluster && parts && blocks &&
+  const bool packed =
+      !config.packed || (ScaleBytes(config.family) > 0 && WeightRowBytes(config.family) == 64 &&
+                         BlocksPerCluster(config) == 1);
+  return tokens && operands && major && cluster && parts && blocks && packed &&
          (config.consumers == 1 || config.consumers == 2) && config.stages >= 3 &&
          (can_promote || !config.promoted) && SharedBytes(config) <= SharedLimit(config);
 }
@@ -315,7 +333,8 @@ constexpr bool IsValid(const GemmConfig& config) {
 // decoding. Every pair of formats then has both its GEMMs (config_test.cc).
 constexpr bool IsInDevSubset(const GemmConfig& config) {
   const bool both = config.family == Family::kBf16 || config.family == Family::kMxFp4AsBf16;
-  return (config.tokens == 16 && config.blocks == 0) || (both && config.tokens == 64);
+  return !config.packed &&
+         ((config.tokens == 16 && config.blocks == 0) || (both && config.tokens == 64));
 }
 
 }  // namespace hopyard::gemm::sm90

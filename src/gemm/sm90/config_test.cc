@@ -32,7 +32,8 @@ TEST(Configs, RowsFitTheMachine) {
         ProducerRegisters(row.config) + row.config.consumers * ConsumerRegisters(row.config);
     EXPECT_LE(blocks * 128 * registers, 65536);
     // Barriers, factors and staging keep their alignment behind the stages.
-    EXPECT_EQ((WeightBytes(row.config) + TokenBytes(row.config)) % 1024, 0);
+    EXPECT_EQ(TokenBytes(row.config) % 1024, 0);
+    EXPECT_EQ(WeightBytes(row.config) % (row.config.packed ? 16 : 1024), 0);
     EXPECT_EQ(StagingBytes(row.config) % 16, 0);
     EXPECT_EQ(FactorBytes(row.config) % 8, 0);
   }
@@ -146,6 +147,42 @@ TEST(Configs, EveryBf16RowHasTwinsForMnMajorWeights) {
   }
   for (int i = 0; i < NumKernels(); ++i) {
     EXPECT_EQ(twins.contains(i), KernelAt(i).mn_major) << KernelAt(i).name;
+  }
+}
+
+// Nor whether they will be packed.
+TEST(Configs, EveryRowOfPackableWeightsHasATwinForPackedOnes) {
+  std::set<int> twins;
+  for (int i = 0; i < NumKernels(); ++i) {
+    const GemmConfig& config = kKernelRows[static_cast<size_t>(i)].config;
+    const int twin = PackedTwin(i);
+    const bool wanted =
+        !config.packed &&
+        (config.family == Family::kMxFp4AsBf16 || config.family == Family::kMxFp4AsFp8 ||
+         (config.family == Family::kNvFp4AsBf16 && !config.promoted));
+    ASSERT_EQ(twin >= 0, wanted) << KernelAt(i).name;
+    if (wanted) {
+      EXPECT_TRUE(KernelAt(twin).packed);
+      EXPECT_EQ(KernelAt(twin).tokens, KernelAt(i).tokens);
+      EXPECT_EQ(KernelAt(twin).cluster, KernelAt(i).cluster);
+      EXPECT_EQ(KernelAt(twin).gated, KernelAt(i).gated);
+      EXPECT_GE(KernelAt(twin).rounds, KernelAt(i).rounds);
+      twins.insert(twin);
+    }
+  }
+  for (int i = 0; i < NumKernels(); ++i) {
+    EXPECT_EQ(twins.contains(i), KernelAt(i).packed) << KernelAt(i).name;
+  }
+}
+
+// The layout of units is the kernels' own.
+TEST(Configs, UnitsOfPackedWeightsAreWhatAConsumerReads) {
+  for (const KernelRow& row : kConfigTable) {
+    if (row.config.packed) {
+      EXPECT_EQ(ConsumerWeightBytes(row.config), PackedUnitBytes(ScaleBytes(row.config.family)))
+          << row.name;
+      EXPECT_EQ(kPackedTileBytes, TileBytes(row.config)) << row.name;
+    }
   }
 }
 

@@ -206,12 +206,12 @@ __device__ __forceinline__ uint32_t NanMarks(uint32_t codes) {
   return (codes & 0x7F7F7F7FU) + 0x01010101U;
 }
 
-__device__ __forceinline__ uint4 LoadCodes(uint32_t shared) {
-  uint4 codes;
+__device__ __forceinline__ uint4 LoadWords(uint32_t shared) {
+  uint4 words;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(codes.x), "=r"(codes.y), "=r"(codes.z), "=r"(codes.w)
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
                : "r"(shared));
-  return codes;
+  return words;
 }
 
 // Instructions of a stage, K / 16 or K / 32.
@@ -238,8 +238,8 @@ __device__ __forceinline__ void DecodeRow(uint32_t codes_at, int h, const BlockF
   if constexpr (WeightRowBytes(kFamily) == 128) {
     // Odd rows read their second half first, so that the lanes of a quad group meet no bank twice.
     const uint32_t odd = threadIdx.x / 4 % 2 * 16;
-    const uint4 one = LoadCodes(at + odd);
-    const uint4 other = LoadCodes(at + (odd ^ 16U));
+    const uint4 one = LoadWords(at + odd);
+    const uint4 other = LoadWords(at + (odd ^ 16U));
     const uint4 low = odd != 0 ? other : one;
     const uint4 high = odd != 0 ? one : other;
     const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -259,7 +259,7 @@ __device__ __forceinline__ void DecodeRow(uint32_t codes_at, int h, const BlockF
     last = (marks & 0x80808080U) != 0 ? kNanBf16x2 : last;
     asm volatile("" : "+r"(last));  // here, not behind the fence of the products (C7519)
   } else {
-    const uint4 codes = LoadCodes(at);
+    const uint4 codes = LoadWords(at);
     const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

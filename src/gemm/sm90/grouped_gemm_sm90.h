@@ -12,6 +12,7 @@
 #include "hopyard/weights.h"
 
 #include "device/queue.h"
+#include "gemm/packed_order.h"
 #include "gemm/sm90/k_order.h"
 
 namespace hopyard::gemm::sm90 {
@@ -51,6 +52,10 @@ struct MatrixArgs {
   int32_t row_unit = 1;       // rows per step of the map's row coordinate where it is not 1
   // Each row begins with a cache line. Else lines belong to two rows, and are wanted again.
   bool whole_lines = false;
+  // Codes and block scales in units of gemm/packed_order.h, of gate and up together; null: not
+  // packed. Kernels for packed weights read neither the maps nor ExpertPointers::scales.
+  const uint8_t* packed = nullptr;
+  int64_t packed_stride = 0;  // bytes from expert to expert
 };
 
 // Format and order of the rows that a GEMM reads or GEMM1 writes.
@@ -127,6 +132,7 @@ struct KernelInfo {
   bool mn_major = false;     // reads MN-major weights only; others do not
   bool interleaved = false;  // of those, gate and up in alternate columns only
   int cluster = 1;           // tiles come in groups of so many of one expert
+  bool packed = false;       // reads packed weights only; others do not
   bool rounds = false;       // can write GEMM1's output in the formats that GEMM2 then reads
 };
 [[nodiscard]] int NumKernels();
@@ -135,6 +141,8 @@ struct KernelInfo {
 [[nodiscard]] bool Runs(int index, WeightFormat weights, const RowFormat& x, bool gated);
 // The kernel that takes the place of `index` where weights are MN-major, or -1.
 [[nodiscard]] int MnMajorTwin(int index, bool interleaved);
+// The kernel that takes the place of `index` where weights are packed, or -1.
+[[nodiscard]] int PackedTwin(int index);
 
 // Describes natural rows of a checkpoint matrix to the copy engine.
 struct MapShape {
@@ -172,6 +180,7 @@ struct RowExponentArgs {
   MatrixArgs matrix;
   MapShape shape;  // where the codes are; of expert e: values[e], a device table
   const void* const* values = nullptr;
+  PackedOrder packed;  // of the first expert, where the matrix is packed: read instead
   uint8_t* out = nullptr;
 };
 void ComputeRowExponents(const RowExponentArgs& args, void* stream);

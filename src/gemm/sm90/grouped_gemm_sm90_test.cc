@@ -20,6 +20,7 @@
 #include "core/shape.h"
 #include "formats/codes.h"
 #include "formats/format_rules.h"
+#include "gemm/slice_write.h"
 #include "gemm/sm90/operands.h"
 #include "tests/gpu/device_array.h"
 #include "tests/gpu/gemm_weights.h"
@@ -92,25 +93,11 @@ class Call {
     args.features = problem_.features;
     args.segment_end = static_cast<int32_t>(experts_);
     args.activation = problem_.activation;
-    std::vector<std::unique_ptr<DeviceArray<ExpertPointers>>> tables;
-
-    for (int64_t part = 0; part < (kernel_.gated ? 2 : 1); ++part) {
-      MatrixArgs& matrix = part == 0 ? args.first : args.second;
-      std::vector<ExpertPointers> mine = pointers;
-      for (int64_t e = 0; e < experts_; ++e) {
-        mine[static_cast<size_t>(e)].row_exponents =
-            exponents.get() + (part * experts_ + e) * problem_.features;
-      }
-      tables.push_back(std::make_unique<DeviceArray<ExpertPointers>>(mine));
-      matrix.pointers = tables.back()->get();
-      FillMatrix(codes.get(), part, matrix);
-      if (formats::RuleOf(problem_.weights).codes_per_byte == 2 &&
-          problem_.x.dtype == DType::kE4m3) {
-        ComputeRowExponents({matrix, ShapeOfPart(codes.get(), part), values_on_device.get(),
-                             exponents.get() + part * experts_ * problem_.features},
-                            nullptr);
-      }
-    }
+    const DeviceArray<uint8_t> packed(
+        std::vector<uint8_t>(static_cast<size_t>(experts_ * PackedStride()), 0));
+    const Tables tables = FillMatrices({codes.get(), scales.get(), packed.get(), exponents.get(),
+                                        values_on_device.get(), pointers},
+                                       &args);
     args.x = x.get();
     args.x_pitch = x_pitch_;
     args.row_to_source = problem_.gather ? sources.get() : nullptr;
@@ -132,6 +119,44 @@ class Call {
   }
 
  private:
+  // Weights in device memory.
+  struct Stored {
+    uint8_t* codes;
+    uint8_t* scales;
+    uint8_t* packed;     // room for it, zero
+    uint8_t* exponents;  // likewise
+    const void* const* values;
+    std::vector<ExpertPointers> pointers;
+  };
+  using Tables = std::vector<std::unique_ptr<DeviceArray<ExpertPointers>>>;
+  // Describes gate and up, or the only matrix, by tables that must live as long as `args`.
+  [[nodiscard]] Tables FillMatrices(const Stored& stored, GroupedGemmArgs* args) const {
+    Tables tables;
+    for (int64_t part = 0; part < (kernel_.gated ? 2 : 1); ++part) {
+      MatrixArgs& matrix = part == 0 ? args->first : args->second;
+      std::vector<ExpertPointers> mine = stored.pointers;
+      for (int64_t e = 0; e < experts_; ++e) {
+        mine[static_cast<size_t>(e)].row_exponents =
+            stored.exponents + (part * experts_ + e) * problem_.features;
+      }
+      tables.push_back(std::make_unique<DeviceArray<ExpertPointers>>(mine));
+      matrix.pointers = tables.back()->get();
+      FillMatrix(stored.codes, part, matrix);
+      PackedOrder order;
+      if (kernel_.packed) {
+        order = Pack(part, stored.codes, stored.scales, stored.packed);
+        matrix.packed = order.base;
+        matrix.packed_stride = PackedStride();
+      }
+      if (formats::RuleOf(problem_.weights).codes_per_byte == 2 &&
+          problem_.x.dtype == DType::kE4m3) {
+        ComputeRowExponents({matrix, ShapeOfPart(stored.codes, part), stored.values, order,
+                             stored.exponents + part * experts_ * problem_.features},
+                            nullptr);
+      }
+    }
+    return tables;
+  }
   // From all launches after the first, too, whose output this is.
   void ExpectSameBits(const GroupedGemmArgs& args, const DeviceArray<uint16_t>& out,
                       int launches) const {
@@ -141,6 +166,37 @@ class Call {
       RunGroupedGemm(index_, args, nullptr);
       ASSERT_TRUE(out.Download() == first) << "launch " << i << " gives other bits";
     }
+  }
+  [[nodiscard]] PackedOrder OrderOfPart(int64_t part, uint8_t* base) const {
+    PackedOrder order;
+    order.base = base;
+    order.groups = CeilDiv(problem_.k, kKGroup);
+    order.scale_bytes =
+        static_cast<int32_t>(kKGroup / formats::RuleOf(problem_.weights).scale_block);
+    order.paired = kernel_.gated;
+    order.second = part == 1;
+    return order;
+  }
+  [[nodiscard]] int64_t PackedStride() const {
+    return kernel_.packed ? PackedExpertBytes(OrderOfPart(0, nullptr), problem_.features) : 0;
+  }
+  // Every expert's matrix into `to`, which is zero.
+  [[nodiscard]] PackedOrder Pack(int64_t part, uint8_t* codes, uint8_t* scales, uint8_t* to) const {
+    for (int64_t e = 0; e < experts_; ++e) {
+      PackArgs args;
+      args.rule = formats::RuleOf(problem_.weights);
+      args.from.format = problem_.weights;
+      args.from.values = codes + e * rows_ * weights_.value_stride();
+      args.from.value_stride = weights_.value_stride();
+      args.from.scales = scales + e * weights_.scale_bytes();
+      args.from.scale_stride = weights_.scale_stride();
+      args.from.rows = problem_.features;
+      args.from.cols = problem_.k;
+      args.from.position_begin = part * problem_.features;
+      args.to = OrderOfPart(part, to + e * PackedStride());
+      PackSm90(args, nullptr);
+    }
+    return OrderOfPart(part, to);
   }
   // Of natural row `row` among gate's and up's, in the order in which an expert's are stored.
   [[nodiscard]] int64_t PlaceOf(int64_t row) const {

@@ -93,7 +93,9 @@ __global__ void __launch_bounds__(ThreadsPerBlock(Row::kConfig), BlocksPerProces
     table = hopyard::sm90::SharedAddress(&codes);
   }
   if (threadIdx.x == 0) {
-    hopyard::sm90::PrefetchTensorMap(&args.first.map);
+    if constexpr (!kConfig.packed) {
+      hopyard::sm90::PrefetchTensorMap(&args.first.map);
+    }
     for (int stage = 0; stage < kConfig.stages; ++stage) {
       shared.Full(stage).Init(Shared<Row>::kFullArrivals);
       // Every consumer warp of the cluster.

@@ -262,7 +262,7 @@ struct WeightTiles {
   static constexpr int kSets =
       kSumRegisters + 2 * 4 * kSteps<kFamily> + kScaleRegisters <= kRoom ? 2 : 1;
   uint32_t a[kSets][kSteps<kFamily>][4];
-  BlockScales<Row> scales;
+  typename std::conditional<Row::kConfig.packed, PackedScales<Row>, BlockScales<Row>>::type scales;
   uint32_t place;  // of this lane's codes in a tile
 
   __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Shared<Row>& shared,
@@ -279,8 +279,14 @@ struct WeightTiles {
   }
   // Call with group = first_group, + 1, + 2, ... ahead of each stage.
   __device__ __forceinline__ void NextScales(const GroupedGemmArgs& args, int group) {
-    if constexpr (kScaled) {
+    if constexpr (kScaled && !Row::kConfig.packed) {
       scales.Advance(args, group);
+    }
+  }
+  // Call when a stage is there, ahead of what is done with it.
+  __device__ __forceinline__ void TakeScales(const Shared<Row>& shared, const Consumer<Row>& self) {
+    if constexpr (Row::kConfig.packed) {
+      scales.Load(shared, self.ring.stage, self.number);
     }
   }
   __device__ __forceinline__ void Prepare(const Shared<Row>& shared, const Consumer<Row>& self,
@@ -340,6 +346,7 @@ __device__ void MultiplyDecoded(const GroupedGemmArgs& args, const Shared<Row>& 
     const int stage = self.ring.stage;
     tiles.NextScales(args, block);
     shared.AwaitFull(stage, self.ring.parity);
+    tiles.TakeScales(shared, self);
     tiles.Prepare(shared, self, stage, 0);
     tiles.Issue(shared, self, stage, 0, block > blocks.begin, acc[0]);
     // The second tile of the stage before is done.
@@ -400,6 +407,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
                        (!Row::kConfig.tokens_are_m || work.num_rows > kTileRows);
   tiles.NextScales(args, blocks.begin);
   shared.AwaitFull(self.ring.stage, self.ring.parity);
+  tiles.TakeScales(shared, self);
   tiles.Prepare(shared, self, self.ring.stage, 0);
   for (int block = blocks.begin; block < blocks.end; ++block) {
     const int stage = self.ring.stage;
@@ -424,12 +432,14 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
       }
       shared.AwaitFull(self.ring.stage, self.ring.parity);
       if constexpr (kAhead) {
+        tiles.TakeScales(shared, self);
         tiles.Prepare(shared, self, self.ring.stage, 0);
       }
     }
     add(1, stage, false);
     if (!kAhead && more) {
       tiles.NextScales(args, block + 1);
+      tiles.TakeScales(shared, self);
       tiles.Prepare(shared, self, self.ring.stage, 0);
     }
     if (!Row::kConfig.tokens_are_m || more) {

@@ -26,8 +26,10 @@ struct Work {
 template <class Row>
 struct Shared {
   static constexpr GemmConfig kConfig = Row::kConfig;
-  static constexpr uint32_t kTokens = kConfig.stages * WeightBytes(kConfig);
-  static constexpr uint32_t kScales = kTokens + kConfig.stages * TokenBytes(kConfig);
+  // Tokens first: their swizzled panels begin on 1024 bytes, and units of packed weights are no
+  // multiples of that.
+  static constexpr uint32_t kWeights = kConfig.stages * TokenBytes(kConfig);
+  static constexpr uint32_t kScales = kWeights + kConfig.stages * WeightBytes(kConfig);
   static constexpr uint32_t kStaging = kScales + kConfig.stages * StageScaleBytes(kConfig);
   static constexpr uint32_t kFactors = kStaging + StagingBytes(kConfig);
   static constexpr uint32_t kSources = kFactors + FactorBytes(kConfig);
@@ -43,16 +45,22 @@ struct Shared {
     // Where tokens are M, 128 rows of gate and 128 of up lie together.
     const int tile =
         kConfig.tokens_are_m && kConfig.gated ? 2 * half + consumer : 2 * consumer + half;
-    return base + static_cast<uint32_t>(stage * WeightBytes(kConfig) + tile * TileBytes(kConfig));
+    const int at = kConfig.packed
+                       ? consumer * ConsumerWeightBytes(kConfig) + half * TileBytes(kConfig)
+                       : tile * TileBytes(kConfig);
+    return base + kWeights + static_cast<uint32_t>(stage * WeightBytes(kConfig) + at);
   }
   // Where tokens are M: 128 weight rows.
   __device__ __forceinline__ uint32_t WeightsOfHalf(int stage, int half) const {
     return kConfig.gated ? Weights(stage, 0, half) : Weights(stage, half, 0);
   }
+  // Block scales of packed weights: those of a consumer, as PackedOrder has them.
+  __device__ __forceinline__ uint32_t PackedScales(int stage, int consumer) const {
+    return Weights(stage, consumer, 0) + 2U * TileBytes(kConfig);
+  }
   // Panel `panel` of the stage's token rows, 128 bytes a row.
   __device__ __forceinline__ uint32_t Tokens(int stage, int panel) const {
-    return base + kTokens +
-           static_cast<uint32_t>(stage * TokenBytes(kConfig) + panel * kConfig.tokens * 128);
+    return base + static_cast<uint32_t>(stage * TokenBytes(kConfig) + panel * kConfig.tokens * 128);
   }
   __device__ __forceinline__ uint32_t Scales(int stage, int set) const {
     return base + kScales +

@@ -44,15 +44,53 @@ struct NvFp4 {
   }
 };
 
+// A row of one expert's matrix.
+struct RowOfCodes {
+  const RowExponentArgs& args;
+  PackedOrder packed;
+  const uint8_t* values;  // not packed
+  const uint8_t* scales;
+  int64_t row;     // natural
+  int64_t stored;  // not packed
+
+  __device__ RowOfCodes(const RowExponentArgs& all, int64_t expert, int64_t natural)
+      : args(all), packed(all.packed), row(natural) {
+    if (packed.base != nullptr) {
+      packed.base += expert * args.matrix.packed_stride;
+      return;
+    }
+    values = static_cast<const uint8_t*>(args.values[expert]);
+    scales = static_cast<const uint8_t*>(args.matrix.pointers[expert].scales);
+    stored = formats::StoredPosition(args.matrix.row_map,
+                                     args.matrix.position_begin + row * args.matrix.position_step);
+  }
+  [[nodiscard]] __device__ uint8_t Scale(int64_t block) const {
+    if (packed.base != nullptr) {
+      return *PackedScale(packed, row, block);
+    }
+    const MatrixArgs& matrix = args.matrix;
+    return scales[matrix.scale_layout == ScaleLayout::kLinear
+                      ? stored * matrix.scale_stride + block
+                      : (stored / 128 * ((matrix.scale_stride + 3) / 4) + block / 4) * 512 +
+                            stored % 32 * 16 + stored % 128 / 32 * 4 + block % 4];
+  }
+  // The codes of a block of scales lie together.
+  [[nodiscard]] const __device__ uint8_t* Codes(int64_t byte) const {
+    if (packed.base != nullptr) {
+      return PackedCode(packed, row, byte);
+    }
+    return values + (args.shape.major == MajorOrder::kBlockKMajor
+                         ? byte / kKBlockBytes * args.shape.value_stride + stored * kKBlockBytes +
+                               byte % kKBlockBytes
+                         : stored * args.shape.value_stride + byte);
+  }
+};
+
 // The block `block` of `codes` codes holds a magnitude that is not zero.
-__device__ bool HasValues(const RowExponentArgs& args, const uint8_t* values, int64_t stored,
-                          int64_t block, int codes) {
+__device__ bool HasValues(const RowOfCodes& row, int64_t block, int codes) {
   const int64_t byte = block * (codes / 2);
-  const int64_t row_bytes = args.shape.cols / 2;
-  const uint8_t* at = values + (args.shape.major == MajorOrder::kBlockKMajor
-                                    ? byte / kKBlockBytes * args.shape.value_stride +
-                                          stored * kKBlockBytes + byte % kKBlockBytes
-                                    : stored * args.shape.value_stride + byte);
+  const int64_t row_bytes = row.args.shape.cols / 2;
+  const uint8_t* const at = row.Codes(byte);
   const int64_t left = row_bytes - byte;
   const int count = left < codes / 2 ? static_cast<int>(left) : codes / 2;
   bool any = false;
@@ -70,27 +108,18 @@ __global__ void RowExponentsKernel(const RowExponentArgs args, int64_t experts) 
     return;
   }
   const int64_t expert = warp / rows;
-  const int64_t row = warp % rows;
-  const int64_t stored = formats::StoredPosition(
-      args.matrix.row_map, args.matrix.position_begin + row * args.matrix.position_step);
-  const auto* values = static_cast<const uint8_t*>(args.values[expert]);
-  const auto* scales = static_cast<const uint8_t*>(args.matrix.pointers[expert].scales);
+  const RowOfCodes row(args, expert, warp % rows);
   const int64_t blocks = (args.shape.cols + Rule::kBlock - 1) / Rule::kBlock;
   int largest = 0;
   for (int64_t block = threadIdx.x % 32; block < blocks; block += 32) {
-    const int64_t at =
-        args.matrix.scale_layout == ScaleLayout::kLinear
-            ? stored * args.matrix.scale_stride + block
-            : (stored / 128 * ((args.matrix.scale_stride + 3) / 4) + block / 4) * 512 +
-                  stored % 32 * 16 + stored % 128 / 32 * 4 + block % 4;
-    const uint8_t scale = scales[at];
-    if (Rule::IsNan(scale) || HasValues(args, values, stored, block, Rule::kBlock)) {
+    const uint8_t scale = row.Scale(block);
+    if (Rule::IsNan(scale) || HasValues(row, block, Rule::kBlock)) {
       largest = max(largest, Rule::Rank(scale));
     }
   }
   largest = hopyard::sm90::Max(largest);
   if (threadIdx.x % 32 == 0) {
-    args.out[expert * rows + row] = static_cast<uint8_t>(Rule::RowExponent(largest));
+    args.out[warp] = static_cast<uint8_t>(Rule::RowExponent(largest));
   }
 }
 

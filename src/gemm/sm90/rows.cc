@@ -22,6 +22,7 @@ KernelInfo KernelAt(int index) {
   info.mn_major = row.config.mn_major;
   info.interleaved = row.config.interleaved;
   info.cluster = row.config.cluster;
+  info.packed = row.config.packed;
   info.rounds = RoundsRows(row.config);
   return info;
 }
@@ -37,6 +38,24 @@ int MnMajorTwin(int index, bool interleaved) {
     }
   }
   return -1;
+}
+
+// Asked for at every launch: looked up at compile time.
+constexpr auto kPackedTwins = [] {
+  std::array<int, kKernelRows.size()> twins{};
+  for (size_t i = 0; i < kKernelRows.size(); ++i) {
+    twins[i] = -1;
+    for (size_t other = kKernelRows.size(); other-- > 0;) {
+      if (IsPackedTwin(kKernelRows[i].config, kKernelRows[other].config)) {
+        twins[i] = static_cast<int>(other);  // the first in the end
+      }
+    }
+  }
+  return twins;
+}();
+
+int PackedTwin(int index) {
+  return kPackedTwins[static_cast<size_t>(index)];
 }
 
 bool Runs(int index, WeightFormat weights, const RowFormat& x, bool gated) {

@@ -8,6 +8,7 @@
 #include "device/sm90/copy.cuh"
 #include "device/sm90/warp.cuh"
 #include "formats/row_map.h"
+#include "gemm/packed_order.h"
 #include "gemm/sm90/decode.cuh"
 #include "gemm/sm90/pipeline.cuh"
 
@@ -37,6 +38,19 @@ __device__ __forceinline__ int64_t PositionInOrder(const MatrixArgs& matrix, int
 }
 __device__ __forceinline__ int64_t StoredRow(const MatrixArgs& matrix, int64_t row) {
   return formats::StoredPosition(matrix.row_map, PositionInOrder(matrix, row));
+}
+
+// From a lane's quarter of the scales of a thread's rows side by side, and a byte for each of their
+// exponents.
+template <Family kFamily>
+__device__ __forceinline__ BlockFactor FactorOf(const uint32_t (&scales)[ScaleBytes(kFamily) / 4],
+                                                uint32_t row_exponents, int half, int h,
+                                                uint32_t table) {
+  constexpr int kRowsOfWord = 16 / ScaleBytes(kFamily);
+  const int i = 2 * half + h;
+  const uint32_t scale = scales[i / kRowsOfWord] >> (32 / kRowsOfWord * (i % kRowsOfWord));
+  return PrepareScale<kFamily>(scale & (kRowsOfWord == 4 ? 0xFFU : 0xFFFFU),
+                               static_cast<int>(row_exponents >> (8 * i) & 0xFFU), table);
 }
 
 // Block scales of decoded weights. Each consumer warp copies those of its 32 rows, 16 of either
@@ -119,11 +133,7 @@ struct BlockScales {
     ForEachRow([&](int i) { return LoadQuarter(i, group, thread); });
   }
   __device__ __forceinline__ BlockFactor Of(int half, int h, uint32_t table) const {
-    const int i = 2 * half + h;
-    const uint32_t scale = now[i / kRowsOfWord] >> (32 / kRowsOfWord * (i % kRowsOfWord));
-    return PrepareScale<kFamily>(scale & (kRowsOfWord == 4 ? 0xFFU : 0xFFFFU),
-                                 static_cast<int>(row_exponents >> (16 * half + 8 * h) & 0xFFU),
-                                 table);
+    return FactorOf<kFamily>(now, row_exponents, half, h, table);
   }
 
  private:
@@ -196,6 +206,52 @@ struct BlockScales {
     uint32_t byte = 0;
     asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(shared));
     return byte;
+  }
+};
+
+// The same of packed weights: they come with a stage, and a lane takes its quarter of the words
+// that its quad reads.
+template <class Row>
+struct PackedScales {
+  static constexpr Family kFamily = Row::kConfig.family;
+  static constexpr int kBytesOfQuarter = ScaleBytes(kFamily) / 4;
+
+  // A byte for each of the thread's rows of weights.
+  uint32_t row_exponents;
+  uint32_t now[kBytesOfQuarter];  // this lane's quarter of a stage, of its rows side by side
+
+  __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Shared<Row>& /*shared*/,
+                                        const Work& work, int64_t feature, int /*first_group*/) {
+    row_exponents = 0;
+    if constexpr (HasRowExponents(kFamily)) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const WeightRow at = ThreadRow<Row>(args, feature, i / 2, i % 2);
+        const int64_t row = at.row < at.matrix->rows ? at.row : at.matrix->rows - 1;
+        row_exponents |= uint32_t{at.matrix->pointers[work.expert].row_exponents[row]} << (8 * i);
+      }
+    }
+  }
+  // Of a stage that is there.
+  __device__ __forceinline__ void Load(const Shared<Row>& shared, int stage, int consumer) {
+    const uint32_t thread = hopyard::sm90::ThreadHere() % 128;
+    const uint32_t first = thread % 4 * kBytesOfQuarter;  // byte of a row
+    // The words of the thread's four rows (gemm/packed_order.h).
+    const uint4 words = LoadWords(shared.PackedScales(stage, consumer) +
+                                  first / 4 * static_cast<uint32_t>(kPackedPlaneBytes) +
+                                  (thread / 32 * 8 + thread % 32 / 4) * 16);
+    if constexpr (kBytesOfQuarter == 1) {
+      const uint32_t bytes = first * 0x11U + 0x40U;
+      now[0] = __byte_perm(__byte_perm(words.x, words.y, bytes),
+                           __byte_perm(words.z, words.w, bytes), 0x5410);
+    } else {
+      const uint32_t bytes = first % 4 * 0x1111U + 0x5410U;
+      now[0] = __byte_perm(words.x, words.y, bytes);
+      now[1] = __byte_perm(words.z, words.w, bytes);
+    }
+  }
+  __device__ __forceinline__ BlockFactor Of(int half, int h, uint32_t table) const {
+    return FactorOf<kFamily>(now, row_exponents, half, h, table);
   }
 };
 

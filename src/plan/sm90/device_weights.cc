@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/shape.h"
 #include "formats/format_rules.h"
 #include "plan/sm90/layer_plan.h"
 
@@ -48,6 +49,9 @@ struct Source {
   std::vector<MatrixRef> experts;
   bool row_exponents = false;
   bool swizzled = false;  // tiles go to the tensor cores as they are
+  // Where it is packed to, of the first expert (null: not at all), and the bytes of an expert.
+  gemm::PackedOrder packed;
+  int64_t packed_stride = 0;
 };
 
 bool IsMnMajor(const MatrixSet& set) {
@@ -114,8 +118,6 @@ void MakeMaps(const Source& source, GroupMatrix* out, Uploader* uploader) {
   const MatrixSet& set = *source.set;
   const auto experts = static_cast<int64_t>(source.experts.size());
   const std::string name = source.name + ".values";
-  out->shape = ShapeOf(source.experts.front(), source.swizzled);
-  out->shape.experts = experts;
   if (HasOneMap(set)) {
     out->shape.expert_stride = experts > 1 ? set.values.strides[0] * SizeOf(set.values.dtype) : 0;
     CheckReadable(out->shape, name);
@@ -140,7 +142,24 @@ gemm::sm90::RowExponentArgs ExponentsOf(const GroupMatrix& matrix, int64_t exper
   args.shape.experts = experts;
   args.values = matrix.values + expert;
   args.out = matrix.row_exponents + expert * matrix.args.rows;
+  args.packed = matrix.packed;
+  if (args.packed.base != nullptr) {
+    args.packed.base += expert * matrix.args.packed_stride;
+  }
   return args;
+}
+
+// Packs every expert's matrix.
+void Pack(const Source& source, GroupMatrix* out) {
+  out->packed = source.packed;
+  out->args.packed = source.packed.base;
+  out->args.packed_stride = source.packed_stride;
+  for (size_t e = 0; e < source.experts.size(); ++e) {
+    const MatrixRef& from = source.experts[e];
+    gemm::PackedOrder to = source.packed;
+    to.base += static_cast<int64_t>(e) * source.packed_stride;
+    gemm::PackSm90({from, formats::RuleOf(from.format), to}, nullptr);
+  }
 }
 
 GroupMatrix MakeMatrix(const Source& source, Uploader* uploader) {
@@ -148,7 +167,13 @@ GroupMatrix MakeMatrix(const Source& source, Uploader* uploader) {
   const MatrixRef& first = source.experts.front();
   const auto experts = static_cast<int64_t>(source.experts.size());
   GroupMatrix out;
-  MakeMaps(source, &out, uploader);
+  out.shape = ShapeOf(first, source.swizzled);
+  out.shape.experts = experts;
+  if (source.packed.base == nullptr) {
+    MakeMaps(source, &out, uploader);
+  } else {
+    Pack(source, &out);
+  }
   out.args.rows = first.rows;
   out.args.position_begin = first.position_begin;
   out.args.position_step = first.position_step;
@@ -160,8 +185,10 @@ GroupMatrix MakeMatrix(const Source& source, Uploader* uploader) {
   out.args.has_bias = first.bias != nullptr;
   out.args.has_global_scale = first.global_scale != nullptr;
   out.args.k_blocks_last = first.major == MajorOrder::kBlockKMajor ? 1 : 0;
-  out.args.row_unit = RowUnitOf(out.shape);
-  out.args.whole_lines = gemm::sm90::HasWholeLines(out.shape);
+  if (out.args.packed == nullptr) {
+    out.args.row_unit = RowUnitOf(out.shape);
+    out.args.whole_lines = gemm::sm90::HasWholeLines(out.shape);
+  }
   if (source.row_exponents) {
     out.row_exponents = uploader->Array<uint8_t>(experts * first.rows);
   }
@@ -169,7 +196,7 @@ GroupMatrix MakeMatrix(const Source& source, Uploader* uploader) {
   std::vector<const void*> values;
   for (const MatrixRef& ref : source.experts) {
     ExpertPointers one;
-    one.scales = ref.scales;
+    one.scales = out.args.packed == nullptr ? ref.scales : nullptr;
     one.bias = ref.bias;
     one.global_scale = ref.global_scale;
     if (out.row_exponents != nullptr) {
@@ -180,7 +207,7 @@ GroupMatrix MakeMatrix(const Source& source, Uploader* uploader) {
   }
   out.args.pointers = uploader->Table(pointers);
   if (source.row_exponents) {
-    out.values = uploader->Table(values);
+    out.values = out.args.packed == nullptr ? uploader->Table(values) : nullptr;
     ComputeRowExponents(ExponentsOf(out, 0, experts), nullptr);
   }
   return out;
@@ -213,6 +240,36 @@ void SetActivation(const Activation& activation, const ExpertMatrices& matrices,
   group->limit = set(matrices.limit, activation.limit, usual.limit.all);
 }
 
+// Memory for the packed matrices of a group's experts; gate and up share it.
+struct PackedRoom {
+  gemm::PackedOrder order;
+  int64_t stride = 0;
+};
+PackedRoom RoomFor(const MatrixRef& matrix, bool paired, int64_t experts, Uploader* uploader) {
+  const formats::WeightFormatRule rule = formats::RuleOf(matrix.format);
+  PackedRoom room;
+  room.order.groups = CeilDiv(matrix.cols, gemm::sm90::kKGroup);
+  room.order.scale_bytes = static_cast<int32_t>(gemm::sm90::kKGroup / rule.scale_block);
+  room.order.paired = paired;
+  room.stride = PackedExpertBytes(room.order, matrix.rows);
+  room.order.base = uploader->Array<uint8_t>(experts * room.stride);
+  device::Zero(room.order.base, experts * room.stride);
+  return room;
+}
+
+// Every kernel that a plan may choose has one for packed weights.
+void CheckPackable(WeightFormat weights, const gemm::sm90::LayerOperands& operands, bool gated,
+                   const char* name) {
+  for (int i = 0; i < gemm::sm90::NumKernels(); ++i) {
+    const gemm::sm90::KernelInfo kernel = gemm::sm90::KernelAt(i);
+    const bool used = gemm::sm90::Runs(i, weights, operands.x, gated) ||
+                      gemm::sm90::Runs(i, weights, operands.h, false);
+    HOPYARD_CHECK(kernel.packed || !used || gemm::sm90::PackedTwin(i) >= 0, kUnsupported)
+        << "weights." << name << ": this build has no kernel for packed " << ToString(weights)
+        << " weights in place of " << kernel.name << "; make Weights without packed";
+  }
+}
+
 struct GroupSource {
   const ExpertMatrices* matrices = nullptr;
   const char* name = "";
@@ -232,9 +289,17 @@ Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploade
   // Plans that round may come to the same weights.
   const bool fp8_math = FormatsOf(spec, source.weights, true).operands.x.dtype == DType::kE4m3;
   const bool row_exponents = fp8_math && formats::RuleOf(source.weights).codes_per_byte == 2;
+  const bool packed = weights.desc.packed && formats::HasPackedOrder(source.weights);
+  const bool gated = IsGated(spec.activation.kind);
+  if (packed) {
+    CheckPackable(source.weights, operands, gated, source.name);
+  }
   const auto matrix = [&](const char* field, const MatrixSet& set, MatrixRef ExpertRef::*part,
-                          const gemm::sm90::RowFormat& rows) {
+                          const gemm::sm90::RowFormat& rows, const PackedRoom& room) {
     Source one;
+    one.packed = room.order;
+    one.packed.second = part == &ExpertRef::up;
+    one.packed_stride = room.stride;
     one.name = std::string("weights.") + source.name + '.' + field;
     one.set = &set;
     one.row_exponents = row_exponents;
@@ -245,16 +310,24 @@ Group MakeGroup(const Weights::Impl& weights, const GroupSource& source, Uploade
     return MakeMatrix(one, uploader);
   };
   const bool apart = matrices.gate.defined();
+  const auto room = [&](const MatrixRef ExpertRef::*part, bool paired) {
+    const auto first = static_cast<size_t>(group.segment_begin);
+    return packed ? RoomFor(weights.experts[first].*part, paired,
+                            group.segment_end - group.segment_begin, uploader)
+                  : PackedRoom{};
+  };
+  const PackedRoom gemm1 = room(&ExpertRef::gate, gated);
   group.first = matrix(apart ? "gate" : "gemm1", apart ? matrices.gate : matrices.gemm1,
-                       &ExpertRef::gate, operands.x);
-  if (IsGated(spec.activation.kind)) {
+                       &ExpertRef::gate, operands.x, gemm1);
+  if (gated) {
     group.second = matrix(apart ? "up" : "gemm1", apart ? matrices.up : matrices.gemm1,
-                          &ExpertRef::up, operands.x);
+                          &ExpertRef::up, operands.x, gemm1);
   }
   HOPYARD_CHECK(!apart || IsMnMajor(matrices.gate) == IsMnMajor(matrices.up), kUnsupported)
       << "weights." << source.name << ".up is " << (IsMnMajor(matrices.up) ? "MN" : "K")
       << "-major and gate is not; the GPU reads both in one pass: store them in the same order";
-  group.down = matrix("gemm2", matrices.gemm2, &ExpertRef::down, operands.h);
+  group.down =
+      matrix("gemm2", matrices.gemm2, &ExpertRef::down, operands.h, room(&ExpertRef::down, false));
   SetActivation(spec.activation, matrices, source.shared, &group, uploader);
   if (matrices.gemm2_input_scale.defined()) {
     group.gemm2_input_scale = matrices.gemm2_input_scale.as<const float>();
@@ -289,6 +362,57 @@ void WriteFromHost(gemm::SliceWrite write, void* stream) {
   device::Synchronize(stream);
 }
 
+// A write of rows of gate and up as two, each into one of them.
+std::vector<PartWrite> SplitGemm1(const PartWrite& part, const ExpertRef& expert) {
+  std::vector<PartWrite> split;
+  const gemm::SliceWrite& whole = part.write;
+  for (const MatrixRef* matrix : {&expert.gate, &expert.up}) {
+    const int64_t step = matrix->position_step;
+    // The first natural row at or behind the slice's first position.
+    const int64_t ahead = whole.row_begin - matrix->position_begin;
+    const int64_t first = ahead <= 0 ? 0 : CeilDiv(ahead, step);
+    const int64_t skipped = matrix->position_begin + first * step - whole.row_begin;
+    const int64_t left = std::min(CeilDiv(whole.rows - skipped, step), matrix->rows - first);
+    if (left <= 0) {
+      continue;
+    }
+    PartWrite one = part;
+    one.write.target = *matrix;
+    one.write.row_begin = first;
+    one.write.rows = left;
+    one.write.source = whole.source + skipped * whole.row_stride;
+    one.write.row_stride = whole.row_stride * step;
+    split.push_back(one);
+  }
+  return split;
+}
+
+// The writes of a slice, into packed memory where that is what is read.
+std::vector<PartWrite> WritesInto(const Group& group, const ExpertRef& expert,
+                                  const Update& update) {
+  const bool down = update.part == WeightPart::kGemm2;
+  const int64_t index = update.expert - group.segment_begin;
+  std::vector<PartWrite> writes;
+  for (const PartWrite& part : update.parts) {
+    const bool packed =
+        group.down.args.packed != nullptr && part.write.part != gemm::SlicePart::kBias;
+    const bool both = update.part == WeightPart::kGemm1 && group.second.args.rows > 0;
+    const std::vector<PartWrite> pieces =
+        packed && both ? SplitGemm1(part, expert) : std::vector<PartWrite>{part};
+    for (PartWrite piece : pieces) {
+      const bool up = update.part == WeightPart::kUp ||
+                      (both && piece.write.target.position_begin == expert.up.position_begin);
+      const GroupMatrix& matrix = down ? group.down : up ? group.second : group.first;
+      if (packed) {
+        piece.write.target.packed = matrix.packed;
+        piece.write.target.packed.base += index * matrix.args.packed_stride;
+      }
+      writes.push_back(piece);
+    }
+  }
+  return writes;
+}
+
 void UpdateExponents(const GroupMatrix& matrix, int64_t expert, void* stream) {
   if (matrix.row_exponents != nullptr) {
     ComputeRowExponents(ExponentsOf(matrix, expert, 1), stream);
@@ -316,8 +440,12 @@ std::shared_ptr<const DeviceWeights> MakeDeviceWeights(const Weights::Impl& weig
 }
 
 void WriteSlice(const Weights::Impl& weights, const Update& update, void* stream) {
+  const DeviceWeights& described = *weights.sm90;
+  const bool routed = update.expert < described.routed.segment_end;
+  const Group& group = routed ? described.routed : described.shared;
+  const ExpertRef& expert_matrices = weights.experts[static_cast<size_t>(update.expert)];
   bool values_or_scales = false;
-  for (const PartWrite& part : update.parts) {
+  for (const PartWrite& part : WritesInto(group, expert_matrices, update)) {
     values_or_scales = values_or_scales || part.write.part != gemm::SlicePart::kBias;
     if (part.write.rows == 0 || part.write.cols == 0) {
       continue;
@@ -335,9 +463,6 @@ void WriteSlice(const Weights::Impl& weights, const Update& update, void* stream
   if (!values_or_scales) {
     return;
   }
-  const DeviceWeights& described = *weights.sm90;
-  const bool routed = update.expert < described.routed.segment_end;
-  const Group& group = routed ? described.routed : described.shared;
   const int64_t expert = update.expert - group.segment_begin;
   if (update.part == WeightPart::kGemm2) {
     UpdateExponents(group.down, expert, stream);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What describes weights on the device to the kernels: tensor maps, tables of pointers, activation
-// parameters, row exponents. The weights themselves stay where the caller put them.
+// parameters, row exponents, and codes that are packed. The other weights stay where the caller put
+// them.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,7 @@ struct GroupMatrix {
   gemm::sm90::MapShape shape;           // of all experts; `values` is the first one's
   const void* const* values = nullptr;  // device [experts], where row exponents are computed
   uint8_t* row_exponents = nullptr;     // device [experts][rows], or null
+  gemm::PackedOrder packed;             // of the first expert, where args.packed is
 };
 
 // Local or shared experts; per-segment arrays are device memory and begin with the group's first.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <set>
 
 #include <fmt/format.h>
@@ -14,6 +15,7 @@ using gemm::sm90::KernelAt;
 using gemm::sm90::KernelInfo;
 using gemm::sm90::MnMajorTwin;
 using gemm::sm90::NumKernels;
+using gemm::sm90::PackedTwin;
 
 const char* RoundingOf(const MoeSpec& spec) {
   return spec.weights == WeightFormat::kNvFp4 ? "rounds weights to e4m3"
@@ -149,6 +151,24 @@ void ListByNameOnly(const MoeSpec& spec, const std::vector<Role>& roles,
     }
   }
 }
+
+// Kernels that take the place of others in a GEMM of packed weights.
+void ListPacked(const std::vector<Role>& roles, std::vector<Candidate>* candidates) {
+  std::map<int, std::string> replaced;
+  for (const Role& role : roles) {
+    for (const int kernel : role.kernels) {
+      if (const int twin = PackedTwin(kernel); twin >= 0) {
+        std::string& names = replaced[twin];
+        const std::string name(KernelAt(kernel).name);
+        names += names.find(name) == std::string::npos ? (names.empty() ? "" : ", ") + name : "";
+      }
+    }
+  }
+  for (const auto& [twin, names] : replaced) {
+    candidates->push_back({std::string(KernelAt(twin).name), false,
+                           "takes the place of " + names + " in a GEMM whose weights are packed"});
+  }
+}
 }  // namespace
 
 std::vector<Candidate> ListCandidates(const MoeSpec& spec, const PlanOptions& options,
@@ -180,6 +200,7 @@ std::vector<Candidate> ListCandidates(const MoeSpec& spec, const PlanOptions& op
       }
     }
   }
+  ListPacked(roles, &candidates);
   if (!choice.rounded && HasRounding(spec)) {
     ListByNameOnly(spec, roles, &candidates);
   }

@@ -11,11 +11,14 @@ using gemm::sm90::KernelAt;
 using gemm::sm90::MnMajorTwin;
 using gemm::sm90::NumKernels;
 
-// Kernels for K-major weights; those for MN-major ones stand in for them when a call brings such.
+// Kernels for K-major weights as checkpoints have them; those for MN-major and packed ones stand in
+// for them when a call brings such.
 std::vector<int> KernelsThatRun(const Role& role) {
   std::vector<int> kernels;
   for (int i = 0; i < NumKernels(); ++i) {
-    if (!KernelAt(i).mn_major && gemm::sm90::Runs(i, role.shape.weights, role.rows, role.gated)) {
+    const gemm::sm90::KernelInfo kernel = KernelAt(i);
+    if (!kernel.mn_major && !kernel.packed &&
+        gemm::sm90::Runs(i, role.shape.weights, role.rows, role.gated)) {
       kernels.push_back(i);
     }
   }

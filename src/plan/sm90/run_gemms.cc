@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two GEMMs of a pass and what is rounded before each: routed experts, then shared ones, whose
 // weights may have another format and want other operands.
+#include "core/error.h"
 #include "core/shape.h"
 #include "device/range.h"
 #include "plan/sm90/pass.h"
@@ -89,12 +90,22 @@ void LoadHidden(GroupPass* group, int64_t offset, int64_t row_bytes) {
   group->x_pitch = row_bytes / SizeOf(to.dtype);
 }
 
-// The plan's kernel, or its twin where these weights are MN-major; under its name in a profile.
+// The kernel that reads these weights: the plan's, or its twin for their order.
+int KernelFor(int chosen, const GroupMatrix& weights) {
+  if (weights.args.packed != nullptr) {
+    return gemm::sm90::PackedTwin(chosen);
+  }
+  return weights.shape.major == MajorOrder::kMnMajor
+             ? gemm::sm90::MnMajorTwin(chosen, weights.shape.position_step != 1)
+             : chosen;
+}
+
+// Under the kernel's name in a profile.
 void RunKernel(int chosen, const GroupMatrix& weights, const GroupedGemmArgs& args,
                const device::Queue& queue) {
-  const int index = weights.shape.major == MajorOrder::kMnMajor
-                        ? gemm::sm90::MnMajorTwin(chosen, weights.shape.position_step != 1)
-                        : chosen;
+  const int index = KernelFor(chosen, weights);
+  HOPYARD_INTERNAL(index >= 0) << gemm::sm90::KernelAt(chosen).name
+                               << " has no twin for these weights, which were taken all the same";
   // A view of a literal, so a zero follows.
   const device::Range range(gemm::sm90::KernelAt(index).name.data());
   RunGroupedGemm(index, args, queue);
