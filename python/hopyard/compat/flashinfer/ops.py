@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hopyard.arrays import Array, dtype_name, from_bf16, is_torch, to_bf16
-from hopyard.devices import torch_module
+from hopyard.devices import is_capturing, torch_module
 
 _NUMPY_NAMES = {"uint16": "bfloat16", "uint8": "bytes"}
 _BYTE_TYPES = ("float8_e4m3fn", "float8_e8m0fnu", "uint8")
@@ -202,15 +202,6 @@ def divide(left: Array, right: Array, out: Array) -> None:
 def multiply(left: Array, right: Array, out: Array) -> None:
     """`out = left * right`."""
     (torch_module().mul if is_torch(out) else np.multiply)(left, right, out=out)
-
-
-def is_capturing(array: Array) -> bool:
-    """Whether the current stream of the array's GPU is being captured."""
-    if not is_torch(array) or array.device.type != "cuda":
-        return False
-    torch = torch_module()
-    with torch.cuda.device(array.device):  # torch answers for the current device
-        return bool(torch.cuda.is_current_stream_capturing())
 
 
 def _refuse_capture(array: Array) -> None:
