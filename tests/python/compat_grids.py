@@ -34,7 +34,8 @@ class Row:
         alpha: parameter of the activation, the same for all experts; beta alike.
         zero: all hidden states are zero.
         bias: "gemm1", "gemm2", "both" or "".
-        delta: LoRA delta of a routed operation: "random", "low_rank" or "".
+        delta: LoRA delta of a routed operation: "random", of thin matrices of gate and of up,
+            "two_slices", or with the first one for both, "shared_a"; "" = none.
         given: how the routed operation gets its ids: "packed", "bfloat16", "float32"; "" = not run.
         shared: number of shared experts.
         tail: rows of the replay buffer behind the tokens.
@@ -271,7 +272,7 @@ GRID = [
         layer=(128, 8, 1024),
         tokens=[8, 128],
         rule=RENORMALIZE,
-        delta=["random", "low_rank"],
+        delta=["random", "two_slices", "shared_a"],
         given="float32",
     ),
     # routed operations

@@ -208,16 +208,21 @@ def by_ids(row, case, call, result):
 
 
 def delta_of(row, case, ids):
-    """A LoRA delta [T, K, 2 * I]: random, or the product of two thin matrices of each expert."""
+    """A LoRA delta [T, K, 2 * I]: random, or two thin matrices of each expert times the token, the
+    first of which gate and up share or have one each. The first token has no adapter."""
     shape = (*ids.shape, 2 * row.layer[2])
     if row.delta == "random":
         return cl.normal(shape, 20, 0.5).to(ids.device)
+    slices = {"two_slices": 2, "shared_a": 1}[row.delta]
     rank, distinct = 16, int(case.places.max()) + 1
-    down = cl.normal((distinct, rank, row.hidden), 21, row.hidden**-0.5).to(ids.device).float()
-    up = cl.normal((distinct, shape[-1], rank), 22, 0.2).to(ids.device).float()
+    down = cl.normal((slices, distinct, rank, row.hidden), 21, row.hidden**-0.5)
+    up = cl.normal((slices, distinct, shape[-1] // slices, rank), 22, 0.2)
+    down, up, x = (part.to(ids.device).float() for part in (down, up, case.x))
     place = case.places.to(ids.device)[ids]
-    inner = torch.einsum("th,tkrh->tkr", case.x.to(ids.device).float(), down[place])
-    return torch.einsum("tkr,tkir->tki", inner, up[place]).bfloat16()
+    inner = torch.einsum("th,stkrh->stkr", x, down[:, place])
+    delta = torch.einsum("stkr,stkir->tksi", inner, up[:, place]).reshape(shape)
+    delta[0] = 0
+    return delta.bfloat16()
 
 
 def with_delta(row, case, ids, weights):
