@@ -210,15 +210,33 @@ def gradients_enabled() -> bool:
     return torch is not None and torch.is_grad_enabled()
 
 
+def _first_requiring_grad(arrays: Mapping[str, Any]) -> str | None:
+    return next((n for n, array in arrays.items() if is_torch(array) and array.requires_grad), None)
+
+
 def refuse_gradients(arrays: Mapping[str, Any]) -> None:
     """Refuse tensors whose gradients would be lost; for calls while gradients are enabled.
 
     Raises:
         ValueError: naming the first tensor that requires grad.
     """
-    for name, array in arrays.items():
-        if is_torch(array) and array.requires_grad:
-            raise_requires_grad(name)
+    name = _first_requiring_grad(arrays)
+    if name is not None:
+        raise_requires_grad(name)
+
+
+def refuse_backward(function: str, arrays: Mapping[str, Any]) -> None:
+    """`refuse_gradients` of functions that stand where torch would differentiate.
+
+    Raises:
+        NotImplementedError: naming the function and the first tensor that requires grad.
+    """
+    name = _first_requiring_grad(arrays)
+    if name is not None:
+        raise NotImplementedError(
+            f"{function} has no backward, but {name} requires grad; call it under "
+            "torch.no_grad() or torch.inference_mode(), or pass detached tensors"
+        )
 
 
 def raise_requires_grad(name: str) -> NoReturn:
