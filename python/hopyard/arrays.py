@@ -75,6 +75,32 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def without_memory(array: Any) -> str:
+    """ "meta" or "fake" for torch tensors that only have a shape, "" for all other arrays."""
+    if not is_torch(array):
+        return ""
+    # A fake tensor exists only where this module of torch was imported.
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake is not None and isinstance(array, fake.FakeTensor):
+        return "fake"
+    return "meta" if array.is_meta else ""
+
+
+def require_memory(array: Any, name: str) -> None:
+    """Refuse torch's meta and fake tensors, which have no elements to compute with.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    kind = without_memory(array)
+    if kind:
+        raise ValueError(
+            f"{name} is a {kind} tensor, which has no memory; wanted one with values. This call "
+            "runs at once and cannot be traced: under torch.compile or torch.export use "
+            "hopyard.torch_ops"
+        )
+
+
 # A dtype's text takes longer to make than a call of a small layer.
 _names: dict[Any, str] = {}
 
@@ -150,12 +176,13 @@ def as_tensor(array: Any, name: str, stream: int = 0) -> Any:
             make it wait for their own work; torch's current stream is the caller's to choose.
 
     Raises:
-        ValueError: `array` is no array, or has a dtype that DLPack does not know.
+        ValueError: `array` is no array, or has no memory, or a dtype that DLPack does not know.
     """
     try:
         if isinstance(array, np.ndarray):
             return _numpy_tensor(array)
         if is_torch(array):
+            require_memory(array, name)
             return _torch_tensor(array)
         if isinstance(array, tvm_ffi.Tensor):
             return array
@@ -171,6 +198,11 @@ def as_tensor(array: Any, name: str, stream: int = 0) -> Any:
         f"{name} is a {type(array).__name__}, wanted a NumPy array, a torch tensor or another "
         "array with __dlpack__"
     )
+
+
+def as_argument(array: Any, name: str) -> Any:
+    """An array that the library has made, as a layer's call takes it."""
+    return array if type(array) in crosses_as_it_is else as_tensor(array, name)
 
 
 def as_output(array: Any, name: str, stream: int = 0) -> Any:

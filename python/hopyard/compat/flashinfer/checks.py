@@ -7,7 +7,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hopyard.arrays import Array, dtype_name, gradients_enabled, refuse_backward
+from hopyard.arrays import (
+    Array,
+    dtype_name,
+    gradients_enabled,
+    refuse_backward,
+    without_memory,
+)
 from hopyard.compat.flashinfer import ops
 from hopyard.compat.flashinfer.signature import Arguments
 
@@ -99,7 +105,7 @@ def refuse_gradients(a: Arguments) -> None:
 
 def require_memory(array: Array, name: str) -> None:
     """Refuse torch's meta and fake tensors, which have no elements to compute with."""
-    kind = ops.without_memory(array)
+    kind = without_memory(array)
     if kind:
         raise WithoutMemory(
             f"{name} is a {kind} tensor, which has no memory; wanted one with values. These "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,17 +52,6 @@ def place_of(array: Array) -> str:
 def on_host(array: Any) -> bool:
     """Whether an array, or a number, lies in host memory."""
     return not is_torch(array) or array.device.type == "cpu"
-
-
-def without_memory(array: Array) -> str:
-    """ "meta" or "fake" for torch tensors that only have a shape, "" for all other arrays."""
-    if not is_torch(array):
-        return ""
-    # A fake tensor exists only where this module of torch was imported.
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
-    if fake is not None and isinstance(array, fake.FakeTensor):
-        return "fake"
-    return "meta" if array.is_meta else ""
 
 
 @functools.cache
