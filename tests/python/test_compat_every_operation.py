@@ -184,11 +184,11 @@ def test_routing_refuses_gradients():
 
 
 def test_every_argument_is_tried_where_it_is():
+    """The cases leave out what an operation has no parameter for."""
     tried = {(mode, routed, name) for mode, routed, _, name, *_ in (c.values for c in CASES)}
     names = {name for _, name, *_ in WRONG}
-    assert tried == {
-        (mode, routed, name)
-        for mode, routed in OPERATIONS
-        for name in names & set(parameters_of(function_of(mode, routed)))
-    }
-    assert {name for *_, name in tried} == names
+    for mode, routed in OPERATIONS:
+        absent = {"routing_logits" if routed else "topk_ids"}
+        absent |= {"activation_type"} if mode == "mxint4" else set()
+        absent |= {"weight_layout"} if mode not in ("bf16", "deepseek") else set()
+        assert {name for name in names if (mode, routed, name) not in tried} == absent

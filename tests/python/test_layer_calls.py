@@ -275,14 +275,14 @@ def test_tensors_without_memory_are_refused_after_right_calls():
     torch = pytest.importorskip("torch")
     layer, data = layers.make(num_threads=1)
     hidden, logits = as_torch(data.bits), as_torch(data.logits)
-    layer(hidden, logits=logits)
+    wanted = layer(hidden, logits=logits)
     with pytest.raises(ValueError, match="logits is a meta tensor, which has no memory; wanted"):
         layer(hidden, logits=logits.to("meta"))
     with pytest.raises(ValueError, match="logits of dtype float32 cannot be shared through DLPack"):
         layer(hidden, logits=logits.to_sparse())
     with pytest.raises(ValueError, match="hidden is a meta tensor, which has no memory; wanted"):
         layer(hidden.to("meta"), logits=logits)
-    assert torch.equal(layer(hidden, logits=logits), layer(hidden, logits=logits))
+    assert torch.equal(layer(hidden, logits=logits), wanted)
 
 
 @pytest.mark.usefixtures("no_torch_as_it_is")
