@@ -60,24 +60,21 @@ def parameters():
     return here + [pytest.param(r, *CUDA.values, marks=CUDA.marks, id=f"{r}-cuda") for r in ROWS]
 
 
-@contextlib.contextmanager
+def quantize_4over6(matrix, multiplier, *_, is_sf_swizzled_layout):
+    return ref.quantize_4over6(matrix, multiplier)
+
+
 def quantiser(four_over_six):
     """The tests' NVFP4 quantiser within: the compat package's, or one with 4-over-6 scales."""
-    if not four_over_six:
-        yield
-        return
-
-    def quantize(matrix, multiplier, *_, is_sf_swizzled_layout):
-        return ref.quantize_4over6(matrix, multiplier)
-
-    with mock.patch.object(fi, "fp4_quantize", quantize):
-        yield
+    usual = fi.quantize.fp4_quantize
+    return mock.patch.object(fi, "fp4_quantize", quantize_4over6 if four_over_six else usual)
 
 
 @functools.lru_cache(maxsize=1)
-def pool(device, _four_over_six, *what):
-    """Weights that rows of one key share; made under `quantiser`."""
-    arrays, first, second, multipliers = cl.stored(*what)
+def pool(device, four_over_six, *what):
+    """Weights that rows of one key share."""
+    with quantiser(four_over_six):
+        arrays, first, second, multipliers = cl.stored(*what)
     arrays = {name: cl.move(array, device) for name, array in arrays.items()}
     return arrays, first.to(device), second.to(device), multipliers
 
@@ -93,13 +90,13 @@ def case_of(row, device):
     options = {
         name: [value] * distinct for name in ("alpha", "beta") if (value := getattr(row, name))
     }
-    with quantiser(row.four_over_six):
+    with quantiser(row.has_four_over_six("hidden")):
         case = cl.make(
             row.mode,
             cl.Sizes(row.hidden, inter, distinct, top_k, row.tokens),
             row.activation,
             device=device,
-            weights=functools.partial(pool, device, row.four_over_six),
+            weights=functools.partial(pool, device, row.has_four_over_six("weights")),
             zero=row.zero,
             bias=bool(row.bias),
             **options,
