@@ -182,7 +182,8 @@ def as_tensor(array: Any, name: str, stream: int = 0) -> Any:
         if isinstance(array, np.ndarray):
             return _numpy_tensor(array)
         if is_torch(array):
-            require_memory(array, name)
+            if type(array) not in crosses_as_it_is:  # a fake one would pass for one not given
+                require_memory(array, name)
             return _torch_tensor(array)
         if isinstance(array, tvm_ffi.Tensor):
             return array
@@ -191,6 +192,7 @@ def as_tensor(array: Any, name: str, stream: int = 0) -> Any:
                 return tvm_ffi.from_dlpack(array.__dlpack__(stream=dlpack_stream(stream)))
             return tvm_ffi.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:
+        require_memory(array, name)
         raise ValueError(
             f"{name} of dtype {dtype_name(array)} cannot be shared through DLPack: {error}"
         ) from error

@@ -336,6 +336,28 @@ def test_meta_and_fake_tensors_reach_no_kernel(monkeypatch):
         check(*fakes, lambda result: isinstance(result, FakeTensor))
 
 
+@needs_gpu
+def test_a_compiler_puts_the_operator_into_its_own_cuda_graph():
+    """Inductor's graphs: two captures and more replays, with nothing that keeps it from them."""
+    from torch._dynamo.utils import counters
+
+    with torch.no_grad():
+        case = Case("cuda")
+        counters.clear()
+        compiled = torch.compile(
+            lambda hidden, logits: OPS.moe(hidden * 1, case.handle, logits=logits) * 1,
+            fullgraph=True,
+            mode="reduce-overhead",
+        )
+        for seed in range(5):
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.manual_seed(seed)
+            hidden, logits = torch.randn_like(case.hidden), torch.randn_like(case.logits)
+            output = compiled(hidden, logits).clone()
+            assert torch.equal(output, case.layer(hidden, logits=logits))
+        assert counters["inductor"]["cudagraph_skips"] == 0
+
+
 def refuse_without_memory(case):
     """A layer's own call and `route` refuse meta and fake tensors, each argument by its name."""
     mode = FakeTensorMode()
