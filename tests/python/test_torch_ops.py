@@ -338,7 +338,7 @@ def test_meta_and_fake_tensors_reach_no_kernel(monkeypatch):
 
 @needs_gpu
 def test_a_compiler_puts_the_operator_into_its_own_cuda_graph():
-    """Inductor's graphs: two captures and more replays, with nothing that keeps it from them."""
+    """Inductor's: a warm-up, a capture and replays; nothing keeps the operator out of them."""
     from torch._dynamo.utils import counters
 
     with torch.no_grad():
