@@ -425,7 +425,7 @@ def test_a_call_is_a_few_calls(name, most):
     """What bench_overhead.py times, counted: 40 and 79; with maps for arguments 93 and 157. Tensors
     of torch before 2.10, which has no fast export, take 99."""
     make = KINDS[name]
-    if name == "torch" and not arrays._exports_every_dtype(sys.modules["torch"]):
+    if name == "torch" and not arrays._exports_every_dtype(pytest.importorskip("torch")):
         most = 110
     layer, data = layers.make(num_threads=1)
     ids, weights = hopyard.route(data.logits, layer.spec.routing, K)
