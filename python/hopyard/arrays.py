@@ -245,7 +245,10 @@ def gradients_enabled() -> bool:
 
 
 def _first_requiring_grad(arrays: Mapping[str, Any]) -> str | None:
-    return next((n for n, array in arrays.items() if is_torch(array) and array.requires_grad), None)
+    for name, array in arrays.items():
+        if is_torch(array) and array.requires_grad:
+            return name
+    return None
 
 
 def refuse_gradients(arrays: Mapping[str, Any]) -> None:

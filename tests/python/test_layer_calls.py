@@ -422,7 +422,7 @@ def count_calls(run):
 
 @pytest.mark.parametrize(("name", "most"), [("torch", 60), ("numpy", 100)])
 def test_a_call_is_a_few_calls(name, most):
-    """What bench_overhead.py times, counted: 40 and 79; with maps for arguments 93 and 157. Tensors
+    """What bench_overhead.py times, counted: 42 and 81; with maps for arguments 93 and 157. Tensors
     of torch before 2.10, which has no fast export, take 99."""
     make = KINDS[name]
     if name == "torch" and not arrays._exports_every_dtype(pytest.importorskip("torch")):
