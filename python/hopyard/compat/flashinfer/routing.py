@@ -187,6 +187,7 @@ def hash_topk(a: Arguments) -> tuple[Array, Array]:
 
     Raises:
         ValueError: any wrong argument.
+        NotImplementedError: gradients are enabled and an argument requires one.
     """
     checks.refuse_gradients(a)
     tokens, experts, top_k = _check_hash(a)
