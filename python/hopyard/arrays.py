@@ -75,6 +75,32 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def without_memory(array: Any) -> str:
+    """ "meta" or "fake" for torch tensors that only have a shape, "" for all other arrays."""
+    if not is_torch(array):
+        return ""
+    # A fake tensor exists only where this module of torch was imported.
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake is not None and isinstance(array, fake.FakeTensor):
+        return "fake"
+    return "meta" if array.is_meta else ""
+
+
+def require_memory(array: Any, name: str) -> None:
+    """Refuse torch's meta and fake tensors, which have no elements to compute with.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    kind = without_memory(array)
+    if kind:
+        raise ValueError(
+            f"{name} is a {kind} tensor, which has no memory; wanted one with values. This call "
+            "runs at once and cannot be traced: under torch.compile or torch.export use "
+            "hopyard.torch_ops"
+        )
+
+
 # A dtype's text takes longer to make than a call of a small layer.
 _names: dict[Any, str] = {}
 
@@ -150,12 +176,14 @@ def as_tensor(array: Any, name: str, stream: int = 0) -> Any:
             make it wait for their own work; torch's current stream is the caller's to choose.
 
     Raises:
-        ValueError: `array` is no array, or has a dtype that DLPack does not know.
+        ValueError: `array` is no array, or has no memory, or a dtype that DLPack does not know.
     """
     try:
         if isinstance(array, np.ndarray):
             return _numpy_tensor(array)
         if is_torch(array):
+            if type(array) not in crosses_as_it_is:  # a fake one would pass for one not given
+                require_memory(array, name)
             return _torch_tensor(array)
         if isinstance(array, tvm_ffi.Tensor):
             return array
@@ -164,6 +192,7 @@ def as_tensor(array: Any, name: str, stream: int = 0) -> Any:
                 return tvm_ffi.from_dlpack(array.__dlpack__(stream=dlpack_stream(stream)))
             return tvm_ffi.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:
+        require_memory(array, name)
         raise ValueError(
             f"{name} of dtype {dtype_name(array)} cannot be shared through DLPack: {error}"
         ) from error
@@ -171,6 +200,11 @@ def as_tensor(array: Any, name: str, stream: int = 0) -> Any:
         f"{name} is a {type(array).__name__}, wanted a NumPy array, a torch tensor or another "
         "array with __dlpack__"
     )
+
+
+def as_argument(array: Any, name: str) -> Any:
+    """An array that the library has made, as a layer's call takes it."""
+    return array if type(array) in crosses_as_it_is else as_tensor(array, name)
 
 
 def as_output(array: Any, name: str, stream: int = 0) -> Any:
@@ -210,15 +244,36 @@ def gradients_enabled() -> bool:
     return torch is not None and torch.is_grad_enabled()
 
 
+def _first_requiring_grad(arrays: Mapping[str, Any]) -> str | None:
+    for name, array in arrays.items():
+        if is_torch(array) and array.requires_grad:
+            return name
+    return None
+
+
 def refuse_gradients(arrays: Mapping[str, Any]) -> None:
     """Refuse tensors whose gradients would be lost; for calls while gradients are enabled.
 
     Raises:
         ValueError: naming the first tensor that requires grad.
     """
-    for name, array in arrays.items():
-        if is_torch(array) and array.requires_grad:
-            raise_requires_grad(name)
+    name = _first_requiring_grad(arrays)
+    if name is not None:
+        raise_requires_grad(name)
+
+
+def refuse_backward(function: str, arrays: Mapping[str, Any]) -> None:
+    """`refuse_gradients` of functions that stand where torch would differentiate.
+
+    Raises:
+        NotImplementedError: naming the function and the first tensor that requires grad.
+    """
+    name = _first_requiring_grad(arrays)
+    if name is not None:
+        raise NotImplementedError(
+            f"{function} has no backward, but {name} requires grad; call it under "
+            "torch.no_grad() or torch.inference_mode(), or pass detached tensors"
+        )
 
 
 def raise_requires_grad(name: str) -> NoReturn:

@@ -86,6 +86,15 @@ def device_of(array: Any) -> int:
     raise ValueError(f"an array is on DLPack device type {int(kind)}, wanted the CPU or a CUDA GPU")
 
 
+def is_capturing(array: Any) -> bool:
+    """Whether the current stream of a torch tensor's GPU is being captured."""
+    torch = torch_module()
+    if torch is None or not isinstance(array, torch.Tensor) or array.device.type != "cuda":
+        return False
+    with torch.cuda.device(array.device):  # torch answers for the current device
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
 def stream_of(device: int, stream: Any, *, uses_torch: bool) -> int:
     """The handle of the stream that a call's work goes to.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from hopyard._library import call_layer, lib
 from hopyard.arrays import (
     Array,
+    as_argument,
     as_tensor,
     crosses_as_it_is,
     empty_like_kind,
@@ -302,7 +303,7 @@ class MoeLayer:
         tokens = hidden.shape[0] if len(hidden.shape) > 0 else 0  # a scalar is refused later
         shape = (int(tokens), self._spec.hidden_size)
         made = empty_like_kind(hidden, shape, "bfloat16", fill=fill, stream=stream)
-        return made, made if type(made) in crosses_as_it_is else as_tensor(made, "output")
+        return made, as_argument(made, "output")
 
     def _refuse_gradients(self, hidden: Array, call: dict[str, Any]) -> None:
         refuse_gradients({"hidden": hidden, **call})
@@ -335,12 +336,6 @@ class MoeLayer:
             stream = 0
         else:
             stream = stream_of(self._device, call.get("stream"), uses_torch=uses_torch)
-        if before_calls:
-            fault = fault_of(hidden, call, stream)  # before anything is measured for the call
-            if fault is not None:
-                raise fault
-            for before in before_calls[-1:]:  # another thread may have left `autotune` since
-                before(self, call)
         given: dict[str, Any] = call
         for value in call.values():
             if type(value) not in crosses_as_it_is:
@@ -355,6 +350,12 @@ class MoeLayer:
         as_it_is = uses_torch and type(hidden) in crosses_as_it_is
         states = hidden if as_it_is else as_tensor(hidden, "hidden", stream)
         result, output = self._result(hidden, call, form, None if current else stream)
+        if before_calls:
+            fault = fault_of(hidden, call, stream)  # before anything is measured for the call
+            if fault is not None:
+                raise fault
+            for before in before_calls[-1:]:  # another thread may have left `autotune` since
+                before(self, call)
         workspace = self._workspaces.take(stream, uses_torch=uses_torch, current=current)
         try:
             call_layer(

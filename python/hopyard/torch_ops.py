@@ -53,6 +53,7 @@ except ImportError as error:
     ) from error
 
 from hopyard import routing as _routing
+from hopyard.arrays import refuse_backward
 from hopyard.layer import CallOptions, MoeLayer
 from hopyard.spec import RoutingRule, rule_to_map
 
@@ -129,18 +130,9 @@ def _layer_of(number: int) -> MoeLayer:
     return layer
 
 
-def _refuse_gradients(name: str, **arguments: Any) -> None:
-    for argument, tensor in arguments.items():
-        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-            raise NotImplementedError(
-                f"hopyard::{name} has no backward, but {argument} requires grad; call it under "
-                "torch.no_grad() or torch.inference_mode(), or pass detached tensors"
-            )
-
-
 def _moe(hidden: torch.Tensor, layer: int, **call: Any) -> torch.Tensor:
     if torch.is_grad_enabled():
-        _refuse_gradients("moe", hidden=hidden, **call)
+        refuse_backward("hopyard::moe", {"hidden": hidden, **call})
     found = _layer_of(layer)
     if found.spec.hidden_size != hidden.shape[-1]:
         raise ValueError(
@@ -153,7 +145,7 @@ def _moe(hidden: torch.Tensor, layer: int, **call: Any) -> torch.Tensor:
 
 def _moe_fake(hidden: torch.Tensor, layer: int, **call: Any) -> torch.Tensor:
     if torch.is_grad_enabled():
-        _refuse_gradients("moe", hidden=hidden, **call)
+        refuse_backward("hopyard::moe", {"hidden": hidden, **call})
     return hidden.new_empty(hidden.shape, dtype=torch.bfloat16)
 
 
@@ -166,14 +158,14 @@ def _require_result(out: torch.Tensor | None, call: dict[str, Any]) -> None:
 
 def _moe_out(hidden: torch.Tensor, layer: int, out: torch.Tensor | None, **call: Any) -> None:
     if torch.is_grad_enabled():
-        _refuse_gradients("moe_out", hidden=hidden, out=out, **call)
+        refuse_backward("hopyard::moe_out", {"hidden": hidden, "out": out, **call})
     _require_result(out, call)
     _layer_of(layer)(hidden, out=out, **call)
 
 
 def _moe_out_fake(hidden: torch.Tensor, layer: int, out: torch.Tensor | None, **call: Any) -> None:
     if torch.is_grad_enabled():
-        _refuse_gradients("moe_out", hidden=hidden, out=out, **call)
+        refuse_backward("hopyard::moe_out", {"hidden": hidden, "out": out, **call})
     _require_result(out, call)
 
 
@@ -181,7 +173,7 @@ def _route(
     logits: torch.Tensor, rule: str, top_k: int, *, bf16_weights: bool = False, **call: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.is_grad_enabled():
-        _refuse_gradients("route", logits=logits, **call)
+        refuse_backward("hopyard::route", {"logits": logits, **call})
     dtype = "bfloat16" if bf16_weights else "float32"
     return _routing.route(logits, _parse_rule(rule), top_k, weights_dtype=dtype, **call)
 
@@ -190,7 +182,7 @@ def _route_fake(
     logits: torch.Tensor, rule: str, top_k: int, *, bf16_weights: bool = False, **call: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.is_grad_enabled():
-        _refuse_gradients("route", logits=logits, **call)
+        refuse_backward("hopyard::route", {"logits": logits, **call})
     dtype = torch.bfloat16 if bf16_weights else torch.float32
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=dtype)
@@ -218,7 +210,8 @@ def _route_out_fake(
     **call: Any,
 ) -> None:
     if torch.is_grad_enabled():
-        _refuse_gradients("route_out", logits=logits, ids=ids, weights=weights, **call)
+        arrays = {"logits": logits, "ids": ids, "weights": weights, **call}
+        refuse_backward("hopyard::route_out", arrays)
 
 
 @functools.lru_cache(maxsize=64)  # of texts, each of which means one rule; errors are not kept

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hopyard._library import lib
-from hopyard.arrays import as_tensor, torch_stream
+from hopyard.arrays import as_argument, as_tensor, torch_stream
 from hopyard.devices import CPU
 
 _ALIGNMENT = 256
@@ -63,7 +63,7 @@ class Workspaces:
         """
         if self._device != CPU and uses_torch:
             place = None if current else stream
-            return as_tensor(_of_torch(self._size, self._device, place), "workspace")
+            return as_argument(_of_torch(self._size, self._device, place), "workspace")
         try:
             return self._free.setdefault(stream, []).pop()
         except IndexError:  # all of this stream are in use by other threads

@@ -34,12 +34,14 @@ class Row:
         alpha: parameter of the activation, the same for all experts; beta alike.
         zero: all hidden states are zero.
         bias: "gemm1", "gemm2", "both" or "".
-        delta: LoRA delta of a routed operation: "random", "low_rank" or "".
+        delta: LoRA delta of a routed operation: "random", of thin matrices of gate and of up,
+            "two_slices", or with the first one for both, "shared_a"; "" = none.
         given: how the routed operation gets its ids: "packed", "bfloat16", "float32"; "" = not run.
         shared: number of shared experts.
         tail: rows of the replay buffer behind the tokens.
         tactics: every kernel is run, 10 times.
-        four_over_six: scales of NVFP4 are such that blocks end at 6 or at 4.
+        four_over_six: what has NVFP4 scales such that blocks end at 6 or at 4: "hidden", "weights",
+            "both" or "".
     """
 
     group: str
@@ -58,7 +60,7 @@ class Row:
     shared: int = 0
     tail: int = 0
     tactics: bool = False
-    four_over_six: bool = False
+    four_over_six: str = ""
 
     def __str__(self):
         experts, top_k, inter = self.layer
@@ -67,14 +69,18 @@ class Row:
         words += [f"H{self.hidden}I{inter}", self.activation, r.method, r.logits, r.bias]
         words += [self.bias, self.delta, self.given, f"alpha{self.alpha}" if self.alpha else ""]
         words += [f"shared{self.shared}" if self.shared else "", "zero" if self.zero else ""]
-        words += ["4over6" if self.four_over_six else ""]
+        words += [f"4over6_{self.four_over_six}" if self.four_over_six else ""]
         return "-".join(word for word in words if word)
 
     @property
     def key(self):
         """Rows of one key use the same weights."""
         gated = self.activation not in ("relu2", "identity")
-        return self.mode, self.hidden, self.layer[2], gated, self.four_over_six
+        return self.mode, self.hidden, self.layer[2], gated, self.has_four_over_six("weights")
+
+    def has_four_over_six(self, part):
+        """Whether "hidden" or "weights" have such scales."""
+        return self.four_over_six in (part, "both")
 
 
 def group(name, **axes):
@@ -271,7 +277,7 @@ GRID = [
         layer=(128, 8, 1024),
         tokens=[8, 128],
         rule=RENORMALIZE,
-        delta=["random", "low_rank"],
+        delta=["random", "two_slices", "shared_a"],
         given="float32",
     ),
     # routed operations
@@ -283,7 +289,7 @@ GRID = [
         hidden=[1024, 4096],
         rule=Rule("TopK"),
         given="packed",
-        four_over_six=[False, True],
+        four_over_six=["", "hidden", "weights", "both"],
     ),
     *group(
         "routed_fp4",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import numpy as np
@@ -46,6 +47,32 @@ class Elsewhere:
         device = ctypes.cast(_pointer(capsule, _name(capsule)) + 8, ctypes.POINTER(ctypes.c_int32))
         device[0], device[1] = self._device
         return capsule
+
+
+def torch_elsewhere(device, *shape):
+    """A tensor of torch's that says it lies on a GPU, and has no memory."""
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=torch.bfloat16, device=device)
+
+
+def capture_on(monkeypatch, number):
+    """Torch answers as while a stream of this GPU is captured; GPU 0 is the current one."""
+    import torch
+
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(place):
+        current.append(torch.device(place).index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == number)
 
 
 def has_gpu_backend():

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 import autotuner_runners
 import compat_layers as cl
@@ -284,6 +285,41 @@ def test_capture_is_refused(quick, monkeypatch):
         cl.call(case, logits=logits)
     assert measured() == 0
     cl.call(case, logits=logits)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_that_have_no_memory_are_refused_before_anything_is_measured(quick, mode, kind):
+    fakes = FakeTensorMode()
+
+    def hollow(tensor):
+        return tensor.to("meta") if kind == "meta" else fakes.from_tensor(tensor)
+
+    case = cl.make(mode, SIZES, bias="fp4" in mode)
+    logits, packed = cl.logits_of(case), packed_of(case)
+    given = {n: array for n, array in case.arguments.items() if isinstance(array, torch.Tensor)}
+    given["output"] = torch.zeros(16, 256).bfloat16()
+    given["routing_replay_out"] = torch.zeros(16, 4, dtype=torch.int16)
+    assert {"hidden_states", "gemm1_weights", "gemm2_weights"} < set(given)
+    refusals = RuntimeError, ValueError
+    by_torch = AssertionError  # of torch, where an operation rearranges real tensors
+    cl.call(case, logits=logits)  # describes the weights
+    with fi.autotune(True, tuning_buckets=(16,)):
+        for routing in ({"logits": logits}, {"routed": packed}):
+            for name, array in given.items():
+                with pytest.raises(refusals, match=f"{name} .*meta|{name} is a fake tensor"):
+                    cl.call(case, **routing, **{name: hollow(array)})
+            # Of real tensors, but every new one is fake.
+            with (
+                FakeTensorMode(),
+                pytest.raises((*refusals, by_torch), match=r"[Ff]ake ?[Tt]ensor"),
+            ):
+                cl.call(case, **routing)
+        with pytest.raises(refusals, match="topk_ids"):
+            cl.call(case, routed=hollow(packed))
+        assert measured() == 0
+        cl.call(case, logits=logits)
+        assert measured() > 0
 
 
 def test_without_memory_the_usual_kernels_run(quick, monkeypatch, caplog):

@@ -128,7 +128,9 @@ def test_version_and_help() -> None:
 
 
 def test_every_preset_is_explained() -> None:
-    for preset in result("info")["presets"]:
+    presets = result("info")["presets"]
+    assert {"mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "gpt-oss-20b"} <= set(presets)
+    for preset in presets:
         answer = result("explain", preset)
         assert answer["supported"], answer
         assert sum(c["chosen"] for c in answer["candidates"]) == 1

@@ -60,24 +60,21 @@ def parameters():
     return here + [pytest.param(r, *CUDA.values, marks=CUDA.marks, id=f"{r}-cuda") for r in ROWS]
 
 
-@contextlib.contextmanager
+def quantize_4over6(matrix, multiplier, *_, is_sf_swizzled_layout):
+    return ref.quantize_4over6(matrix, multiplier)
+
+
 def quantiser(four_over_six):
     """The tests' NVFP4 quantiser within: the compat package's, or one with 4-over-6 scales."""
-    if not four_over_six:
-        yield
-        return
-
-    def quantize(matrix, multiplier, *_, is_sf_swizzled_layout):
-        return ref.quantize_4over6(matrix, multiplier)
-
-    with mock.patch.object(fi, "fp4_quantize", quantize):
-        yield
+    usual = fi.quantize.fp4_quantize
+    return mock.patch.object(fi, "fp4_quantize", quantize_4over6 if four_over_six else usual)
 
 
 @functools.lru_cache(maxsize=1)
-def pool(device, _four_over_six, *what):
-    """Weights that rows of one key share; made under `quantiser`."""
-    arrays, first, second, multipliers = cl.stored(*what)
+def pool(device, four_over_six, *what):
+    """Weights that rows of one key share."""
+    with quantiser(four_over_six):
+        arrays, first, second, multipliers = cl.stored(*what)
     arrays = {name: cl.move(array, device) for name, array in arrays.items()}
     return arrays, first.to(device), second.to(device), multipliers
 
@@ -93,13 +90,13 @@ def case_of(row, device):
     options = {
         name: [value] * distinct for name in ("alpha", "beta") if (value := getattr(row, name))
     }
-    with quantiser(row.four_over_six):
+    with quantiser(row.has_four_over_six("hidden")):
         case = cl.make(
             row.mode,
             cl.Sizes(row.hidden, inter, distinct, top_k, row.tokens),
             row.activation,
             device=device,
-            weights=functools.partial(pool, device, row.four_over_six),
+            weights=functools.partial(pool, device, row.has_four_over_six("weights")),
             zero=row.zero,
             bias=bool(row.bias),
             **options,
@@ -208,16 +205,21 @@ def by_ids(row, case, call, result):
 
 
 def delta_of(row, case, ids):
-    """A LoRA delta [T, K, 2 * I]: random, or the product of two thin matrices of each expert."""
+    """A LoRA delta [T, K, 2 * I]: random, or two thin matrices of each expert times the token, the
+    first of which gate and up share or have one each. The first token has no adapter."""
     shape = (*ids.shape, 2 * row.layer[2])
     if row.delta == "random":
         return cl.normal(shape, 20, 0.5).to(ids.device)
+    slices = {"two_slices": 2, "shared_a": 1}[row.delta]
     rank, distinct = 16, int(case.places.max()) + 1
-    down = cl.normal((distinct, rank, row.hidden), 21, row.hidden**-0.5).to(ids.device).float()
-    up = cl.normal((distinct, shape[-1], rank), 22, 0.2).to(ids.device).float()
+    down = cl.normal((slices, distinct, rank, row.hidden), 21, row.hidden**-0.5)
+    up = cl.normal((slices, distinct, shape[-1] // slices, rank), 22, 0.2)
+    down, up, x = (part.to(ids.device).float() for part in (down, up, case.x))
     place = case.places.to(ids.device)[ids]
-    inner = torch.einsum("th,tkrh->tkr", case.x.to(ids.device).float(), down[place])
-    return torch.einsum("tkr,tkir->tki", inner, up[place]).bfloat16()
+    inner = torch.einsum("th,stkrh->stkr", x, down[:, place])
+    delta = torch.einsum("stkr,stkir->tksi", inner, up[:, place]).reshape(shape)
+    delta[0] = 0
+    return delta.bfloat16()
 
 
 def with_delta(row, case, ids, weights):

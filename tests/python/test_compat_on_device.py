@@ -7,10 +7,13 @@ What runs for CUDA tensors is torch code, which runs here on CPU tensors, too.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 pytest.importorskip("torch")
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +30,16 @@ V, LAYOUT, MODE = fi.QuantVariant, fi.SfLayout, fi.RoutingInputMode
 class NoWait(TorchDispatchMode):
     """Refuses what would wait for a GPU or copy between it and the host."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal")
+    WAITS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "_unique",
+        "bincount",
+        "equal",
+        "repeat_interleave",
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -41,15 +53,18 @@ class NoWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """CPU tensors take the way of CUDA tensors within the context that this returns."""
+def _host_copy(*_, **__):
+    raise AssertionError("a copy to the host")
 
-    def way():
-        monkeypatch.setattr(ops, "on_host", lambda array: not isinstance(array, torch.Tensor))
-        return NoWait()
 
-    return way
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """CPU tensors take the way of CUDA tensors within, and are read by nothing but torch."""
+    with pytest.MonkeyPatch.context() as patch, NoWait():
+        patch.setattr(ops, "on_host", lambda array: not isinstance(array, torch.Tensor))
+        for name in ("cpu", "numpy", "tolist", "__array__"):
+            patch.setattr(torch.Tensor, name, _host_copy)
+        yield
 
 
 def sources():
@@ -132,7 +147,7 @@ def quantisers(x):
 
 
 @DEVICES
-def test_quantisers_give_the_same_bits_without_a_wait(device, as_on_a_gpu):
+def test_quantisers_give_the_same_bits_without_a_wait(device):
     x = SOURCES["special"].bfloat16()
     wanted = list(quantisers(x))
     moved = x.to(device)
@@ -146,7 +161,7 @@ def test_quantisers_give_the_same_bits_without_a_wait(device, as_on_a_gpu):
 
 @DEVICES
 @pytest.mark.parametrize("scale", [0.0, -1.0, torch.nan, torch.inf])
-def test_a_global_scale_that_nobody_looks_at_makes_nan(scale, device, as_on_a_gpu):
+def test_a_global_scale_that_nobody_looks_at_makes_nan(scale, device):
     x, given = torch.ones(4, 32, device=device), torch.tensor(scale, device=device)
     with as_on_a_gpu():
         results = [
@@ -160,6 +175,40 @@ def test_a_global_scale_that_nobody_looks_at_makes_nan(scale, device, as_on_a_gp
         fi.fp4_quantize(x, torch.ones(2, device=device))
     with pytest.raises(ValueError, match=f"global_scale is {scale}, wanted a finite"):
         fi.fp4_quantize(x, scale)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x[0].item(),
+        lambda x: float(x[0]),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.index_put_((x > 0,), x[0]),
+        lambda x: x.unique(),
+        lambda x: x.unique(dim=0),
+        lambda x: x.int().bincount(),
+        lambda x: x.repeat_interleave(x.int()),
+        lambda x: torch.equal(x, x + 1),
+        # What only has a shape stands for the other device.
+        lambda x: x.to("meta"),
+        lambda x: torch.empty_like(x, device="meta").copy_(x),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: x.tolist(),
+        lambda x: np.asarray(x),
+    ],
+)
+def test_what_waits_is_rejected(wait):
+    """A test of the tests."""
+    with as_on_a_gpu():
+        x = torch.arange(4.0) * 2 + 1
+        with pytest.raises(AssertionError):
+            wait(x)
+        assert x.shape == torch.where(x > 3, x, -x).clone().shape
+    assert x.tolist() == [1, 3, 5, 7]
 
 
 # --- permutation, metadata, packed ids
@@ -245,7 +294,7 @@ def routed(seed, device):
 
 
 @DEVICES
-def test_routing_helpers_give_the_same_without_a_wait(device, as_on_a_gpu):
+def test_routing_helpers_give_the_same_without_a_wait(device):
     wanted = routing_helpers(*routed(1, "cpu"))
     given = routed(1, device)
     with as_on_a_gpu():
@@ -256,7 +305,7 @@ def test_routing_helpers_give_the_same_without_a_wait(device, as_on_a_gpu):
         same_bytes(part, wanted[name])
 
 
-def test_ids_that_cannot_be_packed_are_no_experts_on_a_gpu(as_on_a_gpu):
+def test_ids_that_cannot_be_packed_are_no_experts_on_a_gpu():
     ids = torch.tensor([[3, 40000, -32769, -1]], dtype=torch.int32)
     with as_on_a_gpu():
         packed = fi.pack_topk_ids(ids, -torch.ones(1, 4))

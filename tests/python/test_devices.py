@@ -12,7 +12,7 @@ import pytest
 
 import hopyard
 import layers
-from elsewhere import Elsewhere, has_gpu_backend
+from elsewhere import Elsewhere, capture_on, has_gpu_backend, torch_elsewhere
 from hopyard import arrays, devices
 from hopyard._library import lib
 
@@ -159,6 +159,14 @@ def test_streams_are_handles():
     for stream in (-1, 1.5, SimpleNamespace(cuda_stream=3)):
         with pytest.raises(ValueError, match="wanted the handle of a CUDA stream as an int"):
             devices.stream_of(0, stream, uses_torch=True)
+
+
+def test_a_capture_is_asked_of_the_device_of_the_tensor(monkeypatch):
+    torch = pytest.importorskip("torch")
+    capture_on(monkeypatch, 1)
+    assert devices.is_capturing(torch_elsewhere("cuda:1", 2))
+    for other in (torch_elsewhere("cuda:0", 2), torch.zeros(2), np.zeros(2)):
+        assert not devices.is_capturing(other)
 
 
 def test_arrays_are_asked_for_the_stream_that_uses_them():

@@ -275,13 +275,14 @@ def test_tensors_without_memory_are_refused_after_right_calls():
     torch = pytest.importorskip("torch")
     layer, data = layers.make(num_threads=1)
     hidden, logits = as_torch(data.bits), as_torch(data.logits)
-    layer(hidden, logits=logits)
-    for change in (logits.to("meta"), logits.to_sparse()):
-        with pytest.raises(ValueError, match=r"logits of dtype float32 cannot be shared through D"):
-            layer(hidden, logits=change)
-    with pytest.raises(ValueError, match="hidden of dtype bfloat16 cannot be shared through DLPac"):
+    wanted = layer(hidden, logits=logits)
+    with pytest.raises(ValueError, match="logits is a meta tensor, which has no memory; wanted"):
+        layer(hidden, logits=logits.to("meta"))
+    with pytest.raises(ValueError, match="logits of dtype float32 cannot be shared through DLPack"):
+        layer(hidden, logits=logits.to_sparse())
+    with pytest.raises(ValueError, match="hidden is a meta tensor, which has no memory; wanted"):
         layer(hidden.to("meta"), logits=logits)
-    assert torch.equal(layer(hidden, logits=logits), layer(hidden, logits=logits))
+    assert torch.equal(layer(hidden, logits=logits), wanted)
 
 
 @pytest.mark.usefixtures("no_torch_as_it_is")
@@ -421,10 +422,10 @@ def count_calls(run):
 
 @pytest.mark.parametrize(("name", "most"), [("torch", 60), ("numpy", 100)])
 def test_a_call_is_a_few_calls(name, most):
-    """What bench_overhead.py times, counted: 40 and 79; with maps for arguments 93 and 157. Tensors
+    """What bench_overhead.py times, counted: 42 and 81; with maps for arguments 93 and 157. Tensors
     of torch before 2.10, which has no fast export, take 99."""
     make = KINDS[name]
-    if name == "torch" and not arrays._exports_every_dtype(sys.modules["torch"]):
+    if name == "torch" and not arrays._exports_every_dtype(pytest.importorskip("torch")):
         most = 110
     layer, data = layers.make(num_threads=1)
     ids, weights = hopyard.route(data.logits, layer.spec.routing, K)

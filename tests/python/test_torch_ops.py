@@ -336,6 +336,47 @@ def test_meta_and_fake_tensors_reach_no_kernel(monkeypatch):
         check(*fakes, lambda result: isinstance(result, FakeTensor))
 
 
+@needs_gpu
+def test_a_compiler_puts_the_operator_into_its_own_cuda_graph():
+    """Inductor's: a warm-up, a capture and replays; nothing keeps the operator out of them."""
+    from torch._dynamo.utils import counters
+
+    with torch.no_grad():
+        case = Case("cuda")
+        counters.clear()
+        compiled = torch.compile(
+            lambda hidden, logits: OPS.moe(hidden * 1, case.handle, logits=logits) * 1,
+            fullgraph=True,
+            mode="reduce-overhead",
+        )
+        for seed in range(5):
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.manual_seed(seed)
+            hidden, logits = torch.randn_like(case.hidden), torch.randn_like(case.logits)
+            output = compiled(hidden, logits).clone()
+            assert torch.equal(output, case.layer(hidden, logits=logits))
+        assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def refuse_without_memory(case):
+    """A layer's own call and `route` refuse meta and fake tensors, each argument by its name."""
+    mode = FakeTensorMode()
+    count = torch.tensor(3, dtype=torch.int32, device=case.hidden.device)
+    options = {"logits": case.logits, "num_tokens": count, "replay_out": case.replay()}
+    for kind, without in (("meta", lambda x: x.to("meta")), ("fake", mode.from_tensor)):
+        message = "{} is a " + kind + " tensor, which has no memory; wanted one with values"
+        with pytest.raises(ValueError, match=message.format("hidden")):
+            case.layer(without(case.hidden), logits=case.logits)
+        for name, value in options.items():
+            with pytest.raises(ValueError, match=message.format(name)):
+                case.layer(case.hidden, **options | {name: without(value)})
+        rule = case.layer.spec.routing
+        with pytest.raises(ValueError, match=message.format("num_tokens")):
+            hopyard.route(case.logits, rule, 2, num_tokens=without(count))
+    with mode, pytest.raises(ValueError, match="output is a fake tensor"):
+        case.layer(case.hidden, logits=case.logits)
+
+
 @pytest.mark.parametrize("tuning", [hopyard.autotune, fi.autotune])
 def test_tuning_meets_no_tensor_without_memory(tuning, case):
     """What crashed FlashInfer: tuning on, and tensors without memory on the way to the call."""
@@ -357,10 +398,7 @@ def test_tuning_meets_no_tensor_without_memory(tuning, case):
             with mode:
                 hidden, logits = (mode.from_tensor(tensor) for tensor in given)
                 assert isinstance(run(hidden, case.handle, logits), FakeTensor)
-        with pytest.raises(ValueError, match="hidden"):
-            case.layer(case.hidden.to("meta"), logits=case.logits)
-        with pytest.raises(ValueError, match="logits"):
-            case.layer(case.hidden, logits=case.logits.to("meta"))
+        refuse_without_memory(case)
         assert measured() == before
         results = torch.library.opcheck(OPS.moe.default, *operator_calls(case)["moe"])
         assert set(results.values()) == {"SUCCESS"}
@@ -376,14 +414,7 @@ def test_tuning_meets_no_tensor_without_memory(tuning, case):
 
 def test_a_layer_refuses_tensors_without_memory():
     """Called directly, without the operator."""
-    case = Case()
-    with pytest.raises(ValueError, match="hidden"):
-        case.layer(case.hidden.to("meta"), logits=case.logits)
-    with pytest.raises(ValueError, match="logits"):
-        case.layer(case.hidden, logits=case.logits.to("meta"))
-    fake = FakeTensorMode().from_tensor(case.hidden)
-    with pytest.raises(ValueError, match="hidden_states has a null pointer"):
-        case.layer(fake, logits=case.logits)
+    refuse_without_memory(Case())
 
 
 def test_gradients_are_refused():

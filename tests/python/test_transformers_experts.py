@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 import hf_models as hf  # noqa: E402
 from devices import DEVICES  # noqa: E402
+from elsewhere import capture_on, torch_elsewhere  # noqa: E402
 from hf_forced import forced_routing  # noqa: E402
 from hopyard.integrations import experts as integration  # noqa: E402
 from hopyard.integrations import transformers as hooks  # noqa: E402
@@ -497,18 +498,20 @@ def test_routers_that_are_not_known_are_refused():
         rule_of(torch.nn.Linear(2, 2))
 
 
-def test_a_capture_is_refused(monkeypatch):
-    """A CUDA graph's replays run no Python, so that they would record and force nothing."""
+@pytest.mark.parametrize("captured", [0, 1])
+def test_a_capture_is_refused(captured, monkeypatch):
+    """A CUDA graph's replays run no Python, so that they would record and force nothing; but what
+    is captured on another device has no say."""
     model = make("mixtral")
     tokens = tokens_for(model)
     with hopyard.record_routing(model) as record:
         model(tokens)
     key = id(moe_experts(model)[0])
-    hidden, logits = torch.zeros(24, 64).bfloat16(), torch.zeros(24, 8)
-    ids, weights = torch.zeros(24, 2, dtype=torch.int64), torch.zeros(24, 2)
+    hidden, logits, ids, weights = (
+        torch_elsewhere(f"cuda:{captured}", 24, width) for width in (64, 8, 2, 2)
+    )
     replaying = hopyard.replay_routing(model, record.ids)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    capture_on(monkeypatch, captured)
     message = "hopyard.{} is active while a CUDA graph is captured"
     with (
         hopyard.record_routing(model),
@@ -517,3 +520,6 @@ def test_a_capture_is_refused(monkeypatch):
         hooks._run_experts(hidden, ids, weights, key, "hopyard")
     with pytest.raises(RuntimeError, match=message.format("replay_routing")), replaying:
         hooks._run_replay(logits, ids, weights, key)
+    with hopyard.record_routing(model) as again, hopyard.replay_routing(model, record.ids):
+        model(tokens)  # on the CPU
+    assert torch.equal(again.ids, record.ids)

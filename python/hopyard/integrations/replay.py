@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
+from hopyard.devices import is_capturing
 from hopyard.routing import route
 from hopyard.spec import RoutingRule
 
 
-def require_no_capture(name: str) -> None:
-    """Refuse a CUDA graph's capture: its replays run no Python.
+def require_no_capture(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a CUDA graph's capture on the tensor's GPU: its replays run no Python.
 
     Raises:
         RuntimeError: naming the function.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if is_capturing(tensor):
         raise RuntimeError(
             f"hopyard.{name} is active while a CUDA graph is captured, but the graph's replays run "
             "no Python; run the model without CUDA graphs, or call a layer with replay_out"

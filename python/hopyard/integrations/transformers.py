@@ -267,7 +267,7 @@ def _run_experts(
         state.replay.require_forced(ids.shape[0])
     if not state.recorders:
         return state(hidden, ids, weights)
-    require_no_capture("record_routing")
+    require_no_capture("record_routing", hidden)
     chosen = torch.empty(ids.shape, dtype=torch.int16, device=hidden.device)
     load = torch.zeros(state.num_experts, dtype=torch.int64, device=hidden.device)
     output = state(hidden, ids, weights, replay_out=chosen, load_out=load)
@@ -283,7 +283,7 @@ def _run_replay(
     if replay is None:
         contiguous = {"memory_format": torch.contiguous_format}
         return ids.clone(**contiguous), weights.clone(**contiguous)
-    require_no_capture("replay_routing")
+    require_no_capture("replay_routing", logits)
     return replay.force(logits, ids, weights)
 
 

@@ -8,8 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hopyard.arrays import is_torch
-from hopyard.compat.flashinfer import ops
+from hopyard.arrays import is_torch, without_memory
 from hopyard.compat.flashinfer.autotuner_config import (
     DynamicDim,
     OptimizationProfile,
@@ -94,7 +93,7 @@ def require_memory(inputs: Sequence[Any]) -> None:
         RuntimeError: a meta or fake tensor.
     """
     for index, value in enumerate(inputs):
-        kind = ops.without_memory(value)
+        kind = without_memory(value)
         if kind:
             raise RuntimeError(
                 f"input {index} is a {kind} tensor, which has no memory and cannot be measured "

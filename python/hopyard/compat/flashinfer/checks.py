@@ -7,8 +7,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hopyard.arrays import Array, dtype_name
+from hopyard.arrays import (
+    Array,
+    dtype_name,
+    gradients_enabled,
+    refuse_backward,
+    without_memory,
+)
 from hopyard.compat.flashinfer import ops
+from hopyard.compat.flashinfer.signature import Arguments
 
 
 class MissingArgument(AssertionError, RuntimeError):
@@ -81,9 +88,24 @@ def check_contiguous(array: Array, name: str, error: type[Exception] = RuntimeEr
         )
 
 
+def refuse_gradients(a: Arguments) -> None:
+    """Refuse tensors that require grad where gradients are enabled: the results have none.
+
+    Raises:
+        NotImplementedError: naming the function and the tensor.
+    """
+    if not gradients_enabled():
+        return
+    arrays = dict(vars(a))
+    given = arrays.get("topk_ids")
+    if isinstance(given, (tuple, list)):
+        arrays["expert_weights"] = given[-1]
+    refuse_backward(a.operation, arrays)
+
+
 def require_memory(array: Array, name: str) -> None:
     """Refuse torch's meta and fake tensors, which have no elements to compute with."""
-    kind = ops.without_memory(array)
+    kind = without_memory(array)
     if kind:
         raise WithoutMemory(
             f"{name} is a {kind} tensor, which has no memory; wanted one with values. These "

@@ -87,8 +87,10 @@ def problem_of(a: Arguments, hidden_size: int) -> Problem:
     """Check and collect the sizes of a call.
 
     Raises:
+        NotImplementedError: gradients are enabled and an argument requires one.
         RuntimeError: sizes or ranges that mean nothing.
     """
+    checks.refuse_gradients(a)
     checks.check_ndim(a.hidden_states, "hidden_states", 2)
     checks.require_memory(a.hidden_states, "hidden_states")
     experts, top_k = int(a.num_experts), int(a.top_k)

@@ -23,7 +23,7 @@ import hopyard
 from hopyard.arrays import Array, is_torch
 from hopyard.autotune import options_of, path_of
 from hopyard.compat.flashinfer import autotuner_moe as tuned
-from hopyard.compat.flashinfer import ops
+from hopyard.compat.flashinfer import checks, ops
 from hopyard.devices import torch_module
 
 _MAX_PLANS = 32
@@ -218,8 +218,10 @@ def run(
         call: arguments of `hopyard.MoeLayer`.
 
     Raises:
+        NotImplementedError: the result has no memory, as under a mode of fake tensors.
         RuntimeError: what the library refuses; new arrays while a stream is captured.
     """
+    checks.require_memory(call["rows_out" if "rows_out" in call else "out"], "the result")
     capacity = _capacity(ops.shape_of(hidden)[0])
     device = ops.place_of(hidden)
     kernel = getattr(_local, "tactic", "")

@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from hopyard.arrays import Array, dtype_name, from_bf16, is_torch, to_bf16
-from hopyard.devices import torch_module
+from hopyard.devices import is_capturing, torch_module
 
 _NUMPY_NAMES = {"uint16": "bfloat16", "uint8": "bytes"}
 _BYTE_TYPES = ("float8_e4m3fn", "float8_e8m0fnu", "uint8")
@@ -53,17 +52,6 @@ def place_of(array: Array) -> str:
 def on_host(array: Any) -> bool:
     """Whether an array, or a number, lies in host memory."""
     return not is_torch(array) or array.device.type == "cpu"
-
-
-def without_memory(array: Array) -> str:
-    """ "meta" or "fake" for torch tensors that only have a shape, "" for all other arrays."""
-    if not is_torch(array):
-        return ""
-    # A fake tensor exists only where this module of torch was imported.
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
-    if fake is not None and isinstance(array, fake.FakeTensor):
-        return "fake"
-    return "meta" if array.is_meta else ""
 
 
 @functools.cache
@@ -202,15 +190,6 @@ def divide(left: Array, right: Array, out: Array) -> None:
 def multiply(left: Array, right: Array, out: Array) -> None:
     """`out = left * right`."""
     (torch_module().mul if is_torch(out) else np.multiply)(left, right, out=out)
-
-
-def is_capturing(array: Array) -> bool:
-    """Whether the current stream of the array's GPU is being captured."""
-    if not is_torch(array) or array.device.type != "cuda":
-        return False
-    torch = torch_module()
-    with torch.cuda.device(array.device):  # torch answers for the current device
-        return bool(torch.cuda.is_current_stream_capturing())
 
 
 def _refuse_capture(array: Array) -> None:

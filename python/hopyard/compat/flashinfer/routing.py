@@ -106,6 +106,7 @@ def fused_topk_deepseek(a: Arguments) -> None:
     Raises:
         ValueError, RuntimeError: as FlashInfer; `hopyard.fused_topk_deepseek` has no such limits.
     """
+    checks.refuse_gradients(a)
     want(
         a.backend in ("default", "cake"),
         f"backend is {a.backend!r}, wanted 'default' or 'cake'",
@@ -186,7 +187,9 @@ def hash_topk(a: Arguments) -> tuple[Array, Array]:
 
     Raises:
         ValueError: any wrong argument.
+        NotImplementedError: gradients are enabled and an argument requires one.
     """
+    checks.refuse_gradients(a)
     tokens, experts, top_k = _check_hash(a)
     ids, weights = hopyard.route(
         a.router_logits,
@@ -373,6 +376,7 @@ def trtllm_gen_routing(a: Arguments) -> TrtllmGenRoutingResult:
     Raises:
         ValueError, RuntimeError: as FlashInfer.
     """
+    checks.refuse_gradients(a)
     method = _check_gen_routing(a)
     experts = ops.shape_of(a.routing_logits)[1]
     local = experts if a.local_num_experts is None else int(a.local_num_experts)
