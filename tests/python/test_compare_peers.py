@@ -148,3 +148,16 @@ def test_fp8_is_compared_at_the_same_scale_granularity(tmp_path, capsys):
         "DeepGEMM",
         "triton_kernels (per-tensor)",
     ]
+
+
+def test_a_target_is_one_whether_weights_are_packed_or_not(tmp_path, capsys):
+    fp4 = {"weights": "mxfp4", "activations": "bf16", "model": "gpt-oss-120b", "tokens": 16384}
+    slow = line(**fp4, median_us=6800.0, floor_us=4586.0)
+    fast = slow | {"packed": True, "median_us": 6000.0}
+    assert run(tmp_path, [slow, fast], "--check") == 0
+    shown = capsys.readouterr().out
+    assert "mxfp4 x bf16" in shown
+    assert "mxfp4 packed x bf16" in shown
+    assert "1 of 1 targets met" in shown
+    assert run(tmp_path, [slow, fast | {"median_us": 6700.0}], "--check") == 1
+    assert "0 of 1 targets met" in capsys.readouterr().out
