@@ -87,7 +87,8 @@ struct WeightsDesc {
   // same bits. Update writes into the copy. Other formats of the layer stay as they are; a layer
   // without those two, or weights on the CPU, are an Error.
   bool packed = false;
-  // Keeps alive what `packed` makes dispensable: values and scales. Released then; may be null.
+  // Keeps alive what `packed` makes dispensable: values and scales. Released then, unless shared
+  // experts of another format are read from there as well; may be null.
   std::shared_ptr<const void> codes_owner;
 };
 

@@ -218,7 +218,8 @@ class Weights:
         shared: matrices of `spec.shared.count` shared experts.
         packed: of "mxfp4" and "nvfp4" weights on a GPU (`can_pack`): copy codes and block scales
             into memory of the library's own, in the order in which its kernels are the fastest. The
-            arrays of codes and scales are then let go of, and a later write to them is not seen;
+            arrays of codes and scales are then let go of (unless shared experts of another format
+            keep them all), and a later write to them is not seen;
             `update` writes into the copy. Biases, global scales and parameters are read where they
             lie. The layer's results are the same bits. The copy takes as many bytes as codes and
             scales, up to 5 % more where H or I are no multiples of 256.

@@ -283,6 +283,12 @@ int64_t MatrixBytes(const MatrixRef& ref) {
   return bytes + (rule.per_row_scale ? ref.rows * 4 : 0);
 }
 
+// Nothing of what `codes_owner` holds is read once the weights are packed.
+bool HasOnlyPackedCodes(const MoeSpec& spec) {
+  return formats::HasPackedOrder(spec.weights) &&
+         (spec.shared.count == 0 || formats::HasPackedOrder(spec.shared.weights));
+}
+
 }  // namespace
 
 Weights::Weights() = default;
@@ -310,7 +316,7 @@ Weights::Weights(const MoeSpec& spec, WeightsDesc desc) : impl_(std::make_shared
   impl_->gemm1_input_scale = kept.routed.gemm1_input_scale.as<float>();
   if (on_gpu) {
     impl_->sm90 = sm90::FindBackend()->MakeWeights(*impl_);
-    if (impl_->desc.packed) {
+    if (kept.packed && HasOnlyPackedCodes(spec)) {
       impl_->desc.codes_owner.reset();
     }
   }

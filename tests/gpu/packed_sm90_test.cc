@@ -367,6 +367,23 @@ TEST(GpuPackedWeights, LetGoOfTheCodes) {
   ExpectSame(RunOnGpu(packed, inputs.get()), TwinLayer(source).Run(inputs));
 }
 
+// Shared experts of another format are read where they came from.
+TEST(GpuPackedWeights, KeepCodesThatAreNotPacked) {
+  HOPYARD_NEEDS_PACKED_KERNELS();
+  MoeSpec spec = SmallSpec(WeightFormat::kMxFp4, ActivationFormat::kBf16);
+  spec.shared = {2, false, 0.5F, WeightFormat::kFp8Block128};
+  const WeightSource source = SourceOf(spec);
+  const LayerWeights storage(source);
+  WeightsDesc desc = CopyWeights(storage.desc(), kGpu);
+  desc.packed = true;
+  const std::weak_ptr<const void> codes = desc.codes_owner;
+  const Weights packed(spec, std::move(desc));
+  EXPECT_FALSE(codes.expired());
+  LayerInputs inputs(spec, 9);
+  inputs.Logits();
+  ExpectSame(RunOnGpu(packed, inputs.get()), TwinLayer(source).Run(inputs));
+}
+
 TEST(GpuPackedWeights, OtherFormatsAreRefusedByName) {
   HOPYARD_NEEDS_GPU();
   const WeightSource source = SourceOf(SmallSpec(WeightFormat::kMxInt4, ActivationFormat::kBf16));
