@@ -84,8 +84,9 @@ struct WeightsDesc {
   // library's own, in the order in which its kernels are the fastest (docs/hopper.md), and reads
   // the copy from then on. The given ones may be freed or overwritten once Weights is constructed;
   // all else (biases, global scales, parameters) is read where it lies, as ever. Results are the
-  // same bits. Update writes into the copy. Other formats of the layer stay as they are; a layer
-  // without those two, or weights on the CPU, are an Error.
+  // same bits, unless a plan has a kernel that divides K: its twin for packed weights does not.
+  // Update writes into the copy. Other formats of the layer stay as they are; a layer without those
+  // two, or weights on the CPU, are an Error.
   bool packed = false;
   // Keeps alive what `packed` makes dispensable: values and scales. Released then, unless shared
   // experts of another format are read from there as well; may be null.

@@ -56,9 +56,10 @@ class LoadedLayer:
     def to(self, device: Device, *, packed: bool = False) -> LoadedLayer:
         """This layer with weights and routing bias on a device; see `Weights.to`."""
         index = parse_device(device, self.weights._device)
+        weights = self.weights.to(device_name(index), packed=packed)
         if index == self.weights._device:
             return self
-        moved = replace(self, weights=self.weights.to(device_name(index), packed=packed))
+        moved = replace(self, weights=weights)
         torch = torch_module()
         if torch is None:
             return replace(moved, routing_bias=_on_gpu(self.routing_bias, index))

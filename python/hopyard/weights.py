@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from hopyard._library import lib
 from hopyard.arrays import Array, as_tensor, is_read_only, is_torch, require_not_float32
-from hopyard.devices import Device, device_name, parse_device, stream_of
+from hopyard.devices import CPU, Device, device_name, parse_device, stream_of
 from hopyard.formats import Quantized
 from hopyard.spec import MoeSpec, WeightFormat, spec_to_map
 
@@ -191,7 +191,8 @@ def can_pack(spec: MoeSpec) -> bool:
 
     Returns:
         True where its local experts, shared ones or both are "mxfp4" or "nvfp4", the latter with
-        other activations than "fp8_per_token".
+        other activations than "fp8_per_token". Builds with HOPYARD_KERNELS=dev have none all the
+        same.
     """
     formats = {spec.weights, *([spec.shared.weights] if spec.shared.count > 0 else [])}
     refused = "nvfp4" in formats and spec.activations == "fp8_per_token"
@@ -221,8 +222,10 @@ class Weights:
             arrays of codes and scales are then let go of (unless shared experts of another format
             keep them all), and a later write to them is not seen;
             `update` writes into the copy. Biases, global scales and parameters are read where they
-            lie. The layer's results are the same bits. The copy takes as many bytes as codes and
-            scales, up to 5 % more where H or I are no multiples of 256.
+            lie. The layer's results are the same bits, unless its plan has a kernel that divides K
+            ("_k4"), whose twin for packed weights does not. The copy takes as many bytes as codes
+            and scales with I rounded up to 128, H to 256 and what is summed over to 128: 6 % more
+            for 2880 x 2880, a third for I = 192.
 
     Raises:
         ValueError: naming the array, what it is and what was wanted; `packed` of weights on the
@@ -291,9 +294,13 @@ class Weights:
         index = parse_device(device, self._device)
         if index == self._device:
             if packed and "packed" not in vars(self.orders).values():
+                remedy = (
+                    'copy them to a GPU, .to("cuda", packed=True)'
+                    if index == CPU
+                    else "make them with Weights(..., packed=True), or copy them from the host"
+                )
                 raise ValueError(
-                    f"packed=True, but these weights lie on {self.device} as they are; make them "
-                    "with Weights(..., packed=True), or copy them from the host"
+                    f"packed=True, but these weights lie on {self.device} as they are; {remedy}"
                 )
             return self
         handle = lib.copy_weights(self._handle, index, packed)

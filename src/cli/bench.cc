@@ -103,7 +103,9 @@ class RotatingWeights {
   }
 
   void CopyToGpu(const Session& session, const GpuInfo& gpu) {
-    const int64_t bytes = std::max<int64_t>(LayerBytes(session.spec()), 1);
+    // Where codes are packed they lie there twice.
+    const int64_t copies = session.layer().packed ? 2 : 1;
+    const int64_t bytes = std::max<int64_t>(copies * LayerBytes(session.spec()), 1);
     const int64_t fitting = std::max<int64_t>(gpu.free_bytes / 2 / bytes, 1);
     const int64_t wanted = std::min(Copies(gpu.l2_bytes, bytes), fitting);
     for (int64_t i = 0; i < wanted; ++i) {
@@ -240,6 +242,7 @@ void PrintPoint(const Point& point, const Session& session, const Ceilings& ceil
                  {"threads", session.threads()}});
   } else {
     line["gpu"] = GpuInfoOf(device.index).name;
+    line["packed"] = session.layer().packed;
   }
   PrintJson(line);
 }
@@ -254,6 +257,7 @@ void BenchFormat(const BenchOptions& options, const LayerRequest& request,
   plan_options.max_tokens = *std::max_element(options.tokens.begin(), options.tokens.end());
   plan_options.num_threads = options.threads;
   const Device device = ParseDevice(options.device);
+  CheckPacked(plan, device);
   (void)MakePlan(plan.spec, device, plan_options);
   Session session(LoadLayer(plan, request.seed), plan_options, device);
   std::optional<Plan> untuned;

@@ -18,6 +18,7 @@
 #include "cli/spec_file.h"
 #include "core/error.h"
 #include "core/host_memory.h"
+#include "formats/format_rules.h"
 
 namespace hopyard::cli {
 namespace {
@@ -244,6 +245,20 @@ LayerPlan ResolveLayer(const LayerRequest& request) {
   ApplyFormats(request, &plan);
   plan.packed = request.packed;
   return plan;
+}
+
+void CheckPacked(const LayerPlan& plan, Device device) {
+  if (!plan.packed) {
+    return;
+  }
+  HOPYARD_CHECK(device.kind != DeviceKind::kCpu, kInvalidArgument)
+      << "--packed is for weights on a GPU, the CPU reads them as they are; add --device cuda";
+  const bool any =
+      formats::HasPackedOrder(plan.spec.weights) ||
+      (plan.spec.shared.count > 0 && formats::HasPackedOrder(plan.spec.shared.weights));
+  HOPYARD_CHECK(any, kInvalidArgument)
+      << "--packed is for mxfp4 and nvfp4 weights, these are " << ToString(plan.spec.weights)
+      << "; leave it out, or add --weights mxfp4";
 }
 
 int64_t LoadBytes(const LayerPlan& plan) {

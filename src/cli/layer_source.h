@@ -36,7 +36,7 @@ struct LayerRequest {
 // out, which is then the command's to check.
 void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights,
                      bool without_target = false);
-// For commands that run the layer.
+// For commands that run the layer, which call CheckPacked before they load it.
 void AddPackedOption(CLI::App& command, LayerRequest* request);
 
 // The layer without its weights in memory.
@@ -64,6 +64,9 @@ struct LoadedLayer {
   std::vector<float> routing_bias;          // [E] or empty
   bool packed = false;                      // on a GPU
 };
+
+// Throws Error where --packed asks for what Weights on the device refuse.
+void CheckPacked(const LayerPlan& plan, Device device);
 
 // Bytes that LoadLayer will allocate.
 [[nodiscard]] int64_t LoadBytes(const LayerPlan& plan);

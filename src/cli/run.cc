@@ -185,6 +185,7 @@ int Run(const RunOptions& options, bool json) {
   PlanOptions plan_options;
   plan_options.max_tokens = std::max<int64_t>(tokens.count, 1);
   plan_options.num_threads = options.threads;
+  CheckPacked(plan, device);
   (void)MakePlan(plan.spec, device, plan_options);
   std::optional<Session> session;
   std::vector<float> logits;

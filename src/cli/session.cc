@@ -81,8 +81,6 @@ Session::Session(LoadedLayer layer, const PlanOptions& options, Device device)
   const bool on_host = device.kind == DeviceKind::kCpu;
   const int64_t max_tokens = options.max_tokens;
   PlanOptions of_layer = options;
-  HOPYARD_CHECK(!layer_.packed || !on_host, kInvalidArgument)
-      << "--packed is for weights on a GPU, the CPU reads them as they are; add --device cuda";
   of_layer.weight_orders = OrdersOf(layer_.spec, OnDevice(layer_, on_host));
   plan_ = MakePlan(layer_.spec, device, of_layer);
   if (NeedsStaticScales(layer_.spec.activations)) {

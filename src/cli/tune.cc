@@ -96,6 +96,7 @@ std::string StatusText(const TuneProgress& progress) {
 TuningTable Measure(const Options& options, const LayerPlan& plan, std::vector<TuningTime>* times) {
   const Device device = ParseDevice(options.device);
   const PlanOptions plan_options = PlanOptionsOf(options);
+  CheckPacked(plan, device);
   (void)MakePlan(plan.spec, device, plan_options);  // refuses before weights are loaded
   Session session(LoadLayer(plan, options.layer.seed), plan_options, device);
   const Tokens tokens = RandomTokens(64, plan.spec.hidden_size, options.layer.seed);

@@ -409,11 +409,10 @@ TEST(GpuPackedWeights, PairsWithoutAKernelAreRefusedByName) {
   desc.packed = true;
   const Caught caught = CatchError([&] { const Weights weights(source.spec, desc); });
   EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
-  EXPECT_EQ(
-      caught.message.rfind("weights.routed: this build has no kernel for packed nvfp4 weights "
-                           "in place of nvfp4_",
-                           0),
-      0U)
+  EXPECT_EQ(caught.message.rfind("weights.routed: there is no kernel for packed nvfp4 weights "
+                                 "in place of nvfp4_",
+                                 0),
+            0U)
       << caught.message;
 }
 

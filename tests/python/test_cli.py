@@ -539,6 +539,16 @@ def test_unsupported_pair_is_refused_before_work() -> None:
     assert text.startswith("Unsupported: ")
 
 
+@pytest.mark.parametrize("command", ["run", "bench", "tune"])
+def test_packing_that_cannot_be_is_refused_before_work(command: str) -> None:
+    # A layer that takes minutes to make.
+    text = refusal(command, "deepseek-v3", "--weights", "mxfp4", "--packed")
+    assert "--packed is for weights on a GPU" in text
+    assert text.endswith("add --device cuda")
+    text = refusal(command, "deepseek-v3", "--weights", "bf16", "--packed", "--device", "cuda")
+    assert "--packed is for mxfp4 and nvfp4 weights, these are bf16" in text
+
+
 def test_too_little_memory() -> None:
     info = result("info")
     explained = result("explain", "kimi-k2", "--weights", "bf16")

@@ -486,6 +486,8 @@ def test_a_layer_of_a_checkpoint(tmp_path, bf16):
     assert loaded.weights.device == "cuda:0"
     assert loaded.router_weight.is_cuda
     on_cpu = hopyard.load_layer(tmp_path, 0)
+    with pytest.raises(ValueError, match="packed=True, but these weights lie on cpu as they are"):
+        hopyard.load_layer(tmp_path, 0, packed=True)
     assert on_cpu.to("cuda:0").weights.device == "cuda:0"
     hidden, _ = arrays_of(bf16)
     logits = loaded.router_logits(hidden)

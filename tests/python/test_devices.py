@@ -354,6 +354,8 @@ def test_weights_on_the_cpu_are_not_packed(weights, message):
         hopyard.Weights(spec, hopyard.ExpertWeights(**made), packed=True)
     plain = hopyard.Weights(spec, hopyard.ExpertWeights(**made))
     assert set(vars(plain.orders).values()) == {"k_major"}
+    with pytest.raises(ValueError, match=r"lie on cpu as they are; copy them to a GPU"):
+        plain.to("cpu", packed=True)
 
 
 def test_what_can_be_packed():

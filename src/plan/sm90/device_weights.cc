@@ -265,8 +265,9 @@ void CheckPackable(WeightFormat weights, const gemm::sm90::LayerOperands& operan
     const bool used = gemm::sm90::Runs(i, weights, operands.x, gated) ||
                       gemm::sm90::Runs(i, weights, operands.h, false);
     HOPYARD_CHECK(kernel.packed || !used || gemm::sm90::PackedTwin(i) >= 0, kUnsupported)
-        << "weights." << name << ": this build has no kernel for packed " << ToString(weights)
-        << " weights in place of " << kernel.name << "; make Weights without packed";
+        << "weights." << name << ": there is no kernel for packed " << ToString(weights)
+        << " weights in place of " << kernel.name
+        << " (HOPYARD_KERNELS=dev has none at all); make Weights without packed";
   }
 }
 

@@ -152,16 +152,20 @@ void ListByNameOnly(const MoeSpec& spec, const std::vector<Role>& roles,
   }
 }
 
-// Kernels that take the place of others in a GEMM of packed weights.
+// Kernels that take the place of others in a GEMM of packed weights; none for a group of experts
+// that cannot be packed, whose two GEMMs are `roles` 2 i and 2 i + 1.
 void ListPacked(const std::vector<Role>& roles, std::vector<Candidate>* candidates) {
   std::map<int, std::string> replaced;
-  for (const Role& role : roles) {
-    for (const int kernel : role.kernels) {
-      if (const int twin = PackedTwin(kernel); twin >= 0) {
-        std::string& names = replaced[twin];
-        const std::string name(KernelAt(kernel).name);
-        names += names.find(name) == std::string::npos ? (names.empty() ? "" : ", ") + name : "";
-      }
+  for (size_t group = 0; group + 1 < roles.size(); group += 2) {
+    std::set<int> kernels(roles[group].kernels.begin(), roles[group].kernels.end());
+    kernels.insert(roles[group + 1].kernels.begin(), roles[group + 1].kernels.end());
+    if (!std::all_of(kernels.begin(), kernels.end(),
+                     [](int kernel) { return PackedTwin(kernel) >= 0; })) {
+      continue;
+    }
+    for (const int kernel : kernels) {
+      std::string& names = replaced[PackedTwin(kernel)];
+      names += (names.empty() ? "" : ", ") + std::string(KernelAt(kernel).name);
     }
   }
   for (const auto& [twin, names] : replaced) {
