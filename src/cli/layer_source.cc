@@ -18,7 +18,6 @@
 #include "cli/spec_file.h"
 #include "core/error.h"
 #include "core/host_memory.h"
-#include "formats/format_rules.h"
 
 namespace hopyard::cli {
 namespace {
@@ -253,9 +252,10 @@ void CheckPacked(const LayerPlan& plan, Device device) {
   }
   HOPYARD_CHECK(device.kind != DeviceKind::kCpu, kInvalidArgument)
       << "--packed is for weights on a GPU, the CPU reads them as they are; add --device cuda";
-  const bool any =
-      formats::HasPackedOrder(plan.spec.weights) ||
-      (plan.spec.shared.count > 0 && formats::HasPackedOrder(plan.spec.shared.weights));
+  WeightsDesc packed;
+  packed.packed = true;
+  const WeightOrders orders = OrdersOf(plan.spec, packed);
+  const bool any = orders.gemm1 == ReadOrder::kPacked || orders.shared_gemm1 == ReadOrder::kPacked;
   HOPYARD_CHECK(any, kInvalidArgument)
       << "--packed is for mxfp4 and nvfp4 weights, these are " << ToString(plan.spec.weights)
       << "; leave it out, or add --weights mxfp4";
