@@ -18,6 +18,7 @@ constexpr double kBound = 0.1;
 
 std::vector<uint16_t> Bits(const std::vector<float>& values) {
   std::vector<uint16_t> bits;
+  bits.reserve(values.size());
   for (const float value : values) {
     bits.push_back(formats::EncodeBf16(value));
   }
