@@ -19,7 +19,7 @@ namespace hopyard::bench {
 inline constexpr int kLayerCalls = 8;
 
 // Weights of one layer, repeated until they are cold when a call comes back to them.
-inline Layers ColdLayers(const MoeSpec& spec, bool packed = false) {
+inline Layers ColdLayers(const MoeSpec& spec, bool packed) {
   Layers layers;
   int64_t bytes = 0;
   while (layers.empty() || (bytes < kColdBytes && layers.size() < kLayerCalls)) {

@@ -19,13 +19,6 @@ size_t Index(int64_t i) {
   return static_cast<size_t>(i);
 }
 
-WeightSource SourceOf(const MoeSpec& spec) {
-  WeightSource source;
-  source.spec = spec;
-  source.bias = true;
-  return source;
-}
-
 // Sizes of whole scale blocks that end inside the groups of 64 and 128 in which kernels think.
 MoeSpec OddSpec(const FormatPair& pair) {
   MoeSpec spec = SmallSpec(pair.weights, pair.activations);

@@ -90,13 +90,6 @@ std::vector<FormatPair> PackablePairs() {
   return pairs;
 }
 
-WeightSource SourceOf(const MoeSpec& spec) {
-  WeightSource source;
-  source.spec = spec;
-  source.bias = true;
-  return source;
-}
-
 void ExpectSame(const RunResult& got, const RunResult& wanted) {
   EXPECT_TRUE(SameBits(got.output, wanted.output)) << "output";
   EXPECT_TRUE(SameBits(got.rows, wanted.rows)) << "rows";
@@ -254,46 +247,27 @@ std::vector<UpdateCase> PackedUpdateCases() {
   return cases;
 }
 
-class GpuPackedUpdate : public ::testing::TestWithParam<UpdateCase> {
- protected:
-  GpuPackedUpdate() {
-    source_.spec = SmallSpec(GetParam().format, ActivationFormat::kBf16);
-    if (GetParam().format == WeightFormat::kMxFp4) {
-      source_.spec.activations = ActivationFormat::kFp8PerToken;
-    }
-    source_.spec.num_experts = 2;
-    source_.spec.intermediate_size = 256;
-    source_.spec.shared = {1, false, 1.0F, GetParam().format};
-    source_.bias = true;
-    source_.layout = GetParam().layout;
-  }
-  void Refresh() {
-    source_.seed = 99;
-    source_.gain = 8.0F;
-  }
-  WeightSource source_;
-};
+class GpuPackedUpdate : public ::testing::TestWithParam<UpdateCase> {};
 
 // Gate and up one by one, and as one matrix; a graph captured before sees the new weights.
 TEST_P(GpuPackedUpdate, SlicesUnderAGraphEqualAFreshLoad) {
   HOPYARD_NEEDS_PACKED_KERNELS();
-  LayerInputs inputs(source_.spec, 11);
+  const WeightSource source = SourceOf(GetParam(), false);
+  LayerInputs inputs(source.spec, 11);
   inputs.Logits();
   for (const bool fused : {false, true}) {
-    if (fused && source_.layout.separate) {
+    if (fused && source.layout.separate) {
       continue;
     }
     SCOPED_TRACE(fused ? "fused" : "parts");
-    WeightSource old = source_;
-    PackedLayer live(old);
+    PackedLayer live(source);
     const RunResult before = live.Run(inputs);
-    Refresh();
-    const PackedLayer fresh(source_);
+    const PackedLayer fresh(SourceOf(GetParam(), true));
     const RunResult wanted = fresh.Run(inputs);
     EXPECT_FALSE(SameBits(before.output, wanted.output));
     PlanOptions options;
     options.max_tokens = 11;
-    const Plan plan = MakePlan(source_.spec, kGpu, options);
+    const Plan plan = MakePlan(source.spec, kGpu, options);
     DeviceMirror mirror;
     const MoeInputs on_gpu = mirror.Copy(inputs.get());
     const RepeatedCall call(plan, live.weights(), on_gpu);
@@ -309,7 +283,7 @@ TEST_P(GpuPackedUpdate, SlicesUnderAGraphEqualAFreshLoad) {
     if (fused) {
       refit.AddFused(fresh.storage(), 3);
     } else {
-      refit.AddParts(fresh.storage(), 3, source_.layout.separate);
+      refit.AddParts(fresh.storage(), 3, source.layout.separate);
     }
     refit.Apply(HasGlobalScale(GetParam().format),
                 [&](const WeightSlice& slice) { live.weights().Update(slice, {stream}); });
@@ -322,7 +296,6 @@ TEST_P(GpuPackedUpdate, SlicesUnderAGraphEqualAFreshLoad) {
     HOPYARD_CUDA(cudaGraphExecDestroy(captured));
     HOPYARD_CUDA(cudaGraphDestroy(graph));
     HOPYARD_CUDA(cudaStreamDestroy(stream));
-    source_ = old;
   }
 }
 
@@ -384,14 +357,17 @@ TEST(GpuPackedWeights, KeepCodesThatAreNotPacked) {
   ExpectSame(RunOnGpu(packed, inputs.get()), TwinLayer(source).Run(inputs));
 }
 
-TEST(GpuPackedWeights, OtherFormatsAreRefusedByName) {
-  HOPYARD_NEEDS_GPU();
-  const WeightSource source = SourceOf(SmallSpec(WeightFormat::kMxInt4, ActivationFormat::kBf16));
-  const LayerWeights storage(source);
+Caught RefusalOfPacking(const MoeSpec& spec) {
+  const LayerWeights storage(SourceOf(spec));
   DeviceMirror mirror;
   WeightsDesc desc = mirror.Copy(storage.desc());
   desc.packed = true;
-  const Caught caught = CatchError([&] { const Weights weights(source.spec, desc); });
+  return CatchError([&] { const Weights weights(spec, desc); });
+}
+
+TEST(GpuPackedWeights, OtherFormatsAreRefusedByName) {
+  HOPYARD_NEEDS_GPU();
+  const Caught caught = RefusalOfPacking(SmallSpec(WeightFormat::kMxInt4, ActivationFormat::kBf16));
   EXPECT_EQ(caught.kind, ErrorKind::kInvalidArgument);
   EXPECT_EQ(caught.message,
             "weights.packed=true, but mxint4 weights have no packed order; wanted mxfp4 or nvfp4, "
@@ -401,13 +377,8 @@ TEST(GpuPackedWeights, OtherFormatsAreRefusedByName) {
 // GEMM2 of that pair applies scales every 128 of K, for which packed weights have no kernel.
 TEST(GpuPackedWeights, PairsWithoutAKernelAreRefusedByName) {
   HOPYARD_NEEDS_GPU();
-  const WeightSource source =
-      SourceOf(SmallSpec(WeightFormat::kNvFp4, ActivationFormat::kFp8PerToken));
-  const LayerWeights storage(source);
-  DeviceMirror mirror;
-  WeightsDesc desc = mirror.Copy(storage.desc());
-  desc.packed = true;
-  const Caught caught = CatchError([&] { const Weights weights(source.spec, desc); });
+  const Caught caught =
+      RefusalOfPacking(SmallSpec(WeightFormat::kNvFp4, ActivationFormat::kFp8PerToken));
   EXPECT_EQ(caught.kind, ErrorKind::kUnsupported);
   EXPECT_EQ(caught.message.rfind("weights.routed: there is no kernel for packed nvfp4 weights "
                                  "in place of nvfp4_",

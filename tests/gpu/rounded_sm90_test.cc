@@ -62,13 +62,6 @@ RunOptions ByName(const std::string& name) {
   return options;
 }
 
-WeightSource SourceOf(const MoeSpec& spec) {
-  WeightSource source;
-  source.spec = spec;
-  source.bias = true;
-  return source;
-}
-
 // ||got - wanted|| / ||wanted||.
 double Distance(const std::vector<uint16_t>& got, const std::vector<uint16_t>& wanted) {
   std::vector<double> difference = FromBf16(got);

@@ -14,13 +14,6 @@ namespace {
 
 constexpr int64_t kTokens = 37;
 
-WeightSource SourceOf(const MoeSpec& spec) {
-  WeightSource source;
-  source.spec = spec;
-  source.bias = true;
-  return source;
-}
-
 MoeSpec PlainSpec() {
   return SmallSpec(WeightFormat::kBf16, ActivationFormat::kBf16);
 }

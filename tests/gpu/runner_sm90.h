@@ -12,6 +12,7 @@
 
 #include "tests/forward_runner.h"
 #include "tests/gpu/device_array.h"
+#include "tests/refit.h"
 
 namespace hopyard::test {
 
@@ -144,6 +145,33 @@ class DeviceMirror {
   EXPECT_TRUE(workspace.GuardsIntact()) << "Forward wrote outside of its workspace";
   EXPECT_TRUE(mirror.Intact()) << "Forward wrote outside of a tensor";
   return ResultOf(buffers.outputs);
+}
+
+// Of a layer with biases.
+[[nodiscard]] inline WeightSource SourceOf(const MoeSpec& spec) {
+  WeightSource source;
+  source.spec = spec;
+  source.bias = true;
+  return source;
+}
+// Weights that are updated; `fresh`: those that they shall become, of MXFP4 with rows whose
+// exponents differ a lot from those before.
+[[nodiscard]] inline WeightSource SourceOf(const UpdateCase& update, bool fresh) {
+  MoeSpec spec = SmallSpec(update.format, ActivationFormat::kBf16);
+  // Products in FP8 read the rows' exponents, which an update must renew.
+  if (update.format == WeightFormat::kMxFp4) {
+    spec.activations = ActivationFormat::kFp8PerToken;
+  }
+  spec.num_experts = 2;
+  spec.intermediate_size = CodesPerByte(update.format) == 2 ? 256 : 128;
+  spec.shared = {1, false, 1.0F, update.format};
+  WeightSource source = SourceOf(spec);
+  source.layout = update.layout;
+  if (fresh) {
+    source.seed = 99;
+    source.gain = 8.0F;
+  }
+  return source;
 }
 
 // The same weights on both devices.

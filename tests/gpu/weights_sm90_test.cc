@@ -279,38 +279,16 @@ INSTANTIATE_TEST_SUITE_P(Formats, GpuLayout,
                                            WeightFormat::kMxInt4),
                          [](const auto& test) { return std::string(ToString(test.param)); });
 
-class GpuUpdate : public ::testing::TestWithParam<UpdateCase> {
- protected:
-  GpuUpdate() {
-    source_.spec = SmallSpec(GetParam().format, ActivationFormat::kBf16);
-    // Products in FP8 read the rows' exponents, which an update must renew.
-    if (GetParam().format == WeightFormat::kMxFp4) {
-      source_.spec.activations = ActivationFormat::kFp8PerToken;
-    }
-    source_.spec.num_experts = 2;
-    source_.spec.intermediate_size = CodesPerByte(GetParam().format) == 2 ? 256 : 128;
-    source_.spec.shared = {1, false, 1.0F, GetParam().format};
-    source_.bias = true;
-    source_.layout = GetParam().layout;
-  }
-
-  // Rows of MXFP4 weights whose exponents differ a lot from those before.
-  void Refresh() {
-    source_.seed = 99;
-    source_.gain = 8.0F;
-  }
-
-  WeightSource source_;
-};
+class GpuUpdate : public ::testing::TestWithParam<UpdateCase> {};
 
 TEST_P(GpuUpdate, SlicesFromHostAndDeviceEqualAFreshLoad) {
   HOPYARD_NEEDS_GPU();
-  LayerInputs inputs(source_.spec, 11);
+  const WeightSource source = SourceOf(GetParam(), false);
+  LayerInputs inputs(source.spec, 11);
   inputs.Logits();
-  TwinLayer live(source_);
+  TwinLayer live(source);
   const RunResult before = live.Run(inputs);
-  Refresh();
-  TwinLayer fresh(source_);
+  TwinLayer fresh(SourceOf(GetParam(), true));
   const RunResult wanted = fresh.Run(inputs);
   EXPECT_FALSE(SameBits(before.output, wanted.output));
   cudaStream_t stream = nullptr;
@@ -326,7 +304,7 @@ TEST_P(GpuUpdate, SlicesFromHostAndDeviceEqualAFreshLoad) {
     HOPYARD_CUDA(cudaStreamSynchronize(stream));
   };
   Refit refit(4);
-  refit.AddParts(fresh.storage(), 3, source_.layout.separate);
+  refit.AddParts(fresh.storage(), 3, source.layout.separate);
   refit.Apply(HasGlobalScale(GetParam().format), update);
   HOPYARD_CUDA(cudaStreamSynchronize(stream));
   EXPECT_TRUE(SameBits(live.Run(inputs).output, wanted.output));
