@@ -22,6 +22,7 @@ struct Measured {
   [[nodiscard]] int64_t tokens() const { return line["tokens"].get<int64_t>(); }
   [[nodiscard]] double us() const { return line["median_us"].get<double>(); }
   [[nodiscard]] std::string tactic() const { return line["tactic"].get<std::string>(); }
+  [[nodiscard]] bool packed() const { return line.value("packed", false); }
   // MODEL:WEIGHTS:ACTIVATIONS, as the benchmarks' command line has it.
   [[nodiscard]] std::string name() const {
     return line["model"].get<std::string>() + ':' + line["weights"].get<std::string>() + ':' +

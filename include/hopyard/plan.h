@@ -41,8 +41,8 @@ struct PlanOptions {
   // predecessors. HOPYARD_OVERLAP_LAUNCHES=0, read by MakePlan and Explain, turns it off.
   bool overlap_launches = false;
   CallPath path;
-  // Of the weights that calls bring (OrdersOf): what measurements are looked for. A plan runs calls
-  // with all of them.
+  // Of the weights that calls bring (OrdersOf): what measurements are looked for, and what the cost
+  // model expects of a GPU's kernels. A plan runs calls with all of them.
   WeightOrders weight_orders;
   // Where no tactic is named, kernels come from measurements: of this table, then of those that
   // UseTuning gave, of the file that HOPYARD_TUNING_FILE names, and of those that come with the

@@ -37,6 +37,7 @@ void Run(const ExplainOptions& options, bool json) {
   PlanOptions plan_options;
   plan_options.max_tokens = options.tokens;
   const Device device = ParseDevice(options.device);
+  plan_options.weight_orders = CheckPacked(layer, device);
   const Explanation explanation = Explain(layer.spec, device, plan_options);
   const int64_t workspace =
       explanation.supported ? MakePlan(layer.spec, device, plan_options).workspace_bytes() : 0;
@@ -69,6 +70,7 @@ void AddExplainCommand(CLI::App& app, CommandContext* context) {
       app.add_subcommand("explain", "Which kernel a layer gets, and why others are refused");
   auto options = std::make_shared<ExplainOptions>();
   AddLayerOptions(*command, &options->layer, true);
+  AddPackedOption(*command, &options->layer);
   AddDeviceOption(*command, &options->device);
   command->add_option("--tokens", options->tokens, "Capacity of the plan")->capture_default_str();
   AddCommonOptions(*command, context);

@@ -246,9 +246,9 @@ LayerPlan ResolveLayer(const LayerRequest& request) {
   return plan;
 }
 
-void CheckPacked(const LayerPlan& plan, Device device) {
+WeightOrders CheckPacked(const LayerPlan& plan, Device device) {
   if (!plan.packed) {
-    return;
+    return {};
   }
   HOPYARD_CHECK(device.kind != DeviceKind::kCpu, kInvalidArgument)
       << "--packed is for weights on a GPU, the CPU reads them as they are; add --device cuda";
@@ -259,6 +259,7 @@ void CheckPacked(const LayerPlan& plan, Device device) {
   HOPYARD_CHECK(any, kInvalidArgument)
       << "--packed is for mxfp4 and nvfp4 weights, these are " << ToString(plan.spec.weights)
       << "; leave it out, or add --weights mxfp4";
+  return orders;
 }
 
 int64_t LoadBytes(const LayerPlan& plan) {

@@ -36,7 +36,7 @@ struct LayerRequest {
 // out, which is then the command's to check.
 void AddLayerOptions(CLI::App& command, LayerRequest* request, bool with_weights,
                      bool without_target = false);
-// For commands that run the layer, which call CheckPacked before they load it.
+// For commands that call CheckPacked before they load the layer.
 void AddPackedOption(CLI::App& command, LayerRequest* request);
 
 // The layer without its weights in memory.
@@ -65,8 +65,9 @@ struct LoadedLayer {
   bool packed = false;                      // on a GPU
 };
 
-// Throws Error where --packed asks for what Weights on the device refuse.
-void CheckPacked(const LayerPlan& plan, Device device);
+// Throws Error where --packed asks for what Weights on the device refuse. The orders that
+// the weights then have there, K-major where nothing is packed.
+WeightOrders CheckPacked(const LayerPlan& plan, Device device);
 
 // Bytes that LoadLayer will allocate.
 [[nodiscard]] int64_t LoadBytes(const LayerPlan& plan);

@@ -9,7 +9,8 @@
 #
 # PYTHON: of the Python tests (.venv/bin/python, else python3). SANITIZERS: tools, "" for none.
 # ONLY: lines of the table to run, as a regular expression ('^memcheck-', '^test_'), where a machine
-# is not lent for as long as all of them take.
+# is not lent for as long as all of them take. BUDGET: seconds after which what runs is stopped and
+# nothing more begins; the table says "not run" of the rest, and the script fails.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 2
 
@@ -18,6 +19,7 @@ readonly LIMIT=${1:-300}
 readonly SHARDS=6 # of a test of C++; as many processes run at a time
 readonly SANITIZERS=${SANITIZERS-memcheck initcheck synccheck racecheck}
 readonly ONLY=${ONLY-}
+readonly BUDGET=${BUDGET:-0} # 0: none
 # Too many launches for a sanitizer.
 readonly SMALL='-*FourHundred*:*EveryMethod*:*HasTheIntegers*:*EdgeSegments*:*ModelSizes*:*ManyTiles*:*AgreesWith*:*Repeated*:*EveryActivation*:*EveryKernel*:*EveryRank*:*EveryLayout*:*SlicesFrom*:*MatchesOracle*:*GpuBig*'
 export OMP_NUM_THREADS=4
@@ -42,7 +44,15 @@ start() {
   while [ "$(jobs -rp | wc -l)" -ge "$SHARDS" ]; do
     wait -n
   done
-  { timeout "$LIMIT" "$@" >"$log.log" 2>&1; echo $? >"$log.status"; } &
+  local limit=$LIMIT left=$((BUDGET - SECONDS))
+  if [ "$BUDGET" -gt 0 ] && [ "$left" -lt "$limit" ]; then
+    limit=$left
+  fi
+  if [ "$limit" -le 0 ]; then
+    echo "not run" | tee "$log.log" >"$log.status"
+    return
+  fi
+  { timeout "$limit" "$@" >"$log.log" 2>&1; echo $? >"$log.status"; } &
 }
 
 # Starts all shards of a test of C++, or the whole test by itself where it fills the memory.
@@ -92,14 +102,16 @@ python_tests() {
 # One line: what became of a group's processes, by exit status (124: it took too long). The logs of
 # those that failed.
 report() {
-  local group=$1 log status bad=""
+  local group=$1 log status bad="" unrun=""
   for log in "$logs/$group".*.log; do
     status=$(cat "${log%.log}.status")
     if grep -q 'no Hopper GPU here' "$log"; then
       status="finds no GPU"
     fi
     # 5: pytest, where a module skips all of its tests.
-    if [ "$status" != 0 ] && [ "$status" != 5 ]; then
+    if [ "$status" = "not run" ]; then
+      unrun=yes
+    elif [ "$status" != 0 ] && [ "$status" != 5 ]; then
       tail -n 40 "$log"
       bad+=", $status"
     fi
@@ -107,6 +119,9 @@ report() {
   if [ -n "$bad" ]; then
     failed=$((failed + 1))
     table+=$(printf '%-44s FAILED: %s' "$group" "${bad#, }")$'\n'
+  elif [ -n "$unrun" ]; then
+    unfinished=$((unfinished + 1))
+    table+=$(printf '%-44s not run, or not all of it: BUDGET=%s' "$group" "$BUDGET")$'\n'
   elif grep -hq 'SKIPPED' "$logs/$group".*.log; then
     table+=$(printf '%-44s ok, but skipped: %s' "$group" \
       "$(grep -hA1 ': Skipped' "$logs/$group".*.log | grep -v ': Skipped' | head -n 1)")$'\n'
@@ -117,6 +132,7 @@ report() {
 
 table=""
 failed=0
+unfinished=0
 skipped=""
 for test in "$BIN"/*_sm90_test; do
   shards "$(basename "$test")" "$test"
@@ -140,5 +156,5 @@ if [ "${#groups[@]}" -eq 0 ]; then
 fi
 printf '%s' "$table"
 [ -z "$skipped" ] || printf '%-44s SKIPPED: %s\n' "Python tests" "$skipped"
-echo "$failed failed"
-[ "$failed" -eq 0 ]
+echo "$failed failed, $unfinished not run"
+[ "$failed" -eq 0 ] && [ "$unfinished" -eq 0 ]

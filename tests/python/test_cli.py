@@ -539,7 +539,7 @@ def test_unsupported_pair_is_refused_before_work() -> None:
     assert text.startswith("Unsupported: ")
 
 
-@pytest.mark.parametrize("command", ["run", "bench", "tune"])
+@pytest.mark.parametrize("command", ["explain", "run", "bench", "tune"])
 def test_packing_that_cannot_be_is_refused_before_work(command: str) -> None:
     # A layer that takes minutes to make.
     text = refusal(command, "deepseek-v3", "--weights", "mxfp4", "--packed")

@@ -2,6 +2,7 @@
 #include "gemm/sm90/cost.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 
 #include "core/shape.h"
@@ -18,45 +19,59 @@ constexpr double kReadBytesPerUs = 3.16e6;  // cold, of bench/gpu.h
 // Constants below were fitted to the lines of bench/results/h100 as they stood at a511f5a and to
 // the pairs of times in docs/perf-notes.md, 300 cases of eleven layers and T = 1 .. 16384: the
 // median error of a layer's time was 2 %, of nine tenths below 8 %. 23 of those were read off the
-// notes rather than measured, and the fit was drawn to the kernels that had been taken. From
-// kPartsMargin to kLargeStartUs they were set to the 424 lines of gemm.jsonl (0787b56), which
-// cost_test compares.
+// notes rather than measured, and the fit was drawn to the kernels that had been taken. What is
+// said of bench_gemm was set to the 424 lines of gemm.jsonl (0787b56), which cost_test compares.
+// Those of packed weights were fitted on their own: to 65 layers of forward.jsonl, 94 pairs of
+// kernels and the winners of 350 ranges in src/tune/tables/h100.json and tune.jsonl (a26f9a4).
 
 // A kernel: launch, first reads, the last block's end.
 constexpr double kKernelUs = 7.0;
-// Of the shorter of reading and computing so much is not hidden behind the other.
-constexpr double kExposed = 0.15;
-// Part of an expert's weights that each further tile reads again from memory: other blocks have
-// read them, but not always just before.
-constexpr double kReread = 0.04;
-constexpr double kRereadLarge = 0.39;  // two consumers and tiles of 64 rows on
-constexpr double kMostRereads = 3.0;   // by then tiles of an expert keep each other company
+constexpr double kMostRereads = 3.0;  // by then tiles of an expert keep each other company
 // Adding up the sums of a part of K: through another block's shared memory. A guess.
 constexpr double kPartCycles = 1500.0;
 // Parts of K took so much more than the rest of the model says (bench_gemm, 11 GEMMs, T = 1 .. 16).
 constexpr double kPartsMargin = 1.05;
-// Clusters: what sharing weights saves of computing where tiles are BF16 (8 experts of 14336
-// features at T = 1024 and 16384, 128 of 768 at T = 1024), and what an empty tile that fills one up
-// costs, of a full one. FP8 clusters win as often as they lose, and empty tiles cost as much as
-// full ones.
-constexpr double kClusterGain = 0.93;
+// Clusters: what sharing weights saves of computing where tiles are BF16 (of 8 experts of 14336
+// features 0.89 at T = 1024 and 0.96 at 16384, of 128 of 768 0.99 to 1.05 from T = 3584 on:
+// gemm.jsonl, tune.jsonl), and what an empty tile that fills one up costs, of a full one. FP8
+// clusters win as often as they lose, and empty tiles cost as much as full ones.
+constexpr double kClusterGain = 0.97;
 constexpr double kEmptyTile = 0.3;
-// Two blocks on a multiprocessor beside one of as many warpgroups: they copy token rows twice. From
-// 0.9 to 1.4 were seen of two-consumer rows where all blocks find room at once (T = 1 and 2).
-constexpr double kNeighbours = 1.02;
-// Four blocks of tiles of 16 with FP8 products against two: 0.98 to 1.03 of the layer's time from
-// T = 8 on (experiments.jsonl, H100), where fewer waits alone would make it 0.92 to 0.94.
-constexpr double kFourNeighbours = 1.17;
 // Two consumers on tiles of 16 and 32 rows decode as fast together as two blocks of one, but with
 // fewer registers each: with fewer than some 700 blocks, of which the last ones find the
 // multiprocessors half empty, they lose up to 15 % (bench_gemm, T = 8 .. 32).
 constexpr double kManyBlocks = 700.0;
-constexpr double kFewBlocksMargin = 1.12;
-// One block fills its stages later than two do (bench_gemm, T = 1: 2 to 7 us).
-constexpr double kLargeStartUs = 4.0;
 // A launch, and what bench_layer gives for rounding (docs/perf-notes.md).
 constexpr double kRoundingUs = 1.5;
 constexpr double kRoundingBytesPerUs = 2.6e6;
+
+// What depends on whether a stage's weights come in one piece.
+struct OrderCost {
+  // Of the shorter of reading and computing so much is not hidden behind the other.
+  double exposed;
+  // Part of an expert's weights that each further tile reads again from memory: other blocks have
+  // read them, but not always just before. With two consumers and tiles of 64 rows on: `large`.
+  double reread;
+  double reread_large;
+  double few_blocks_margin;  // see kManyBlocks
+  // By the number of blocks that share a multiprocessor, one to four: what they take beside one of
+  // as many warpgroups, and how much later than two they begin.
+  std::array<double, 5> neighbours;
+  std::array<double, 5> start_us;
+};
+// Two blocks copy token rows twice: from 0.9 to 1.4 were seen of two-consumer rows where all blocks
+// find room at once (T = 1 and 2). Four blocks of tiles of 16 with FP8 products took 0.98 to 1.03
+// of the layer's time with two from T = 8 on (experiments.jsonl, H100), where fewer waits alone
+// would make it 0.92 to 0.94, and up to 1.03 at T = 1. One large block fills its stages 2 to 7 us
+// later (bench_gemm, T = 1).
+constexpr OrderCost kNatural = {
+    0.15, 0.04, 0.39, 1.12, {1.0, 1.0, 1.02, 1.02, 1.17}, {0.0, 4.0, 0.0, 0.5, 0.5}};
+// The fit cannot tell why: less is hidden, and tiles beyond an expert's first cost more, of what
+// takes less time altogether.
+constexpr OrderCost kPacked = {0.31, 0.6, 0.86, 1.03, {1.0, 1.0, 0.91, 0.94, 0.9}, {}};
+constexpr const OrderCost& OrderCostOf(const GemmConfig& config) {
+  return config.packed ? kPacked : kNatural;
+}
 
 // Cycles of a consumer warpgroup while two of them share a multiprocessor.
 struct FamilyCost {
@@ -81,13 +96,16 @@ FamilyCost CostOf(const GemmConfig& config) {
     case Family::kFp8AsBf16:
     case Family::kMxFp8AsBf16:
     case Family::kMxFp4AsBf16:
-      return {1370.0, 13.1, 3110.0, 0.17};
+      return config.packed ? FamilyCost{760.0, 14.9, 1870.0, 0.08}
+                           : FamilyCost{1370.0, 13.1, 3110.0, 0.17};
     case Family::kNvFp4AsBf16:
     case Family::kMxInt4AsBf16:
-      return {1535.0, 12.1, 2480.0, 0.13};
+      return config.packed ? FamilyCost{800.0, 14.1, 2200.0, 0.16}
+                           : FamilyCost{1535.0, 12.1, 2480.0, 0.13};
     case Family::kMxFp4AsFp8:
     case Family::kNvFp4AsFp8:
-      return {1055.0, 11.0, 5540.0, 0.15};
+      return config.packed ? FamilyCost{600.0, 13.7, 4700.0, 0.39}
+                           : FamilyCost{1055.0, 11.0, 5540.0, 0.15};
   }
   return {};
 }
@@ -108,13 +126,15 @@ double Slowdown(const FamilyCost& cost, double warpgroups) {
 }
 
 // Work items that the busiest multiprocessor does one after the other, `places` at a time. Up to
-// one for every place nobody does two; beyond, the last turn is half full on the average.
+// one for every place they are spread evenly, though the number is a guess: a quarter above a whole
+// one some multiprocessor has another. Beyond, the last turn is half full on the average.
 double ItemsOfBusiest(double average, double places) {
   if (average <= 1.0) {
     return 1.0;
   }
   if (average <= places) {
-    return std::min(places, 1.0 + 4.0 * (average - 1.0));
+    const auto everywhere = static_cast<double>(static_cast<int64_t>(average));
+    return everywhere + std::min(1.0, 4.0 * (average - everywhere));
   }
   return average + 0.5 * std::min(1.0, average - places);
 }
@@ -122,12 +142,12 @@ double ItemsOfBusiest(double average, double places) {
 // Time of so many items on one multiprocessor, in those of an item with two warpgroups there.
 double TurnsOf(const GemmConfig& config, const FamilyCost& cost, int64_t items) {
   const int64_t places = BlocksPerProcessor(config);
-  const int64_t rounds = items / places;
+  const auto turn = [&](int64_t blocks) {
+    return OrderCostOf(config).neighbours[static_cast<size_t>(blocks)] *
+           Slowdown(cost, static_cast<double>(blocks * config.consumers));
+  };
   const int64_t left = items % places;
-  const double neighbours = places > 3 ? kFourNeighbours : places > 1 ? kNeighbours : 1.0;
-  const double full = static_cast<double>(rounds) * neighbours *
-                      Slowdown(cost, static_cast<double>(places * config.consumers));
-  return full + (left > 0 ? Slowdown(cost, static_cast<double>(left * config.consumers)) : 0.0);
+  return static_cast<double>(items / places) * turn(places) + (left > 0 ? turn(left) : 0.0);
 }
 
 // Cycles of a stage. In tiles of 128 rows no more than 64 of which are there, BF16 products are
@@ -166,9 +186,10 @@ double ReadMicroseconds(const GemmConfig& config, const GemmShape& shape, const 
   const double touched = experts * rows.touched();
   const double matrix = static_cast<double>(shape.features * (config.gated ? 2 : 1) * shape.k) *
                         BytesPerWeight(shape.weights);
-  const double reread = config.cluster > 1                            ? kRereadLarge / 2.0
-                        : config.consumers > 1 && config.tokens >= 64 ? kRereadLarge
-                                                                      : kReread;
+  const OrderCost& order = OrderCostOf(config);
+  const double reread = config.cluster > 1                            ? order.reread_large / 2.0
+                        : config.consumers > 1 && config.tokens >= 64 ? order.reread_large
+                                                                      : order.reread;
   const double further = std::clamp(tiles / touched - 1.0, 0.0, kMostRereads);
   const double out = experts * rows.average() * static_cast<double>(shape.features) * 2.0;
   return (touched * matrix * (1.0 + reread * further) + out) / kReadBytesPerUs;
@@ -246,15 +267,19 @@ double EstimateMicroseconds(const GemmConfig& config, const GemmShape& shape,
   const double items =
       tiles * static_cast<double>(CeilDiv(shape.features, FeaturesPerBlock(config)));
   const bool few = items > kProcessors && items < kManyBlocks;
-  const double margin = config.k_parts > 1                                    ? kPartsMargin
-                        : config.consumers == 2 && config.tokens <= 32 && few ? kFewBlocksMargin
-                                                                              : 1.0;
-  const double start = kKernelUs + (BlocksPerProcessor(config) == 1 ? kLargeStartUs : 0.0);
-  return margin * (start + std::max(compute, read) + kExposed * std::min(compute, read));
+  const OrderCost& order = OrderCostOf(config);
+  const bool two = config.consumers == 2 && config.tokens <= 32;
+  const double margin = config.k_parts > 1 ? kPartsMargin
+                        : two && few       ? order.few_blocks_margin
+                                           : 1.0;
+  const double start = kKernelUs + order.start_us[static_cast<size_t>(BlocksPerProcessor(config))];
+  return margin * (start + std::max(compute, read) + order.exposed * std::min(compute, read));
 }
 
 double EstimateMicroseconds(int index, const GemmShape& shape, const RowSpread& rows) {
-  return EstimateMicroseconds(kKernelRows[static_cast<size_t>(index)].config, shape, rows);
+  const int twin = shape.packed ? PackedTwin(index) : -1;
+  return EstimateMicroseconds(kKernelRows[static_cast<size_t>(twin < 0 ? index : twin)].config,
+                              shape, rows);
 }
 
 double EstimateRounding(double rows, int64_t cols) {

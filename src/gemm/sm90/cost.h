@@ -39,12 +39,13 @@ struct GemmShape {
   int64_t k = 0;
   int64_t features = 0;  // of the output
   int64_t experts = 0;
+  bool packed = false;  // weights in units of gemm/packed_order.h
 };
 
 // Microseconds on an H100, weights cold.
 [[nodiscard]] double EstimateMicroseconds(const GemmConfig& config, const GemmShape& shape,
                                           const RowSpread& rows);
-// The same of row `index` of the table.
+// The same of row `index` of the table; where weights are packed, of the row that takes its place.
 [[nodiscard]] double EstimateMicroseconds(int index, const GemmShape& shape, const RowSpread& rows);
 
 // Microseconds of a pass of its own that rounds `rows` rows of `cols` values between the GEMMs.

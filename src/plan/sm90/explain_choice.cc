@@ -99,9 +99,12 @@ class Judge {
                        "; not taken for any number of tokens: ask for it by name"};
   }
   [[nodiscard]] Verdict Taken(int index, const Role& role, const std::vector<Range>& ranges) const {
-    const KernelInfo info = KernelAt(index);
-    const std::string tile = "tiles of " + std::to_string(info.tokens) + " rows, blocks of " +
-                             std::to_string(info.features) + " features, ";
+    const int runs = KernelThatRuns(index, role);
+    const KernelInfo info = KernelAt(runs);
+    const std::string tile =
+        (runs == index ? "" : "packed, runs as " + std::string(info.name) + ": ") + "tiles of " +
+        std::to_string(info.tokens) + " rows, blocks of " + std::to_string(info.features) +
+        " features, ";
     std::string all;
     std::string text;
     std::string measured;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -271,11 +272,14 @@ std::vector<TileChoice> WithMeasured(const MoeSpec& spec, const std::vector<Role
   return choices;
 }
 
-// The kernels of a role, cheapest first.
+// The kernels of a role, cheapest first. Of those whose place one kernel takes, the first.
 std::vector<RankedTactics::Entry> RankRole(const Role& role, const Batch& batch) {
   std::vector<RankedTactics::Entry> entries;
+  std::set<std::pair<int, bool>> listed;
   for (const int kernel : role.kernels) {
-    entries.push_back({std::string(KernelAt(kernel).name), Microseconds(kernel, role, batch)});
+    if (listed.insert({KernelThatRuns(kernel, role), RoundsApart(kernel, role)}).second) {
+      entries.push_back({std::string(KernelAt(kernel).name), Microseconds(kernel, role, batch)});
+    }
   }
   std::stable_sort(entries.begin(), entries.end(),
                    [](const auto& one, const auto& other) { return one.us < other.us; });
@@ -284,14 +288,14 @@ std::vector<RankedTactics::Entry> RankRole(const Role& role, const Batch& batch)
 
 // The roles that the tactic means: those of exact products, or, where it names a kernel that
 // rounds, those. Empty, or why it names none.
-std::string TakeTactic(const MoeSpec& spec, const std::string& tactic, std::vector<Role>* roles,
+std::string TakeTactic(const MoeSpec& spec, const PlanOptions& options, std::vector<Role>* roles,
                        bool* rounded) {
-  std::string reason = ForceTactic(tactic, roles);
+  std::string reason = ForceTactic(options.tactic, roles);
   if (reason.empty() || !HasRounding(spec)) {
     return reason;
   }
-  std::vector<Role> others = RolesOf(spec, true);
-  const std::string other_reason = ForceTactic(tactic, &others);
+  std::vector<Role> others = RolesOf(spec, true, options.weight_orders);
+  const std::string other_reason = ForceTactic(options.tactic, &others);
   if (!other_reason.empty()) {
     return reason + "; by name only:" + other_reason.substr(other_reason.rfind(':') + 1);
   }
@@ -320,8 +324,8 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options,
   if (!explanation.reason.empty()) {
     return out;
   }
-  std::vector<Role> roles = RolesOf(spec, false);
-  explanation.reason = TakeTactic(spec, options.tactic, &roles, &out.rounded);
+  std::vector<Role> roles = RolesOf(spec, false, options.weight_orders);
+  explanation.reason = TakeTactic(spec, options, &roles, &out.rounded);
   if (!explanation.reason.empty()) {
     return out;
   }
@@ -354,7 +358,7 @@ RankedTactics RankTactics(const MoeSpec& spec, const PlanOptions& options, int64
   untuned.tactic.clear();
   const KernelChoice choice = ChooseKernels(spec, untuned, {});
   HOPYARD_CHECK(choice.explanation.supported, kUnsupported) << choice.explanation.reason;
-  const std::vector<Role> roles = RolesOf(spec, false);
+  const std::vector<Role> roles = RolesOf(spec, false, options.weight_orders);
   const Batch batch(spec, tokens);
   return {TacticOf(ChoiceFor(choice.tiles, tokens)), RankRole(roles[0], batch),
           RankRole(roles[1], batch)};

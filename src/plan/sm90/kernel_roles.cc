@@ -31,7 +31,7 @@ bool HasName(int index, const std::string& name) {
 
 // GEMM1 and GEMM2 of a group of experts.
 void AddRoles(const MoeSpec& spec, const GroupFormats& formats, bool shared,
-              std::vector<Role>* roles) {
+              const WeightOrders& orders, std::vector<Role>* roles) {
   Role first;
   first.name = shared ? "GEMM1 of shared experts" : "GEMM1";
   first.rows = formats.operands.x;
@@ -39,12 +39,14 @@ void AddRoles(const MoeSpec& spec, const GroupFormats& formats, bool shared,
   first.rounded = formats.operands.h.format != Format::kBf16;
   first.fused = formats.operands.fused_h;
   first.shape = {formats.weights, spec.hidden_size, spec.intermediate_size,
-                 shared ? 0 : spec.num_local_experts()};
+                 shared ? 0 : spec.num_local_experts(),
+                 (shared ? orders.shared_gemm1 : orders.gemm1) == ReadOrder::kPacked};
   first.shared_experts = shared ? spec.shared.count : 0;
   Role second;
   second.name = shared ? "GEMM2 of shared experts" : "GEMM2";
   second.rows = formats.operands.h;
-  second.shape = {formats.weights, spec.intermediate_size, spec.hidden_size, first.shape.experts};
+  second.shape = {formats.weights, spec.intermediate_size, spec.hidden_size, first.shape.experts,
+                  (shared ? orders.shared_gemm2 : orders.gemm2) == ReadOrder::kPacked};
   second.shared_experts = first.shared_experts;
   for (Role* role : {&first, &second}) {
     role->kernels = KernelsThatRun(*role);
@@ -54,11 +56,11 @@ void AddRoles(const MoeSpec& spec, const GroupFormats& formats, bool shared,
 
 }  // namespace
 
-std::vector<Role> RolesOf(const MoeSpec& spec, bool rounded) {
+std::vector<Role> RolesOf(const MoeSpec& spec, bool rounded, const WeightOrders& orders) {
   std::vector<Role> roles;
-  AddRoles(spec, FormatsOf(spec, spec.weights, rounded), false, &roles);
+  AddRoles(spec, FormatsOf(spec, spec.weights, rounded), false, orders, &roles);
   if (spec.shared.count > 0 && spec.shared.weights != spec.weights) {
-    AddRoles(spec, FormatsOf(spec, spec.shared.weights, rounded), true, &roles);
+    AddRoles(spec, FormatsOf(spec, spec.shared.weights, rounded), true, orders, &roles);
   } else {
     roles[0].shared_experts = spec.shared.count;
     roles[1].shared_experts = spec.shared.count;
@@ -83,6 +85,11 @@ int FindKernel(const Role& role, const std::string& name) {
 
 bool RoundsApart(int index, const Role& role) {
   return role.rounded && !(role.fused && KernelAt(index).rounds);
+}
+
+int KernelThatRuns(int index, const Role& role) {
+  const int twin = role.shape.packed ? gemm::sm90::PackedTwin(index) : -1;
+  return twin < 0 ? index : twin;
 }
 
 int KernelOf(const TileChoice& choice, size_t number) {

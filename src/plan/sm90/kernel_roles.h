@@ -26,14 +26,18 @@ struct Role {
   int forced = -1;           // the kernel that a tactic names
 };
 // GEMM1, GEMM2, and the same of shared experts where their weights have another format. `rounded`:
-// of RoundedOperandsOf where there are such.
-[[nodiscard]] std::vector<Role> RolesOf(const MoeSpec& spec, bool rounded);
+// of RoundedOperandsOf where there are such. `orders` change what kernels are expected to take.
+[[nodiscard]] std::vector<Role> RolesOf(const MoeSpec& spec, bool rounded,
+                                        const WeightOrders& orders = {});
 
 [[nodiscard]] bool Fits(int index, const Role& role);
 // Index of the role's kernel of that name, its own or its MN-major twin's, or -1.
 [[nodiscard]] int FindKernel(const Role& role, const std::string& name);
 // Whether a pass of its own rounds what this kernel writes.
 [[nodiscard]] bool RoundsApart(int index, const Role& role);
+// The kernel that runs in the place of `index`: another one where weights are packed.
+[[nodiscard]] int KernelThatRuns(int index, const Role& role);
+
 // The kernel that a choice has for role `number` of RolesOf.
 [[nodiscard]] int KernelOf(const TileChoice& choice, size_t number);
 // Whether a plan may name kernels that round what the formats do not ask to be rounded.

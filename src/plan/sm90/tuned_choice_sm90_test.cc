@@ -3,6 +3,7 @@
 // tuner is told of the others.
 #include <algorithm>
 #include <cstdint>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -265,6 +266,43 @@ TEST(TunedChoice, TheModelMixesTilesWhereThatIsCheaper) {
     GTEST_SKIP() << "a build of a few kernels";
   }
   EXPECT_GT(tiles(many).first, tiles(many).second) << many;
+}
+
+// Kernels that one for packed weights replaces are the same one there: listed once, expected to
+// take its time, which is not that of the checkpoint's layout.
+TEST(TunedChoice, PackedWeightsHaveTheirKernelsTimes) {
+  MoeSpec spec = Spec();
+  spec.weights = WeightFormat::kMxFp4;
+  spec.activations = ActivationFormat::kBf16;
+  WeightsDesc desc;
+  desc.packed = true;
+  PlanOptions options = OptionsFor(64);
+  const RankedTactics natural = Hopper().Rank(spec, options, 64);
+  options.weight_orders = OrdersOf(spec, desc);
+  const RankedTactics packed = Hopper().Rank(spec, options, 64);
+  if (test::MixedTactics(spec).empty()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  std::set<double> times;
+  for (const RankedTactics::Entry& entry : packed.gemm1) {
+    EXPECT_TRUE(times.insert(entry.us).second) << entry.kernel;
+    const auto same =
+        std::find_if(natural.gemm1.begin(), natural.gemm1.end(),
+                     [&](const RankedTactics::Entry& one) { return one.kernel == entry.kernel; });
+    ASSERT_NE(same, natural.gemm1.end());
+    EXPECT_NE(entry.us, same->us) << entry.kernel;
+  }
+  EXPECT_LT(packed.gemm1.size(), natural.gemm1.size());
+  EXPECT_LT(packed.gemm1.front().us, natural.gemm1.front().us);
+  const size_t plus = packed.untuned.find('+');
+  EXPECT_EQ(packed.untuned.substr(0, plus), packed.gemm1.front().kernel);
+  EXPECT_EQ(packed.untuned.substr(plus + 1), packed.gemm2.front().kernel);
+  const Explanation explanation = Hopper().Choose(spec, options, {});
+  for (const Candidate& candidate : explanation.candidates) {
+    EXPECT_EQ(candidate.reason.find("packed, runs as mxfp4_bf16_packed_") != std::string::npos,
+              candidate.chosen)
+        << candidate.kernel << ": " << candidate.reason;
+  }
 }
 
 // Shared experts of another format take a GEMM's tiles as well.
