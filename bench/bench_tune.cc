@@ -56,6 +56,12 @@ struct Subject {
   const Layers& layers;
 
   [[nodiscard]] const MoeSpec& spec() const { return one.shape.spec; }
+  // Of every plan that is timed.
+  [[nodiscard]] PlanOptions Options() const {
+    PlanOptions options;
+    options.weight_orders = OrdersOf(spec(), layers.front()->weights.desc());
+    return options;
+  }
   void Print(const std::string& what, const Json& fields) const {
     Json line = {{"gpu", machine.gpu},
                  {"commit", machine.commit},
@@ -199,10 +205,9 @@ std::set<int64_t> CheckedTokens(const TuneRequest& request) {
 }
 
 void Check(const Subject& subject, const TuneRequest& request, const TuningTable& table) {
-  PlanOptions tuned;
+  PlanOptions tuned = subject.Options();
   tuned.tuning = std::make_shared<const TuningTable>(table);
-  tuned.weight_orders = OrdersOf(subject.spec(), subject.layers.front()->weights.desc());
-  PlanOptions untuned;
+  PlanOptions untuned = subject.Options();
   untuned.untuned = true;
   for (const int64_t tokens : CheckedTokens(request)) {
     const std::vector<Plan> plans = {PlanFor(subject.spec(), tokens, tuned),
@@ -246,7 +251,7 @@ struct TimedTactic {
 class Exhaustive {
  public:
   Exhaustive(const Subject& subject, int64_t tokens) : subject_(subject), tokens_(tokens) {
-    PlanOptions options;
+    PlanOptions options = subject.Options();
     options.max_tokens = tokens;
     ranked_ = sm90::NeedBackend().Rank(subject.spec(), options, tokens);
     for (const std::string& routing : subject.one.routings) {
@@ -263,7 +268,7 @@ class Exhaustive {
     names.insert(ranked_.untuned);
     std::vector<Plan> plans;
     for (const std::string& tactic : names) {
-      PlanOptions named;
+      PlanOptions named = subject_.Options();
       named.tactic = tactic;
       plans.push_back(PlanFor(subject_.spec(), tokens_, named));
     }

@@ -85,6 +85,7 @@ LayerTask MakeTask(const Plan& plan, const Weights& weights, const TuneOptions& 
                  Workload(plan.spec(), plan.options().path, options),
                  stream,
                  max_bytes};
+  task.options.weight_orders = OrdersOf(weights.spec(), weights.desc());
   task.sets = on_cpu ? kCpuSets : kGpuSets;
   return task;
 }

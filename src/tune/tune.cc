@@ -17,9 +17,7 @@ TuningTable Tune(const Plan& plan, const Weights& weights, const TuneOptions& op
     tokens = TokenBuckets(plan.tokens_per_chunk());
   }
   TunedLayer layer;
-  PlanOptions measured = plan.options();
-  measured.weight_orders = OrdersOf(weights.spec(), weights.desc());
-  layer.key = KeyOf(plan.spec(), measured);
+  layer.key = KeyOf(plan.spec(), task.options);
   layer.routing = task.workload.ToString();
   tune::LayerLab lab(std::move(task));
   tune::TunerResult result = tune::Tuner(&lab, std::move(tokens), options).Run();

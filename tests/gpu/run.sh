@@ -44,15 +44,21 @@ start() {
   while [ "$(jobs -rp | wc -l)" -ge "$SHARDS" ]; do
     wait -n
   done
-  local limit=$LIMIT left=$((BUDGET - SECONDS))
-  if [ "$BUDGET" -gt 0 ] && [ "$left" -lt "$limit" ]; then
-    limit=$left
+  local limit=$LIMIT cut=""
+  if [ "$BUDGET" -gt 0 ] && [ $((BUDGET - SECONDS)) -lt "$limit" ]; then
+    limit=$((BUDGET - SECONDS))
+    cut=yes
   fi
-  if [ "$limit" -le 0 ]; then
+  if [ "$BUDGET" -gt 0 ] && [ "$limit" -le 0 ]; then
     echo "not run" | tee "$log.log" >"$log.status"
     return
   fi
-  { timeout "$limit" "$@" >"$log.log" 2>&1; echo $? >"$log.status"; } &
+  {
+    timeout -k 10 "$limit" "$@" >"$log.log" 2>&1
+    local status=$?
+    case $cut$status in yes124 | yes137) status="not run" ;; esac
+    echo "$status" >"$log.status"
+  } &
 }
 
 # Starts all shards of a test of C++, or the whole test by itself where it fills the memory.

@@ -42,6 +42,19 @@ def test_explain_needs_no_gpu():
         assert "HOPYARD_CUDA=ON" in answer["reason"]
 
 
+def test_explain_shows_the_kernels_of_packed_weights():
+    cuda = ("--device", "cuda")
+    answer = result("explain", *TARGET, "--weights", "mxfp4", "--packed", *cuda)
+    assert answer["supported"] == has_backend()
+    chosen = [c["reason"] for c in answer["candidates"] if c["chosen"]]
+    assert len(chosen) >= 2 * has_backend()
+    assert all("packed, runs as mxfp4_" in reason for reason in chosen)
+    nvfp4 = ("--weights", "nvfp4", "--activations", "fp8_per_token")
+    answer = result("explain", *TARGET, *nvfp4, "--packed", *cuda)
+    assert not answer["supported"]
+    assert ("no kernel for packed nvfp4 weights" in answer["reason"]) == has_backend()
+
+
 def test_a_build_without_the_backend_refuses_gpus():
     if has_backend():
         pytest.skip("this command has the backend")

@@ -62,8 +62,8 @@ struct OrderCost {
 // Two blocks copy token rows twice: from 0.9 to 1.4 were seen of two-consumer rows where all blocks
 // find room at once (T = 1 and 2). Four blocks of tiles of 16 with FP8 products took 0.98 to 1.03
 // of the layer's time with two from T = 8 on (experiments.jsonl, H100), where fewer waits alone
-// would make it 0.92 to 0.94, and up to 1.03 at T = 1. One large block fills its stages 2 to 7 us
-// later (bench_gemm, T = 1).
+// would make it 0.92 to 0.94. At T = 1 three and four took 1.00 to 1.03: half a microsecond a GEMM
+// keeps the model off them. One large block fills its stages 2 to 7 us later (bench_gemm, T = 1).
 constexpr OrderCost kNatural = {
     0.15, 0.04, 0.39, 1.12, {1.0, 1.0, 1.02, 1.02, 1.17}, {0.0, 4.0, 0.0, 0.5, 0.5}};
 // The fit cannot tell why: less is hidden, and tiles beyond an expert's first cost more, of what

@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "core/shape.h"
 #include "formats/format_rules.h"
+#include "plan/sm90/kernel_roles.h"
 #include "plan/sm90/layer_plan.h"
 
 namespace hopyard::sm90 {
@@ -265,9 +266,7 @@ void CheckPackable(WeightFormat weights, const gemm::sm90::LayerOperands& operan
     const bool used = gemm::sm90::Runs(i, weights, operands.x, gated) ||
                       gemm::sm90::Runs(i, weights, operands.h, false);
     HOPYARD_CHECK(kernel.packed || !used || gemm::sm90::PackedTwin(i) >= 0, kUnsupported)
-        << "weights." << name << ": there is no kernel for packed " << ToString(weights)
-        << " weights in place of " << kernel.name
-        << " (HOPYARD_KERNELS=dev has none at all); make Weights without packed";
+        << "weights." << name << ": " << NoPackedKernel(weights, i);
   }
 }
 

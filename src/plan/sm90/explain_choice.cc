@@ -90,21 +90,27 @@ class Judge {
     }
     return ranges;
   }
+  // Begins what is said of a kernel in whose place another runs.
+  [[nodiscard]] static std::string RunsAs(int index, const Role& role) {
+    const int runs = KernelThatRuns(index, role);
+    return runs == index ? "" : "packed, runs as " + std::string(KernelAt(runs).name) + ": ";
+  }
   [[nodiscard]] Verdict NotTaken(int index, const Role& role, size_t number) const {
     const int64_t tokens = options_.max_tokens;
     const int instead = KernelOf(ChoiceFor(tiles_, tokens), number);
+    if (KernelThatRuns(index, role) == KernelThatRuns(instead, role) &&
+        RoundsApart(index, role) == RoundsApart(instead, role)) {
+      return {false, RunsAs(index, role) + "no other than " + std::string(KernelAt(instead).name)};
+    }
     return {false, TimesString(index, role, spec_, {tokens}) + " tokens, " +
                        std::string(KernelAt(instead).name) + " " +
                        TimesString(instead, role, spec_, {tokens}) +
                        "; not taken for any number of tokens: ask for it by name"};
   }
   [[nodiscard]] Verdict Taken(int index, const Role& role, const std::vector<Range>& ranges) const {
-    const int runs = KernelThatRuns(index, role);
-    const KernelInfo info = KernelAt(runs);
-    const std::string tile =
-        (runs == index ? "" : "packed, runs as " + std::string(info.name) + ": ") + "tiles of " +
-        std::to_string(info.tokens) + " rows, blocks of " + std::to_string(info.features) +
-        " features, ";
+    const KernelInfo info = KernelAt(KernelThatRuns(index, role));
+    const std::string tile = RunsAs(index, role) + "tiles of " + std::to_string(info.tokens) +
+                             " rows, blocks of " + std::to_string(info.features) + " features, ";
     std::string all;
     std::string text;
     std::string measured;
@@ -123,7 +129,8 @@ class Judge {
     }
     const std::string times = TimesString(index, role, spec_, tokens);
     if (role.forced >= 0) {
-      return {true, "asked for by name; runs every number of tokens, " + times};
+      return {true,
+              RunsAs(index, role) + "asked for by name; runs every number of tokens, " + times};
     }
     if (tiles_.size() == 1) {
       text = options_.batch_invariant ? "every batch, as batch_invariant asks"

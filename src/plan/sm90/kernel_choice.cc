@@ -235,14 +235,41 @@ void AddPart(const std::vector<TileChoice>& choices, int64_t first, int64_t last
   }
 }
 
-// Where nothing was faster than the untuned choice that stays the model's, whose kernels may be
-// others by now; those that were measured say so.
-void AddUntuned(const std::vector<TileChoice>& cheapest, int64_t first, const TunedRange& range,
-                std::vector<TileChoice>* out) {
+// Whether the choice runs routed experts as `tactic` does. Packed weights have one kernel for
+// several names.
+bool RunsAs(const TileChoice& choice, const std::string& tactic, const std::vector<Role>& roles) {
+  std::vector<Role> forced = roles;
+  if (!ForceTactic(tactic, &forced).empty()) {
+    return false;
+  }
+  const std::pair<int, int> kernels[] = {{choice.routed.gemm1, forced[0].forced},
+                                         {choice.routed.gemm2, forced[1].forced}};
+  for (size_t gemm = 0; gemm < 2; ++gemm) {
+    const auto [taken, named] = kernels[gemm];
+    const Role& role = roles[gemm];
+    if (KernelThatRuns(taken, role) != KernelThatRuns(named, role) ||
+        RoundsApart(taken, role) != RoundsApart(named, role)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Whether nothing was found to be faster than the model's choice, or looked for. It may be another
+// one by now: what was measured is then kept, which no candidate was much faster than.
+bool IsUntuned(const TunedRange& range, const std::vector<TileChoice>& cheapest,
+               const std::vector<Role>& roles) {
+  return range.tactic == range.untuned &&
+         (!range.measured() || RunsAs(ChoiceFor(cheapest, range.tokens), range.tactic, roles));
+}
+
+// The model's kernels in the range; those that were measured say so.
+void AddUntuned(const std::vector<TileChoice>& cheapest, const std::vector<Role>& roles,
+                int64_t first, const TunedRange& range, std::vector<TileChoice>* out) {
   const size_t begin = out->size();
   AddPart(cheapest, first, range.last, out);
   for (size_t i = begin; i < out->size(); ++i) {
-    if (range.measured() && TacticOf((*out)[i]) == range.tactic) {
+    if (range.measured() && RunsAs((*out)[i], range.tactic, roles)) {
       (*out)[i].measured = tune::MeasuredText(range);
     }
   }
@@ -258,8 +285,8 @@ std::vector<TileChoice> WithMeasured(const MoeSpec& spec, const std::vector<Role
     if (range.last < first) {
       continue;
     }
-    if (range.tactic == range.untuned) {
-      AddUntuned(cheapest, first, range, &choices);
+    if (IsUntuned(range, cheapest, roles)) {
+      AddUntuned(cheapest, roles, first, range, &choices);
     } else if (std::optional<TileChoice> choice = MeasuredChoice(spec, roles, range)) {
       choice->max_tokens = range.last;
       choices.push_back(*std::move(choice));
@@ -314,6 +341,19 @@ std::string SpecReason(const MoeSpec& spec) {
   return {};
 }
 
+// Where weights are packed every kernel that a plan may choose must have one for them: Weights
+// refuse them otherwise.
+std::string PackedReason(const std::vector<Role>& roles) {
+  for (const Role& role : roles) {
+    for (const int kernel : role.kernels) {
+      if (role.shape.packed && gemm::sm90::PackedTwin(kernel) < 0) {
+        return NoPackedKernel(role.shape.weights, kernel);
+      }
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options,
@@ -326,6 +366,9 @@ KernelChoice ChooseKernels(const MoeSpec& spec, const PlanOptions& options,
   }
   std::vector<Role> roles = RolesOf(spec, false, options.weight_orders);
   explanation.reason = TakeTactic(spec, options, &roles, &out.rounded);
+  if (explanation.reason.empty()) {
+    explanation.reason = PackedReason(roles);
+  }
   if (!explanation.reason.empty()) {
     return out;
   }

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <utility>
 
+#include <fmt/format.h>
+
 namespace hopyard::sm90 {
 namespace {
 
@@ -90,6 +92,13 @@ bool RoundsApart(int index, const Role& role) {
 int KernelThatRuns(int index, const Role& role) {
   const int twin = role.shape.packed ? gemm::sm90::PackedTwin(index) : -1;
   return twin < 0 ? index : twin;
+}
+
+std::string NoPackedKernel(WeightFormat weights, int index) {
+  return fmt::format(
+      "there is no kernel for packed {} weights in place of {} (HOPYARD_KERNELS=dev has none at "
+      "all); make Weights without packed",
+      ToString(weights), KernelAt(index).name);
 }
 
 int KernelOf(const TileChoice& choice, size_t number) {

@@ -37,6 +37,8 @@ struct Role {
 [[nodiscard]] bool RoundsApart(int index, const Role& role);
 // The kernel that runs in the place of `index`: another one where weights are packed.
 [[nodiscard]] int KernelThatRuns(int index, const Role& role);
+// Says that no kernel for packed weights takes the place of `index`.
+[[nodiscard]] std::string NoPackedKernel(WeightFormat weights, int index);
 
 // The kernel that a choice has for role `number` of RolesOf.
 [[nodiscard]] int KernelOf(const TileChoice& choice, size_t number);

@@ -154,21 +154,31 @@ TEST(TunedChoice, WhereNothingWasMeasuredNothingIsSaidToBe) {
   EXPECT_EQ(PickAt(spec, 8, {filled}), model);
 }
 
-// The model may have learnt since: what it takes now is not what was measured.
 TEST(TunedChoice, WhereNothingWonTheModelChooses) {
   const MoeSpec spec = Spec();
   const std::string usual = PickAt(spec, 8, {});
-  for (const std::string& untuned : {usual, OtherTactic(spec, 8)}) {
-    TunedRange range = RangeOf(64, 8, untuned);
-    range.untuned = untuned;
-    for (const int64_t tokens : {1, 8, 33, 64, 65}) {
-      EXPECT_EQ(PickAt(spec, tokens, {range}), PickAt(spec, tokens, {})) << tokens;
-    }
-    const std::string reason =
-        ReasonOf(Hopper().Choose(spec, OptionsFor(8), {range}), usual.substr(0, usual.find('+')));
-    EXPECT_EQ(reason.find("tuned: 95.1 us at 8 tokens") != std::string::npos, untuned == usual)
-        << reason;
+  TunedRange range = RangeOf(64, 8, usual);
+  range.untuned = usual;
+  for (const int64_t tokens : {1, 8, 33, 64, 65}) {
+    EXPECT_EQ(PickAt(spec, tokens, {range}), PickAt(spec, tokens, {})) << tokens;
   }
+  const std::string reason =
+      ReasonOf(Hopper().Choose(spec, OptionsFor(8), {range}), usual.substr(0, usual.find('+')));
+  EXPECT_NE(reason.find("tuned: 95.1 us at 8 tokens"), std::string::npos) << reason;
+}
+
+// What the model takes now was not measured, or was and did not win.
+TEST(TunedChoice, WhereTheModelHasLearntSinceWhatWasMeasuredStays) {
+  const MoeSpec spec = Spec();
+  const std::string once = OtherTactic(spec, 8);
+  TunedRange range = RangeOf(64, 8, once);
+  range.untuned = once;
+  for (const int64_t tokens : {1, 8, 33, 64}) {
+    EXPECT_EQ(PickAt(spec, tokens, {range}), once) << tokens;
+  }
+  EXPECT_EQ(PickAt(spec, 65, {range}), PickAt(spec, 65, {}));
+  range.us = 0.0;
+  EXPECT_EQ(PickAt(spec, 8, {range}), PickAt(spec, 8, {}));
 }
 
 TEST(TunedChoice, ANamedTacticWins) {
@@ -268,39 +278,115 @@ TEST(TunedChoice, TheModelMixesTilesWhereThatIsCheaper) {
   EXPECT_GT(tiles(many).first, tiles(many).second) << many;
 }
 
+// Options of a plan for packed weights.
+PlanOptions PackedOptions(const MoeSpec& spec, int64_t tokens) {
+  WeightsDesc desc;
+  desc.packed = true;
+  PlanOptions options = OptionsFor(tokens);
+  options.weight_orders = OrdersOf(spec, desc);
+  return options;
+}
+
 // Kernels that one for packed weights replaces are the same one there: listed once, expected to
 // take its time, which is not that of the checkpoint's layout.
 TEST(TunedChoice, PackedWeightsHaveTheirKernelsTimes) {
   MoeSpec spec = Spec();
   spec.weights = WeightFormat::kMxFp4;
-  spec.activations = ActivationFormat::kBf16;
-  WeightsDesc desc;
-  desc.packed = true;
-  PlanOptions options = OptionsFor(64);
-  const RankedTactics natural = Hopper().Rank(spec, options, 64);
-  options.weight_orders = OrdersOf(spec, desc);
-  const RankedTactics packed = Hopper().Rank(spec, options, 64);
   if (test::MixedTactics(spec).empty()) {
     GTEST_SKIP() << "a build of a few kernels";
   }
-  std::set<double> times;
-  for (const RankedTactics::Entry& entry : packed.gemm1) {
-    EXPECT_TRUE(times.insert(entry.us).second) << entry.kernel;
-    const auto same =
-        std::find_if(natural.gemm1.begin(), natural.gemm1.end(),
-                     [&](const RankedTactics::Entry& one) { return one.kernel == entry.kernel; });
-    ASSERT_NE(same, natural.gemm1.end());
-    EXPECT_NE(entry.us, same->us) << entry.kernel;
+  for (const ActivationFormat activations :
+       {ActivationFormat::kBf16, ActivationFormat::kFp8Block128}) {
+    spec.activations = activations;
+    const RankedTactics natural = Hopper().Rank(spec, OptionsFor(64), 64);
+    const RankedTactics packed = Hopper().Rank(spec, PackedOptions(spec, 64), 64);
+    std::set<double> times;
+    for (const RankedTactics::Entry& entry : packed.gemm1) {
+      EXPECT_TRUE(times.insert(entry.us).second) << entry.kernel;
+      const auto same =
+          std::find_if(natural.gemm1.begin(), natural.gemm1.end(),
+                       [&](const RankedTactics::Entry& one) { return one.kernel == entry.kernel; });
+      ASSERT_NE(same, natural.gemm1.end());
+      EXPECT_NE(entry.us, same->us) << entry.kernel;
+    }
+    EXPECT_LT(packed.gemm1.size(), natural.gemm1.size());
+    EXPECT_LT(packed.gemm1.front().us, natural.gemm1.front().us);
+    const size_t plus = packed.untuned.find('+');
+    EXPECT_EQ(packed.untuned.substr(0, plus), packed.gemm1.front().kernel);
+    EXPECT_EQ(packed.untuned.substr(plus + 1), packed.gemm2.front().kernel);
   }
-  EXPECT_LT(packed.gemm1.size(), natural.gemm1.size());
-  EXPECT_LT(packed.gemm1.front().us, natural.gemm1.front().us);
-  const size_t plus = packed.untuned.find('+');
-  EXPECT_EQ(packed.untuned.substr(0, plus), packed.gemm1.front().kernel);
-  EXPECT_EQ(packed.untuned.substr(plus + 1), packed.gemm2.front().kernel);
-  const Explanation explanation = Hopper().Choose(spec, options, {});
+}
+
+// One kernel that rounds as it goes or leaves that to a pass of its own is two candidates.
+TEST(TunedChoice, PackedKernelsThatRoundOrDoNotAreTwo) {
+  MoeSpec spec = Spec();
+  spec.weights = WeightFormat::kMxFp4;
+  spec.activations = ActivationFormat::kFp8Block128;
+  std::set<std::string> listed;
+  for (const auto& entry : Hopper().Rank(spec, PackedOptions(spec, 64), 64).gemm1) {
+    listed.insert(entry.kernel);
+  }
+  if (test::MixedTactics(spec).empty()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  EXPECT_TRUE(listed.contains("mxfp4_fp8_gated_m64n32_s8"));
+  EXPECT_TRUE(listed.contains("mxfp4_fp8_gated_m128n32_s4"));
+  EXPECT_TRUE(listed.contains("mxfp4_fp8_gated_m64n16_s8"));
+  EXPECT_FALSE(listed.contains("mxfp4_fp8_gated_m64n16_s4"));
+}
+
+// Names of one packed kernel are one choice: what was measured under another is said of it.
+TEST(TunedChoice, ExplainsThePackedKernelsThatRun) {
+  MoeSpec spec = Spec();
+  spec.weights = WeightFormat::kMxFp4;
+  spec.activations = ActivationFormat::kBf16;
+  const PlanOptions options = PackedOptions(spec, 64);
+  if (test::MixedTactics(spec).empty()) {
+    EXPECT_EQ(Hopper().Choose(spec, options, {}).reason.find("there is no kernel for packed"), 0U);
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  const std::string other = "mxfp4_bf16_gated_m64n16_s5+mxfp4_bf16_m128n16_s5";
+  TunedRange range = RangeOf(64, 64, other);
+  range.untuned = other;
+  const Explanation explanation = Hopper().Choose(spec, options, {range});
+  EXPECT_EQ(explanation.Chosen(), "mxfp4_bf16_gated_m64n16_s8+mxfp4_bf16_m128n16_s8");
   for (const Candidate& candidate : explanation.candidates) {
-    EXPECT_EQ(candidate.reason.find("packed, runs as mxfp4_bf16_packed_") != std::string::npos,
+    const bool named =
+        candidate.reason.find("packed, runs as mxfp4_bf16_packed_") != std::string::npos;
+    const bool same = candidate.reason.find("no other than ") != std::string::npos;
+    EXPECT_EQ(named, candidate.chosen || same) << candidate.kernel << ": " << candidate.reason;
+    EXPECT_EQ(candidate.reason.find("tuned: 95.1 us at 64 tokens") != std::string::npos,
               candidate.chosen)
+        << candidate.kernel << ": " << candidate.reason;
+    EXPECT_TRUE(candidate.kernel != "mxfp4_bf16_gated_m64n16_s5" || same) << candidate.reason;
+  }
+}
+
+// Weights of these activations cannot be packed, which a plan says as early.
+TEST(TunedChoice, RefusesPackedWeightsWithoutKernels) {
+  MoeSpec spec = Spec();
+  spec.weights = WeightFormat::kNvFp4;
+  spec.activations = ActivationFormat::kFp8PerToken;
+  const Explanation explanation = Hopper().Choose(spec, PackedOptions(spec, 64), {});
+  EXPECT_FALSE(explanation.supported);
+  EXPECT_EQ(explanation.reason.rfind("there is no kernel for packed nvfp4 weights in place of ", 0),
+            0U)
+      << explanation.reason;
+  EXPECT_TRUE(Hopper().Choose(spec, OptionsFor(64), {}).supported);
+}
+
+// Of shared experts in another format the routed ones alone are packed.
+TEST(TunedChoice, SharedExpertsOfAnotherFormatAreNotPacked) {
+  MoeSpec spec = Spec();
+  spec.weights = WeightFormat::kMxFp4;
+  spec.activations = ActivationFormat::kBf16;
+  spec.shared = {1, false, 1.0F, WeightFormat::kBf16};
+  if (test::MixedTactics(spec).empty()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  for (const Candidate& candidate : Hopper().Choose(spec, PackedOptions(spec, 64), {}).candidates) {
+    const bool packed = candidate.reason.find("packed, runs as ") != std::string::npos;
+    EXPECT_TRUE(!candidate.chosen || packed == candidate.kernel.starts_with("mxfp4_bf16_"))
         << candidate.kernel << ": " << candidate.reason;
   }
 }
