@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -57,6 +58,24 @@ TEST(Devices, GpusAreCountedAndNamed) {
     EXPECT_FALSE(GpuInfoOf(i).name.empty());
     EXPECT_GT(GpuInfoOf(i).memory_bytes, 0);
   }
+}
+
+TEST(Devices, OtherComputeCapabilitiesAreRefusedByName) {
+  GpuInfo gpu;
+  gpu.name = "NVIDIA A100-SXM4-80GB";
+  gpu.compute_major = 8;
+  EXPECT_EQ(WhyUnsupported(gpu),
+            "the GPU, NVIDIA A100-SXM4-80GB, has compute capability 8.0; wanted 9.0 (H100, H200), "
+            "for which the kernels are compiled, or the CPU");
+  // Its matrix instructions are the architecture's own: no later one runs them.
+  for (const auto& [major, minor] : {std::pair{9, 1}, {10, 0}, {12, 0}, {0, 0}}) {
+    gpu.compute_major = major;
+    gpu.compute_minor = minor;
+    EXPECT_NE(WhyUnsupported(gpu), "") << major << '.' << minor;
+  }
+  gpu.compute_major = 9;
+  gpu.compute_minor = 0;
+  EXPECT_EQ(WhyUnsupported(gpu), "");
 }
 
 TEST(Devices, ABuildWithoutTheBackendSaysSo) {

@@ -21,6 +21,10 @@ struct GpuInfo {
   int64_t l2_bytes = 0;
 };
 
+// Why the kernels of this library do not run on the GPU, which are compiled for compute capability
+// 9.0 alone (H100, H200); empty where they do. Weights there are an Error{kUnsupported} with it.
+[[nodiscard]] std::string WhyUnsupported(const GpuInfo& gpu);
+
 // GPUs that the driver shows; 0 without a driver, and in a build without CUDA.
 [[nodiscard]] int CountGpus();
 // Error{kInvalidArgument} where index is not in 0 .. CountGpus() - 1.

@@ -42,7 +42,8 @@ struct PlanOptions {
   bool overlap_launches = false;
   CallPath path;
   // Of the weights that calls bring (OrdersOf): what measurements are looked for, and what the cost
-  // model expects of a GPU's kernels. A plan runs calls with all of them.
+  // model expects of a GPU's kernels. A plan runs calls with all of them; one for packed weights is
+  // refused where these have no kernels.
   WeightOrders weight_orders;
   // Where no tactic is named, kernels come from measurements: of this table, then of those that
   // UseTuning gave, of the file that HOPYARD_TUNING_FILE names, and of those that come with the

@@ -46,7 +46,7 @@ class PlanOptions(TypedDict, total=False):
         unfinalised: calls get the rows instead of the output.
         records_replay: calls record the selected ids.
         weight_orders: `Weights.orders` of the weights to come, for measurements, too; a layer's own
-            without.
+            without. Packed ones are refused where there are no kernels for them.
         tuning: a table to look into before those that `hopyard.use_tuning` has given.
         untuned: choose kernels without any measurements.
     """

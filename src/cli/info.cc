@@ -86,7 +86,7 @@ void Run(const InfoOptions& options, bool json) {
     fmt::print("cuda:{}    {}, compute {}.{}, {} of {} free{}\n", i, gpus[i].name,
                gpus[i].compute_major, gpus[i].compute_minor, HumanBytes(gpus[i].free_bytes),
                HumanBytes(gpus[i].memory_bytes),
-               gpus[i].compute_major == 9 ? "" : "; the backend needs compute 9.0");
+               WhyUnsupported(gpus[i]).empty() ? "" : "; the backend needs compute 9.0");
   }
   if (options.measure) {
     fmt::print("read      {:.1f} GB/s\nfp32      {:.0f} GFLOP/s\n",

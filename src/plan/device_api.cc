@@ -24,6 +24,15 @@ std::shared_ptr<void> AllocateOnHost(int64_t bytes) {
 
 }  // namespace
 
+std::string WhyUnsupported(const GpuInfo& gpu) {
+  if (gpu.compute_major == 9 && gpu.compute_minor == 0) {
+    return {};
+  }
+  return "the GPU, " + gpu.name + ", has compute capability " + std::to_string(gpu.compute_major) +
+         '.' + std::to_string(gpu.compute_minor) +
+         "; wanted 9.0 (H100, H200), for which the kernels are compiled, or the CPU";
+}
+
 int CountGpus() {
   const sm90::Backend* const backend = sm90::FindBackend();
   return backend == nullptr ? 0 : backend->CountGpus();

@@ -54,7 +54,9 @@ double Estimate(const MoeSpec& spec, int64_t tokens, const std::string& tactic, 
   const size_t plus = tactic.find('+');
   const int first = FindKernel(tactic.substr(0, plus));
   const int second = FindKernel(tactic.substr(plus + 1));
-  if (first < 0 || second < 0) {
+  const bool whole = first >= 0 && second >= 0;
+  if (!whole ||
+      (packed && (gemm::sm90::PackedTwin(first) < 0 || gemm::sm90::PackedTwin(second) < 0))) {
     return NAN;
   }
   const gemm::sm90::RowSpread rows(tokens, static_cast<double>(spec.top_k) / spec.num_experts);

@@ -11,16 +11,13 @@
 
 #include "formats/format_rules.h"
 #include "gemm/sm90/rows.h"
+#include "tests/gpu/all_kernels.h"
 #include "tests/gpu/captured_call.h"
 #include "tests/gpu/runner_sm90.h"
 #include "tests/refit.h"
 
 namespace hopyard::test {
 namespace {
-
-bool HasAllKernels() {
-  return static_cast<size_t>(gemm::sm90::NumKernels()) == std::size(gemm::sm90::kConfigTable);
-}
 
 #define HOPYARD_NEEDS_PACKED_KERNELS()                          \
   HOPYARD_NEEDS_GPU();                                          \

@@ -347,7 +347,7 @@ GRID = [
     *group(
         "replay_deepseek",
         mode=[*MODES],
-        layer=[(16, 2, 1024), (16, 4, 1024), (16, 4, 2048)],
+        layer=[(16, 2, 1024), (16, 2, 2048), (16, 4, 1024), (16, 4, 2048)],
         tokens=[1, 7, 32],
         rule=deepseek(4, 2),
         given="float32",

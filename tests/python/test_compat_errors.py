@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input of FlashInfer's operations: one case for each row of the specification's section 7."""
+"""Bad input of FlashInfer's operations: one case for each row of the specification's section 7.
+
+But the first, the GPU's compute capability: tests/device_test.cc.
+"""
 
 from __future__ import annotations
 

@@ -111,6 +111,43 @@ SIGNATURES = {
     "shuffle_matrix_a": "input_tensor, epilogue_tile_m",
     "shuffle_matrix_sf_a": "input_tensor, epilogue_tile_m, num_elts_per_sf=16",
     "block_scale_interleave": "unswizzled_sf",
+    "reorder_rows_for_gated_act_gemm": "x",
+    "convert_to_block_layout": "input_tensor, blockK",
+    "get_reorder_rows_for_gated_act_gemm_row_indices": "x",
+    "get_shuffle_matrix_a_row_indices": "input_tensor, epilogue_tile_m",
+    "get_shuffle_matrix_sf_a_row_indices": "input_tensor, epilogue_tile_m, num_elts_per_sf=16",
+    "_maybe_get_cached_w3_w1_permute_indices": "_cache_permute_indices, dst_w3_w1_weight, "
+    "epilogue_tile_m, num_elts_per_sf=None, is_gated_act_gemm=True",
+    "get_w2_permute_indices_with_cache": "_cache_permute_indices, dst_w2_weight, "
+    "epilogue_tile_m, num_elts_per_sf=None, is_gated_act_gemm=None",
+    "fp4_quantize": "input, global_scale=None, sf_vec_size=16, sf_use_ue8m0=False, "
+    "is_sf_swizzled_layout=True, is_sf_8x4_layout=False, is_global_scale_inversed=False, "
+    "enable_pdl=None, backend='cuda'",
+    "nvfp4_quantize": "a, a_global_sf, sfLayout=fi.SfLayout.layout_128x4, do_shuffle=False, "
+    "sf_vec_size=16, enable_pdl=None, backend='cuda'",
+    "mxfp8_quantize": "input, is_sf_swizzled_layout=True, alignment=32, enable_pdl=None, "
+    "backend='cuda', sf_swizzle_layout=None",
+    "trtllm_get_valid_moe_configs": "dtype_act, dtype_weights, fp8_quantization_type, top_k, "
+    "hidden_size, intermediate_size, num_local_experts, act_type, use_shuffled_weight, "
+    "weight_layout, use_per_token_scaling, num_tokens, has_gemm1_lora_delta=False",
+    "trtllm_moe_allocate_routing_metadata": "topk_ids, *, num_experts, top_k, "
+    "local_expert_offset, num_local_experts, tile_n, routing_input_mode, topk_weights=None",
+    "trtllm_moe_allocate_routing_metadata_multi_tile": "topk_ids, *, num_experts, top_k, "
+    "local_expert_offset, num_local_experts, tile_ns, routing_input_mode, topk_weights=None",
+    "populate_trtllm_moe_routing_metadata_": "metadata, topk_ids, topk_weights=None",
+    "prepare_trtllm_bf16_weights": "w1_bf16, w2_bf16, *, num_local_experts, hidden_size, "
+    "intermediate_size, activation=None, device=None, permute_cache=None",
+    "prepare_trtllm_fp4_activations": "hidden_states_bf16, *, variant",
+    "prepare_trtllm_fp8_block_weights": "w1_bf16, w2_bf16, *, variant, num_local_experts, "
+    "hidden_size, intermediate_size, activation=None, device=None",
+    "prepare_trtllm_fp8_block_activations": "hidden_states_bf16, *, variant",
+    "prepare_trtllm_fp8_per_tensor_weights": "w1_bf16, w2_bf16, *, hidden_states_scale_global, "
+    "intermediate_scale_global, num_local_experts, hidden_size, intermediate_size, "
+    "activation=None, device=None",
+    "prepare_trtllm_fp8_per_tensor_activations": "hidden_states_bf16, *, "
+    "hidden_states_scale_global",
+    "prepare_trtllm_mxint4_weights": "w1_bf16, w2_bf16, *, num_local_experts, hidden_size, "
+    "intermediate_size, activation=None, device=None, permute_cache=None",
     "e2m1_and_ufp8sf_scale_to_float": "e2m1_tensor, ufp8_scale_tensor, global_scale_tensor=None, "
     "sf_vec_size=16, ufp8_type=1, is_sf_swizzled_layout=True",
 }
@@ -119,7 +156,7 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures(name):
     def plain(text):
-        namespace = {}
+        namespace = {"fi": fi}
         exec(f"def function({text}): pass", namespace)
         return [
             (p.name, p.kind, p.default)

@@ -191,9 +191,30 @@ def test_expert_parallel_ranks_sum_to_the_whole(mode, device):
 
 
 @DEVICES
+def test_a_scale_beside_bf16_hidden_states_is_a_placeholder(device):
+    """As vLLM hands it over for gpt-oss."""
+    case = cl.make("mxfp4_bf16", cl.Sizes(256, 128, 4, 2, 8), device=device)
+    logits = cl.logits_of(case)
+    usual = cl.call(case, logits=logits)
+    for scale in (torch.empty(0), torch.full((3,), float("nan")), torch.zeros(8, 8).byte()):
+        cl.same(cl.call(case, logits=logits, hidden_states_scale=scale.to(device)), usual)
+
+
+@DEVICES
+@pytest.mark.parametrize("mode", ["nvfp4", "mxfp4_mxfp8"])
+def test_scales_of_hidden_states_may_be_one_row(mode, device):
+    case = cl.make(mode, cl.Sizes(256, 128, 4, 2, 8), device=device)
+    logits, scale = cl.logits_of(case), case.arguments["hidden_states_scale"]
+    assert scale.dim() == 2
+    usual = cl.call(case, logits=logits)
+    cl.same(cl.call(case, logits=logits, hidden_states_scale=scale.reshape(-1)), usual)
+
+
+@DEVICES
 @pytest.mark.parametrize("mode", MODES)
 def test_a_rank_with_an_offset_is_one_with_other_ids(mode, device):
-    case = cl.make(mode, cl.Sizes(256, 128, 4, 2, 8), device=device)
+    sizes = cl.Sizes(1024, 1024, 4, 2, 8) if device == "cuda" else cl.Sizes(256, 128, 4, 2, 8)
+    case = cl.make(mode, sizes, device=device)
     ids = torch.stack([torch.arange(8) % 4, (torch.arange(8) + 1) % 4], 1).int().to(device)
     weights = torch.full((8, 2), 0.5, device=device)
     usual = {"num_experts": 8, "local_num_experts": 4}

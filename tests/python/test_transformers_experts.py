@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import itertools
 
 import pytest
 
@@ -72,20 +73,20 @@ def bincounts(ids, experts):
 
 
 @contextlib.contextmanager
-def forward_of(model, compiled):
-    """The model's forward pass is compiled within, without graph breaks; not where it is off."""
-    if compiled:
+def forward_of(model, backend):
+    """The model's forward pass is compiled within, without graph breaks; not where it is ""."""
+    if backend:
         torch._dynamo.reset()
-        model.forward = torch.compile(
-            model.forward, fullgraph=True, backend="aot_eager", dynamic=True
-        )
+        model.forward = torch.compile(model.forward, fullgraph=True, backend=backend, dynamic=True)
     yield
     model.__dict__.pop("forward", None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [*itertools.product(FAMILIES, ["", "aot_eager"]), ("qwen3_moe", "inductor")],
+)
 def test_greedy_generation_and_teacher_forced_logits(name, compiled, device):
     """Generated with Hopyard step by step, then all at once with it, with eager, and in FP32.
 
@@ -117,7 +118,7 @@ def test_greedy_generation_and_teacher_forced_logits(name, compiled, device):
     assert float((ours - reference).abs().max()) <= largest
 
     best = eager[PROMPT - 1 :].topk(2)
-    clear = best.values[:, 0] - best.values[:, 1] > 2 * largest
+    clear = best.values[:, 0] - best.values[:, 1] > largest
     assert int(clear.sum()) >= STEPS // 4
     assert torch.equal(wanted[clear], best.indices[clear, 0])
 

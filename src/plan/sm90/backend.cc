@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <memory>
+#include <string>
 #include <utility>
 
+#include "core/error.h"
 #include "device/memory.h"
 #include "device/range.h"
 #include "device/timed_calls.h"
@@ -85,6 +87,8 @@ class HopperBackend : public Backend {
   [[nodiscard]] std::shared_ptr<const DeviceWeights> MakeWeights(
       const Weights::Impl& weights) const override {
     const device::CurrentDevice current(weights.device.index);
+    const std::string reason = WhyUnsupported(device::InfoOf(weights.device.index));
+    HOPYARD_CHECK(reason.empty(), kUnsupported) << "weights: " << reason;
     return MakeDeviceWeights(weights);
   }
 

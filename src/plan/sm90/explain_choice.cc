@@ -96,12 +96,15 @@ class Judge {
     return runs == index ? "" : "packed, runs as " + std::string(KernelAt(runs).name) + ": ";
   }
   [[nodiscard]] Verdict NotTaken(int index, const Role& role, size_t number) const {
+    for (const TileChoice& choice : tiles_) {
+      const int other = KernelOf(choice, number);
+      if (KernelThatRuns(index, role) == KernelThatRuns(other, role) &&
+          RoundsApart(index, role) == RoundsApart(other, role)) {
+        return {false, RunsAs(index, role) + "no other than " + std::string(KernelAt(other).name)};
+      }
+    }
     const int64_t tokens = options_.max_tokens;
     const int instead = KernelOf(ChoiceFor(tiles_, tokens), number);
-    if (KernelThatRuns(index, role) == KernelThatRuns(instead, role) &&
-        RoundsApart(index, role) == RoundsApart(instead, role)) {
-      return {false, RunsAs(index, role) + "no other than " + std::string(KernelAt(instead).name)};
-    }
     return {false, TimesString(index, role, spec_, {tokens}) + " tokens, " +
                        std::string(KernelAt(instead).name) + " " +
                        TimesString(instead, role, spec_, {tokens}) +

@@ -247,6 +247,9 @@ bool RunsAs(const TileChoice& choice, const std::string& tactic, const std::vect
   for (size_t gemm = 0; gemm < 2; ++gemm) {
     const auto [taken, named] = kernels[gemm];
     const Role& role = roles[gemm];
+    if (named < 0) {
+      continue;  // the model's to complete
+    }
     if (KernelThatRuns(taken, role) != KernelThatRuns(named, role) ||
         RoundsApart(taken, role) != RoundsApart(named, role)) {
       return false;

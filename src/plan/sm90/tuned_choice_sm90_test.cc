@@ -13,6 +13,7 @@
 #include "bench/shapes.h"
 #include "plan/backend_sm90.h"
 #include "tests/forward_runner.h"
+#include "tests/gpu/all_kernels.h"
 #include "tests/gpu/mixed_tactics.h"
 
 namespace hopyard::sm90 {
@@ -292,7 +293,7 @@ PlanOptions PackedOptions(const MoeSpec& spec, int64_t tokens) {
 TEST(TunedChoice, PackedWeightsHaveTheirKernelsTimes) {
   MoeSpec spec = Spec();
   spec.weights = WeightFormat::kMxFp4;
-  if (test::MixedTactics(spec).empty()) {
+  if (!test::HasAllKernels()) {
     GTEST_SKIP() << "a build of a few kernels";
   }
   for (const ActivationFormat activations :
@@ -322,12 +323,12 @@ TEST(TunedChoice, PackedKernelsThatRoundOrDoNotAreTwo) {
   MoeSpec spec = Spec();
   spec.weights = WeightFormat::kMxFp4;
   spec.activations = ActivationFormat::kFp8Block128;
+  if (!test::HasAllKernels()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
   std::set<std::string> listed;
   for (const auto& entry : Hopper().Rank(spec, PackedOptions(spec, 64), 64).gemm1) {
     listed.insert(entry.kernel);
-  }
-  if (test::MixedTactics(spec).empty()) {
-    GTEST_SKIP() << "a build of a few kernels";
   }
   EXPECT_TRUE(listed.contains("mxfp4_fp8_gated_m64n32_s8"));
   EXPECT_TRUE(listed.contains("mxfp4_fp8_gated_m128n32_s4"));
@@ -341,7 +342,7 @@ TEST(TunedChoice, ExplainsThePackedKernelsThatRun) {
   spec.weights = WeightFormat::kMxFp4;
   spec.activations = ActivationFormat::kBf16;
   const PlanOptions options = PackedOptions(spec, 64);
-  if (test::MixedTactics(spec).empty()) {
+  if (!test::HasAllKernels()) {
     EXPECT_EQ(Hopper().Choose(spec, options, {}).reason.find("there is no kernel for packed"), 0U);
     GTEST_SKIP() << "a build of a few kernels";
   }
@@ -360,6 +361,37 @@ TEST(TunedChoice, ExplainsThePackedKernelsThatRun) {
         << candidate.kernel << ": " << candidate.reason;
     EXPECT_TRUE(candidate.kernel != "mxfp4_bf16_gated_m64n16_s5" || same) << candidate.reason;
   }
+}
+
+TEST(TunedChoice, ExplainsThePackedKernelsOfFewTokens) {
+  MoeSpec spec = Spec();
+  spec.weights = WeightFormat::kMxFp4;
+  spec.activations = ActivationFormat::kBf16;
+  if (!test::HasAllKernels()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  const Explanation explanation = Hopper().Choose(spec, PackedOptions(spec, 4096), {});
+  EXPECT_NE(ReasonOf(explanation, "mxfp4_bf16_gated_m64n16_s5")
+                .find("no other than mxfp4_bf16_gated_m64n16_s8"),
+            std::string::npos)
+      << ReasonOf(explanation, "mxfp4_bf16_gated_m64n16_s5");
+}
+
+// GEMM1's kernel alone is a tactic: the model completes it.
+TEST(TunedChoice, ARangeOfOneKernelIsTheModelsWhereItsKernelIs) {
+  MoeSpec spec = Spec();
+  spec.weights = WeightFormat::kMxFp4;
+  spec.activations = ActivationFormat::kBf16;
+  if (!test::HasAllKernels()) {
+    GTEST_SKIP() << "a build of a few kernels";
+  }
+  const PlanOptions options = PackedOptions(spec, 64);
+  const std::string usual = Hopper().Choose(spec, options, {}).Chosen();
+  TunedRange range = RangeOf(64, 64, usual.substr(0, usual.find('+')));
+  range.untuned = range.tactic;
+  const Explanation explanation = Hopper().Choose(spec, options, {range});
+  EXPECT_EQ(explanation.Chosen(), usual);
+  EXPECT_NE(ReasonOf(explanation, range.tactic).find("tuned: 95.1 us"), std::string::npos);
 }
 
 // Weights of these activations cannot be packed, which a plan says as early.
@@ -381,7 +413,7 @@ TEST(TunedChoice, SharedExpertsOfAnotherFormatAreNotPacked) {
   spec.weights = WeightFormat::kMxFp4;
   spec.activations = ActivationFormat::kBf16;
   spec.shared = {1, false, 1.0F, WeightFormat::kBf16};
-  if (test::MixedTactics(spec).empty()) {
+  if (!test::HasAllKernels()) {
     GTEST_SKIP() << "a build of a few kernels";
   }
   for (const Candidate& candidate : Hopper().Choose(spec, PackedOptions(spec, 64), {}).candidates) {

@@ -58,6 +58,7 @@ from hopyard.compat.flashinfer.moe_fp8 import (
     trtllm_fp8_per_tensor_scale_moe,
     trtllm_fp8_per_tensor_scale_routed_moe,
 )
+from hopyard.compat.flashinfer.moe_runner import MoERunner
 from hopyard.compat.flashinfer.prepare import (
     prepare_cutlass_bf16_weights,
     prepare_cutlass_w4a16_weights,
@@ -97,6 +98,7 @@ __all__ = [
     "DtypeTrtllmGen",
     "Fp8QuantizationType",
     "GatedActType",
+    "MoERunner",
     "QuantVariant",
     "RoutingInputMode",
     "RoutingMethodType",

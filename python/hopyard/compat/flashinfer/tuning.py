@@ -75,7 +75,7 @@ def _formats(a: Arguments) -> tuple[str, str]:
     return weights, activations
 
 
-def _kernels(a: Arguments) -> list[str]:
+def _kernels(a: Arguments) -> tuple[str, ...]:
     """Names of the kernels that can run a problem, in the library's order."""
     check_layout(a.weight_layout)
     kind = activation_of(a.act_type).name.lower()
@@ -90,14 +90,17 @@ def _kernels(a: Arguments) -> list[str]:
         weights=weights,  # type: ignore[arg-type]
         activations=activations,  # type: ignore[arg-type]
     )
-    tokens = max(int(a.num_tokens), 1)
-    device = _device()
     with engine.flashinfer_errors():
-        candidates = hopyard.explain(spec, device, max_tokens=tokens).candidates
-        # A kernel may be listed for each GEMM. Those that round more than the operation says are
-        # nobody's valid tactic: a tuner would take them for their speed.
-        kernels = dict.fromkeys(c.kernel for c in candidates if "by name only" not in c.reason)
-        return [n for n in kernels if _runs(spec, device, tokens, n)]
+        return _kernels_of(spec, _device(), max(int(a.num_tokens), 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernels_of(spec: hopyard.MoeSpec, device: str, tokens: int) -> tuple[str, ...]:
+    candidates = hopyard.explain(spec, device, max_tokens=tokens).candidates
+    # A kernel may be listed for each GEMM. Those that round more than the operation says are
+    # nobody's valid tactic: a tuner would take them for their speed.
+    kernels = dict.fromkeys(c.kernel for c in candidates if "by name only" not in c.reason)
+    return tuple(n for n in kernels if _runs(spec, device, tokens, n))
 
 
 def _device() -> str:
@@ -136,6 +139,8 @@ def trtllm_get_valid_moe_configs(a: Arguments) -> list[list[int]]:
         dtype_act: element type of the activations; also of the weights.
         top_k: with the shared experts, as is num_local_experts.
         num_tokens: T.
+        use_shuffled_weight: as weight_layout and has_gemm1_lora_delta no matter: every kernel reads
+            every layout, and adds a delta.
 
     Raises:
         RuntimeError: no kernel knows the types or the activation.
