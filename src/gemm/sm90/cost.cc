@@ -146,8 +146,9 @@ double TurnsOf(const GemmConfig& config, const FamilyCost& cost, int64_t items) 
     return OrderCostOf(config).neighbours[static_cast<size_t>(blocks)] *
            Slowdown(cost, static_cast<double>(blocks * config.consumers));
   };
+  const int64_t rounds = items / places;
   const int64_t left = items % places;
-  return static_cast<double>(items / places) * turn(places) + (left > 0 ? turn(left) : 0.0);
+  return static_cast<double>(rounds) * turn(places) + (left > 0 ? turn(left) : 0.0);
 }
 
 // Cycles of a stage. In tiles of 128 rows no more than 64 of which are there, BF16 products are
