@@ -98,8 +98,7 @@ class Judge {
   [[nodiscard]] Verdict NotTaken(int index, const Role& role, size_t number) const {
     for (const TileChoice& choice : tiles_) {
       const int other = KernelOf(choice, number);
-      if (KernelThatRuns(index, role) == KernelThatRuns(other, role) &&
-          RoundsApart(index, role) == RoundsApart(other, role)) {
+      if (OutcomeOf(index, role) == OutcomeOf(other, role)) {
         return {false, RunsAs(index, role) + "no other than " + std::string(KernelAt(other).name)};
       }
     }

@@ -242,20 +242,11 @@ bool RunsAs(const TileChoice& choice, const std::string& tactic, const std::vect
   if (!ForceTactic(tactic, &forced).empty()) {
     return false;
   }
-  const std::pair<int, int> kernels[] = {{choice.routed.gemm1, forced[0].forced},
-                                         {choice.routed.gemm2, forced[1].forced}};
-  for (size_t gemm = 0; gemm < 2; ++gemm) {
-    const auto [taken, named] = kernels[gemm];
-    const Role& role = roles[gemm];
-    if (named < 0) {
-      continue;  // the model's to complete
-    }
-    if (KernelThatRuns(taken, role) != KernelThatRuns(named, role) ||
-        RoundsApart(taken, role) != RoundsApart(named, role)) {
-      return false;
-    }
-  }
-  return true;
+  const auto runs = [](int taken, const Role& role) {
+    // A tactic may leave GEMM2 to the model.
+    return role.forced < 0 || OutcomeOf(taken, role) == OutcomeOf(role.forced, role);
+  };
+  return runs(choice.routed.gemm1, forced[0]) && runs(choice.routed.gemm2, forced[1]);
 }
 
 // Whether nothing was found to be faster than the model's choice, or looked for. It may be another
@@ -307,7 +298,7 @@ std::vector<RankedTactics::Entry> RankRole(const Role& role, const Batch& batch)
   std::vector<RankedTactics::Entry> entries;
   std::set<std::pair<int, bool>> listed;
   for (const int kernel : role.kernels) {
-    if (listed.insert({KernelThatRuns(kernel, role), RoundsApart(kernel, role)}).second) {
+    if (listed.insert(OutcomeOf(kernel, role)).second) {
       entries.push_back({std::string(KernelAt(kernel).name), Microseconds(kernel, role, batch)});
     }
   }

@@ -94,6 +94,10 @@ int KernelThatRuns(int index, const Role& role) {
   return twin < 0 ? index : twin;
 }
 
+std::pair<int, bool> OutcomeOf(int index, const Role& role) {
+  return {KernelThatRuns(index, role), RoundsApart(index, role)};
+}
+
 std::string NoPackedKernel(WeightFormat weights, int index) {
   return fmt::format(
       "there is no kernel for packed {} weights in place of {} (HOPYARD_KERNELS=dev has none at "

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gemm/sm90/cost.h"
@@ -37,6 +38,9 @@ struct Role {
 [[nodiscard]] bool RoundsApart(int index, const Role& role);
 // The kernel that runs in the place of `index`: another one where weights are packed.
 [[nodiscard]] int KernelThatRuns(int index, const Role& role);
+// What comes of naming `index`: the kernel that runs, and whether a pass of its own rounds what it
+// writes. Names of which the same comes are one choice.
+[[nodiscard]] std::pair<int, bool> OutcomeOf(int index, const Role& role);
 // Says that no kernel for packed weights takes the place of `index`.
 [[nodiscard]] std::string NoPackedKernel(WeightFormat weights, int index);
 

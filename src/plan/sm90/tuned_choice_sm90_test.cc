@@ -279,6 +279,13 @@ TEST(TunedChoice, TheModelMixesTilesWhereThatIsCheaper) {
   EXPECT_GT(tiles(many).first, tiles(many).second) << many;
 }
 
+MoeSpec PackableSpec(ActivationFormat activations) {
+  MoeSpec spec = Spec();
+  spec.weights = WeightFormat::kMxFp4;
+  spec.activations = activations;
+  return spec;
+}
+
 // Options of a plan for packed weights.
 PlanOptions PackedOptions(const MoeSpec& spec, int64_t tokens) {
   WeightsDesc desc;
@@ -291,14 +298,12 @@ PlanOptions PackedOptions(const MoeSpec& spec, int64_t tokens) {
 // Kernels that one for packed weights replaces are the same one there: listed once, expected to
 // take its time, which is not that of the checkpoint's layout.
 TEST(TunedChoice, PackedWeightsHaveTheirKernelsTimes) {
-  MoeSpec spec = Spec();
-  spec.weights = WeightFormat::kMxFp4;
   if (!test::HasAllKernels()) {
     GTEST_SKIP() << "a build of a few kernels";
   }
   for (const ActivationFormat activations :
        {ActivationFormat::kBf16, ActivationFormat::kFp8Block128}) {
-    spec.activations = activations;
+    const MoeSpec spec = PackableSpec(activations);
     const RankedTactics natural = Hopper().Rank(spec, OptionsFor(64), 64);
     const RankedTactics packed = Hopper().Rank(spec, PackedOptions(spec, 64), 64);
     std::set<double> times;
@@ -320,9 +325,7 @@ TEST(TunedChoice, PackedWeightsHaveTheirKernelsTimes) {
 
 // One kernel that rounds as it goes or leaves that to a pass of its own is two candidates.
 TEST(TunedChoice, PackedKernelsThatRoundOrDoNotAreTwo) {
-  MoeSpec spec = Spec();
-  spec.weights = WeightFormat::kMxFp4;
-  spec.activations = ActivationFormat::kFp8Block128;
+  const MoeSpec spec = PackableSpec(ActivationFormat::kFp8Block128);
   if (!test::HasAllKernels()) {
     GTEST_SKIP() << "a build of a few kernels";
   }
@@ -338,9 +341,7 @@ TEST(TunedChoice, PackedKernelsThatRoundOrDoNotAreTwo) {
 
 // Names of one packed kernel are one choice: what was measured under another is said of it.
 TEST(TunedChoice, ExplainsThePackedKernelsThatRun) {
-  MoeSpec spec = Spec();
-  spec.weights = WeightFormat::kMxFp4;
-  spec.activations = ActivationFormat::kBf16;
+  const MoeSpec spec = PackableSpec(ActivationFormat::kBf16);
   const PlanOptions options = PackedOptions(spec, 64);
   if (!test::HasAllKernels()) {
     EXPECT_EQ(Hopper().Choose(spec, options, {}).reason.find("there is no kernel for packed"), 0U);
@@ -364,9 +365,7 @@ TEST(TunedChoice, ExplainsThePackedKernelsThatRun) {
 }
 
 TEST(TunedChoice, ExplainsThePackedKernelsOfFewTokens) {
-  MoeSpec spec = Spec();
-  spec.weights = WeightFormat::kMxFp4;
-  spec.activations = ActivationFormat::kBf16;
+  const MoeSpec spec = PackableSpec(ActivationFormat::kBf16);
   if (!test::HasAllKernels()) {
     GTEST_SKIP() << "a build of a few kernels";
   }
@@ -379,9 +378,7 @@ TEST(TunedChoice, ExplainsThePackedKernelsOfFewTokens) {
 
 // GEMM1's kernel alone is a tactic: the model completes it.
 TEST(TunedChoice, ARangeOfOneKernelIsTheModelsWhereItsKernelIs) {
-  MoeSpec spec = Spec();
-  spec.weights = WeightFormat::kMxFp4;
-  spec.activations = ActivationFormat::kBf16;
+  const MoeSpec spec = PackableSpec(ActivationFormat::kBf16);
   if (!test::HasAllKernels()) {
     GTEST_SKIP() << "a build of a few kernels";
   }
@@ -409,9 +406,7 @@ TEST(TunedChoice, RefusesPackedWeightsWithoutKernels) {
 
 // Of shared experts in another format the routed ones alone are packed.
 TEST(TunedChoice, SharedExpertsOfAnotherFormatAreNotPacked) {
-  MoeSpec spec = Spec();
-  spec.weights = WeightFormat::kMxFp4;
-  spec.activations = ActivationFormat::kBf16;
+  MoeSpec spec = PackableSpec(ActivationFormat::kBf16);
   spec.shared = {1, false, 1.0F, WeightFormat::kBf16};
   if (!test::HasAllKernels()) {
     GTEST_SKIP() << "a build of a few kernels";
