@@ -123,10 +123,13 @@ class Unit {
       : problem_(problem), matrices_(matrices), unit_(unit), group_(group) {}
 
   [[nodiscard]] uint8_t CodeAt(int64_t i) const {
-    const int64_t byte = group_ * 64 + i % 64;
-    const int64_t row = RowOf(i / 4096, i % 4096 / 64);
+    const int64_t half = i / 4096;
+    const int64_t tile = i % 4096 / 2048;
+    const int64_t entry = i % 2048 / 32;
+    const int64_t byte = group_ * 64 + half * 32 + i % 32;
+    const int64_t row = RowOf(tile, half == 0 ? entry : entry ^ 2);
     return row < problem_.rows && byte < matrices_.code_cols()
-               ? matrices_.code(MatrixOf(i / 4096), row, byte)
+               ? matrices_.code(MatrixOf(tile), row, byte)
                : uint8_t{0};
   }
   [[nodiscard]] uint8_t ScaleAt(int64_t i) const {
@@ -160,11 +163,11 @@ std::vector<uint8_t> ByTheHeader(const Problem& problem, const Matrices& matrice
   bytes.reserve(size);
   for (int64_t at = 0; at < units * groups; ++at) {
     const Unit unit(problem, matrices, at / groups, at % groups);
-    for (int64_t i = 0; i < 8192; ++i) {
-      bytes.push_back(unit.CodeAt(i));
-    }
     for (int64_t i = 0; i < scales; ++i) {
       bytes.push_back(unit.ScaleAt(i));
+    }
+    for (int64_t i = 0; i < 8192; ++i) {
+      bytes.push_back(unit.CodeAt(i));
     }
   }
   return bytes;

@@ -69,10 +69,12 @@ HOPYARD_HOST_DEVICE void PackRow(const PackArgs& args, int64_t row, int64_t grou
   const int64_t bytes = (args.from.cols + 1) / 2 - group * kPackedRowBytes;
   const int64_t codes = bytes < kPackedRowBytes ? bytes : kPackedRowBytes;
   const uint8_t* const from = ValueAddress(args.from, args.rule, row, group * 2 * kPackedRowBytes);
-  uint8_t* const to = PackedCode(args.to, row, group * kPackedRowBytes);
-  // 64 bytes of a row lie together in every order of 4-bit codes.
-  for (int64_t i = 0; i < codes; ++i) {
-    to[i] = from[i];
+  // 64 bytes of a row lie together in every order of 4-bit codes, half of them in the packed one.
+  for (int64_t half = 0; half < codes; half += kPackedHalfRowBytes) {
+    uint8_t* const to = PackedCode(args.to, row, group * kPackedRowBytes + half);
+    for (int64_t i = 0; i < kPackedHalfRowBytes && half + i < codes; ++i) {
+      to[i] = from[half + i];
+    }
   }
   const int64_t blocks = (args.from.cols + args.rule.scale_block - 1) / args.rule.scale_block;
   for (int64_t i = group * args.to.scale_bytes; i < (group + 1) * args.to.scale_bytes; ++i) {

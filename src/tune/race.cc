@@ -33,6 +33,10 @@ constexpr double kDropNoises = 4.0;
 // the median of 25 rounds has a standard error of 1.25 * 2 % / 5 = 0.5 %, twice of which is the
 // usual margin. A GPU's 0.3 % is there after the fewest.
 constexpr size_t kFewestRounds = 9;
+// Where a call takes so long: the noise of 29 such differences was 0.09 % in the median (15 rounds,
+// DeepSeek-V3, tune.jsonl at a26f9a4), and with 9 rounds that layer took the whole minute.
+constexpr size_t kFewestLongRounds = 5;
+constexpr double kLongUs = 3000.0;
 constexpr size_t kMostRounds = 25;
 // Of the reference alone, whose time is all that is asked for then.
 constexpr size_t kRoundsAlone = 3;
@@ -328,7 +332,9 @@ Decision Race::Final(const std::vector<std::string>& tactics,
                      const std::vector<std::string>& favourites, double deadline) {
   std::vector<Runner> runners = Line(tactics, std::numeric_limits<double>::infinity());
   for (size_t round = 1; round <= kMostRounds && end_ == RaceEnd::kNone; ++round) {
-    const size_t fewest = runners.size() == 1 ? kRoundsAlone : kFewestRounds;
+    const size_t fewest = runners.size() == 1              ? kRoundsAlone
+                          : reference_first_us_ >= kLongUs ? kFewestLongRounds
+                                                           : kFewestRounds;
     if (round > fewest && (lab_->Seconds() > deadline || Decided(runners))) {
       break;
     }

@@ -37,6 +37,12 @@ struct Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
                  : "memory");
   }
+  // The bytes alone; the thread arrives later.
+  __device__ __forceinline__ void Expect(uint32_t bytes) const {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address),
+                 "r"(bytes)
+                 : "memory");
+  }
   // Waits until the phase of this parity has completed.
   __device__ __forceinline__ void Wait(uint32_t parity) const {
     asm volatile(

@@ -181,7 +181,7 @@ TEST(Configs, UnitsOfPackedWeightsAreWhatAConsumerReads) {
     if (row.config.packed) {
       EXPECT_EQ(ConsumerWeightBytes(row.config), PackedUnitBytes(ScaleBytes(row.config.family)))
           << row.name;
-      EXPECT_EQ(kPackedTileBytes, TileBytes(row.config)) << row.name;
+      EXPECT_EQ(2 * kPackedHalfTileBytes, TileBytes(row.config)) << row.name;
     }
   }
 }

@@ -37,6 +37,11 @@ constexpr double kPartsMargin = 1.05;
 // clusters win as often as they lose, and empty tiles cost as much as full ones.
 constexpr double kClusterGain = 0.97;
 constexpr double kEmptyTile = 0.3;
+// Tiles of 32 whose weights are read under an evict-first policy (producer.cuh) since the rest was
+// fitted: packed ones took 0.92 to 0.97 of the layer's time with it (Qwen3-30B T = 256,
+// gpt-oss-120b T = 512), those of FP8 and BF16 0.97 and 0.99.
+constexpr double kReadOncePacked = 0.95;
+constexpr double kReadOnce = 0.98;
 // Two consumers on tiles of 16 and 32 rows decode as fast together as two blocks of one, but with
 // fewer registers each: with fewer than some 700 blocks, of which the last ones find the
 // multiprocessors half empty, they lose up to 15 % (bench_gemm, T = 8 .. 32).
@@ -273,8 +278,13 @@ double EstimateMicroseconds(const GemmConfig& config, const GemmShape& shape,
   const double margin = config.k_parts > 1 ? kPartsMargin
                         : two && few       ? order.few_blocks_margin
                                            : 1.0;
+  const double once = config.tokens != 32 ? 1.0
+                      : config.packed     ? kReadOncePacked
+                      : config.consumers == 1 && WeightRowBytes(config.family) == 128 ? kReadOnce
+                                                                                      : 1.0;
   const double start = kKernelUs + order.start_us[static_cast<size_t>(BlocksPerProcessor(config))];
-  return margin * (start + std::max(compute, read) + order.exposed * std::min(compute, read));
+  return margin * once *
+         (start + std::max(compute, read) + order.exposed * std::min(compute, read));
 }
 
 double EstimateMicroseconds(int index, const GemmShape& shape, const RowSpread& rows) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "device/sm90/mbarrier.cuh"
+#include "gemm/packed_order.h"
 #include "gemm/sm90/config.h"
 
 namespace hopyard::gemm::sm90 {
@@ -220,21 +221,29 @@ inline constexpr int kSteps = BlockK(kFamily) / (IsFp8Math(kFamily) ? 32 : 16);
 
 // Where in a tile this lane's 32 codes of its first row are, as one value: the compiler would keep
 // its parts.
-template <Family kFamily>
+template <Family kFamily, bool kPacked>
 __device__ __forceinline__ uint32_t PlaceOfCodes() {
   const uint32_t thread = threadIdx.x % 128;
   const uint32_t row = thread / 32 * 16 + thread % 32 / 4;
-  uint32_t place = row * WeightRowBytes(kFamily) + thread % 4 * (WeightRowBytes(kFamily) / 4);
+  const uint32_t quarter = thread % 4;
+  uint32_t place = row * WeightRowBytes(kFamily) + quarter * (WeightRowBytes(kFamily) / 4);
+  if constexpr (kPacked) {
+    place = quarter / 2 * static_cast<uint32_t>(kPackedHalfBytes) +
+            static_cast<uint32_t>(PackedRowInHalf(row, quarter / 2)) + quarter % 2 * 16;
+  }
   asm volatile("mov.u32 %0, %0;" : "+r"(place));
   return place;
 }
+// Bytes from there to its second row, 8 further.
+template <Family kFamily, bool kPacked>
+constexpr uint32_t kToSecondRow = 8 * (kPacked ? static_cast<uint32_t>(kPackedHalfRowBytes)
+                                               : uint32_t{WeightRowBytes(kFamily)});
 
-// This lane's 32 codes of one row, `h` = 0 or 1, into a[step][2 * i + h]. `codes_at`: of its first
-// row, in shared memory.
+// This lane's 32 codes of row `h` = 0 or 1, which begin at `at` in shared memory, into
+// a[step][2 * i + h].
 template <Family kFamily>
-__device__ __forceinline__ void DecodeRow(uint32_t codes_at, int h, const BlockFactor& scale,
+__device__ __forceinline__ void DecodeRow(uint32_t at, int h, const BlockFactor& scale,
                                           uint32_t (&a)[kSteps<kFamily>][4]) {
-  const uint32_t at = codes_at + static_cast<uint32_t>(8 * h * WeightRowBytes(kFamily));
   if constexpr (WeightRowBytes(kFamily) == 128) {
     // Odd rows read their second half first, so that the lanes of a quad group meet no bank twice.
     const uint32_t odd = threadIdx.x / 4 % 2 * 16;

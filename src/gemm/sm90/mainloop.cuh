@@ -269,7 +269,7 @@ struct WeightTiles {
                                         const Work& work, const Consumer<Row>& self,
                                         int first_group) {
     if constexpr (IsDecoded(kFamily)) {
-      place = PlaceOfCodes<kFamily>();
+      place = PlaceOfCodes<kFamily, Row::kConfig.packed>();
     }
     if constexpr (kScaled) {
       scales.Begin(args, shared, work,
@@ -298,8 +298,9 @@ struct WeightTiles {
         if constexpr (kScaled) {
           row_scale = scales.Of(half, h, self.table);
         }
-        DecodeRow<kFamily>(shared.Weights(stage, self.number, half) + place, h, row_scale,
-                           a[half % kSets]);
+        DecodeRow<kFamily>(shared.Weights(stage, self.number, half) + place +
+                               h * kToSecondRow<kFamily, Row::kConfig.packed>,
+                           h, row_scale, a[half % kSets]);
       }
     }
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "device/sm90/mbarrier.cuh"
+#include "gemm/packed_order.h"
 #include "gemm/sm90/config.h"
 #include "gemm/sm90/decode.cuh"
 #include "gemm/sm90/grouped_gemm_sm90.h"
@@ -26,6 +27,7 @@ struct Work {
 template <class Row>
 struct Shared {
   static constexpr GemmConfig kConfig = Row::kConfig;
+  static constexpr int kScaleBytes = ScaleBytes(kConfig.family);
   // Tokens first: their swizzled panels begin on 1024 bytes, and units of packed weights are no
   // multiples of that.
   static constexpr uint32_t kWeights = kConfig.stages * TokenBytes(kConfig);
@@ -45,18 +47,22 @@ struct Shared {
     // Where tokens are M, 128 rows of gate and 128 of up lie together.
     const int tile =
         kConfig.tokens_are_m && kConfig.gated ? 2 * half + consumer : 2 * consumer + half;
-    const int at = kConfig.packed
-                       ? consumer * ConsumerWeightBytes(kConfig) + half * TileBytes(kConfig)
-                       : tile * TileBytes(kConfig);
+    const int at =
+        kConfig.packed
+            ? consumer * ConsumerWeightBytes(kConfig) +
+                  static_cast<int>(PackedScaleBytes(kScaleBytes) + half * kPackedHalfTileBytes)
+            : tile * TileBytes(kConfig);
     return base + kWeights + static_cast<uint32_t>(stage * WeightBytes(kConfig) + at);
   }
   // Where tokens are M: 128 weight rows.
   __device__ __forceinline__ uint32_t WeightsOfHalf(int stage, int half) const {
     return kConfig.gated ? Weights(stage, 0, half) : Weights(stage, half, 0);
   }
-  // Block scales of packed weights: those of a consumer, as PackedOrder has them.
-  __device__ __forceinline__ uint32_t PackedScales(int stage, int consumer) const {
-    return Weights(stage, consumer, 0) + 2U * TileBytes(kConfig);
+  // A consumer's unit of packed weights, which begins with its block scales (packed_order.h).
+  __device__ __forceinline__ uint32_t PackedUnit(int stage, int consumer) const {
+    return base + kWeights +
+           static_cast<uint32_t>(stage * WeightBytes(kConfig) +
+                                 consumer * ConsumerWeightBytes(kConfig));
   }
   // Panel `panel` of the stage's token rows, 128 bytes a row.
   __device__ __forceinline__ uint32_t Tokens(int stage, int panel) const {

@@ -23,10 +23,13 @@ struct WeightCopies {
   static constexpr int kStep =
       BlockK(kConfig.family) / (WeightRowBytes(kConfig.family) == 64 ? 2 : 1);
   // The smallest tiles: an expert's weights are read once. They must not push out of the L2 cache
-  // what the other kernels and the next call need at once, their code above all. (With two
-  // consumers or tiles of 32 rows blocks read slower, and the rest of a 256-byte piece was gone
-  // before its use: NVFP4 T = 64 204 -> 237 us, MXFP4 x FP8 T = 256 205 -> 228, H100, 2026-11.)
-  static constexpr bool kReadOnce = kConfig.tokens == 16 && kConfig.consumers == 1;
+  // what the other kernels and the next call need at once, their code above all. With tiles of 32
+  // only where a box has whole cache lines (FP8 T = 256 256 -> 248 us); of 4-bit codes blocks read
+  // slower, so with two consumers, and the rest of a 256-byte piece was gone before its use: NVFP4
+  // T = 64 204 -> 237 us, MXFP4 x FP8 T = 256 205 -> 228. With tiles of 64 weights are read again:
+  // FP8 T = 512 284 -> 295, of 8 experts 716 -> 936 us. (H100, 2026-11.)
+  static constexpr bool kReadOnce =
+      kConfig.consumers == 1 && kConfig.tokens <= (WeightRowBytes(kConfig.family) == 128 ? 32 : 16);
   // A block of K in kBlockKMajor: 128 bytes.
   static constexpr int kBlock = kConfig.family == Family::kBf16 ? 64 : 128;
 
@@ -99,35 +102,73 @@ struct WeightCopies {
 template <class Row>
 struct PackedCopies {
   static constexpr GemmConfig kConfig = Row::kConfig;
-  // As in WeightCopies, and to more effect: rows of a unit are whole cache lines whatever K is
-  // (K of 2880, FP8, T = 1, 8, 64: 58.2, 189, 591 -> 49.4, 175, 573 us, H100, 2026-11).
-  static constexpr bool kReadOnce = WeightCopies<Row>::kReadOnce;
+  // As in WeightCopies, and to more effect: units are whole cache lines whatever K is, and are not
+  // read in parts (K of 2880, FP8, T = 1, 8, 64: 58.2, 189, 591 -> 49.4, 175, 573 us; with two
+  // consumers x BF16, T = 1 59.7 -> 51.8; tiles of 32, K of 2048, FP8, T = 256 173 -> 160. H100,
+  // 2026-11).
+  static constexpr bool kReadOnce = kConfig.tokens <= 32;
 
   const uint8_t* units;
+  // Of the consumer, that have rows to read. Nothing comes of others but where rows of the output
+  // fill up groups of 128, with zeros: elsewhere they are left out.
+  int tiles;
+  int half_block;  // of K, whose second half does not exist
 
   __device__ __forceinline__ static int Consumer() { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ void Begin(const GroupedGemmArgs& args, const Work& work) {
-    const int64_t unit = work.feature_begin / FeaturesPerConsumer(kConfig) + Consumer();
+    constexpr int kFeatures = FeaturesPerConsumer(kConfig);
+    const int64_t unit = work.feature_begin / kFeatures + Consumer();
+    const int blocks = KBlocks<Row>(args);
     units = args.first.packed + work.expert * args.first.packed_stride +
-            unit * KBlocks<Row>(args) * ConsumerWeightBytes(kConfig);
+            unit * blocks * ConsumerWeightBytes(kConfig);
+    tiles = 2;
+    if (!kConfig.gated && args.out_format.order == KOrder::kNatural) {
+      const auto left = static_cast<int>(args.features - unit * kFeatures);
+      tiles = left > kTileRows ? 2 : left > 0 ? 1 : 0;
+    }
+    const int k_of_last = static_cast<int>(args.k) - (blocks - 1) * kKGroup;
+    half_block = k_of_last <= kKGroup / 2 ? blocks - 1 : -1;
   }
-  // Starts the copies of a stage.
+  // Starts the copies of a stage. What is left out stays what it was, of an earlier stage or none.
+  // In the second half of K: 4-bit codes are finite, the unit's scales are there, and the token
+  // rows are zero.
   __device__ __forceinline__ void Issue(const GroupedGemmArgs& /*args*/, const Shared<Row>& shared,
                                         int stage, int k_block) const {
-    constexpr int kBytes = ConsumerWeightBytes(kConfig);
-    const Barrier barrier = shared.Full(stage);
-    if (Consumer() == 0) {
-      barrier.ArriveAndExpect(WeightBytes(kConfig));
-    }
+    constexpr auto kHalfBytes = static_cast<uint32_t>(kPackedHalfBytes);
+    constexpr uint32_t kUnitBytes = ConsumerWeightBytes(kConfig);
     if (Consumer() >= kConfig.consumers) {
       return;
     }
-    const uint8_t* const from = units + int64_t{k_block} * kBytes;
-    const uint32_t to = shared.Weights(stage, Consumer(), 0);
-    if constexpr (kReadOnce) {
-      hopyard::sm90::CopyBytes(from, to, barrier, kBytes, hopyard::sm90::kEvictFirst);
+    const Barrier barrier = shared.Full(stage);
+    const uint8_t* const from = units + int64_t{k_block} * kUnitBytes;
+    const uint32_t to = shared.PackedUnit(stage, Consumer());
+    uint32_t first = kUnitBytes - (k_block == half_block ? kHalfBytes : 0);
+    uint32_t second = 0;
+    if (!kConfig.gated && tiles < 2) {
+      second = tiles == 1 && k_block != half_block ? kHalfBytes / 2 : 0;
+      first = tiles == 1 ? kUnitBytes - 3 * kHalfBytes / 2 : 0;
+    }
+    if (Consumer() == 0) {
+      barrier.ArriveAndExpect(first + second);
     } else {
-      hopyard::sm90::CopyBytes(from, to, barrier, kBytes);
+      barrier.Expect(first + second);
+    }
+    if (first > 0) {
+      Copy(from, to, barrier, first);
+    }
+    if (!kConfig.gated && second > 0) {
+      constexpr uint32_t kSecond = kUnitBytes - kHalfBytes;
+      Copy(from + kSecond, to + kSecond, barrier, second);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void Copy(const uint8_t* from, uint32_t to, Barrier barrier,
+                                              uint32_t bytes) {
+    if constexpr (kReadOnce) {
+      hopyard::sm90::CopyBytes(from, to, barrier, bytes, hopyard::sm90::kEvictFirst);
+    } else {
+      hopyard::sm90::CopyBytes(from, to, barrier, bytes);
     }
   }
 };

@@ -237,7 +237,7 @@ struct PackedScales {
     const uint32_t thread = hopyard::sm90::ThreadHere() % 128;
     const uint32_t first = thread % 4 * kBytesOfQuarter;  // byte of a row
     // The words of the thread's four rows (gemm/packed_order.h).
-    const uint4 words = LoadWords(shared.PackedScales(stage, consumer) +
+    const uint4 words = LoadWords(shared.PackedUnit(stage, consumer) +
                                   first / 4 * static_cast<uint32_t>(kPackedPlaneBytes) +
                                   (thread / 32 * 8 + thread % 32 / 4) * 16);
     if constexpr (kBytesOfQuarter == 1) {

@@ -334,7 +334,7 @@ TEST(TunedChoice, PackedKernelsThatRoundOrDoNotAreTwo) {
     listed.insert(entry.kernel);
   }
   EXPECT_TRUE(listed.contains("mxfp4_fp8_gated_m64n32_s8"));
-  EXPECT_TRUE(listed.contains("mxfp4_fp8_gated_m128n32_s4"));
+  EXPECT_TRUE(listed.contains("mxfp4_fp8_gated_m128n32_s3"));
   EXPECT_TRUE(listed.contains("mxfp4_fp8_gated_m64n16_s8"));
   EXPECT_FALSE(listed.contains("mxfp4_fp8_gated_m64n16_s4"));
 }
@@ -347,7 +347,7 @@ TEST(TunedChoice, ExplainsThePackedKernelsThatRun) {
     EXPECT_EQ(Hopper().Choose(spec, options, {}).reason.find("there is no kernel for packed"), 0U);
     GTEST_SKIP() << "a build of a few kernels";
   }
-  const std::string other = "mxfp4_bf16_gated_m64n16_s5+mxfp4_bf16_m128n16_s5";
+  const std::string other = "mxfp4_bf16_gated_m64n16_s4+mxfp4_bf16_m128n16_s4";
   TunedRange range = RangeOf(64, 64, other);
   range.untuned = other;
   const Explanation explanation = Hopper().Choose(spec, options, {range});
@@ -360,7 +360,7 @@ TEST(TunedChoice, ExplainsThePackedKernelsThatRun) {
     EXPECT_EQ(candidate.reason.find("tuned: 95.1 us at 64 tokens") != std::string::npos,
               candidate.chosen)
         << candidate.kernel << ": " << candidate.reason;
-    EXPECT_TRUE(candidate.kernel != "mxfp4_bf16_gated_m64n16_s5" || same) << candidate.reason;
+    EXPECT_TRUE(candidate.kernel != "mxfp4_bf16_gated_m64n16_s4" || same) << candidate.reason;
   }
 }
 
@@ -370,10 +370,10 @@ TEST(TunedChoice, ExplainsThePackedKernelsOfFewTokens) {
     GTEST_SKIP() << "a build of a few kernels";
   }
   const Explanation explanation = Hopper().Choose(spec, PackedOptions(spec, 4096), {});
-  EXPECT_NE(ReasonOf(explanation, "mxfp4_bf16_gated_m64n16_s5")
+  EXPECT_NE(ReasonOf(explanation, "mxfp4_bf16_gated_m64n16_s4")
                 .find("no other than mxfp4_bf16_gated_m64n16_s8"),
             std::string::npos)
-      << ReasonOf(explanation, "mxfp4_bf16_gated_m64n16_s5");
+      << ReasonOf(explanation, "mxfp4_bf16_gated_m64n16_s4");
 }
 
 // GEMM1's kernel alone is a tactic: the model completes it.
