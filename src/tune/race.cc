@@ -34,7 +34,7 @@ constexpr double kDropNoises = 4.0;
 // usual margin. A GPU's 0.3 % is there after the fewest.
 constexpr size_t kFewestRounds = 9;
 // Where a call takes so long: the noise of 29 such differences was 0.09 % in the median (15 rounds,
-// DeepSeek-V3, tune.jsonl at a26f9a4), and with 9 rounds that layer took the whole minute.
+// 256 experts of 7168 x 2048, tune.jsonl at a26f9a4), and with 9 that layer took the whole minute.
 constexpr size_t kFewestLongRounds = 5;
 constexpr double kLongUs = 3000.0;
 constexpr size_t kMostRounds = 25;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 
 #include "core/shape.h"
@@ -37,10 +38,8 @@ constexpr double kPartsMargin = 1.05;
 // clusters win as often as they lose, and empty tiles cost as much as full ones.
 constexpr double kClusterGain = 0.97;
 constexpr double kEmptyTile = 0.3;
-// Tiles of 32 whose weights are read under an evict-first policy (producer.cuh) since the rest was
-// fitted: packed ones took 0.92 to 0.97 of the layer's time with it (Qwen3-30B T = 256,
-// gpt-oss-120b T = 512), those of FP8 and BF16 0.97 and 0.99.
-constexpr double kReadOncePacked = 0.95;
+// Tiles of 32 with weights under an evict-first policy (producer.cuh), beside those without, to
+// which the rest was fitted: layers of BF16 and FP8 took 0.99 and 0.97 (T = 256).
 constexpr double kReadOnce = 0.98;
 // Two consumers on tiles of 16 and 32 rows decode as fast together as two blocks of one, but with
 // fewer registers each: with fewer than some 700 blocks, of which the last ones find the
@@ -73,7 +72,8 @@ constexpr OrderCost kNatural = {
     0.15, 0.04, 0.39, 1.12, {1.0, 1.0, 1.02, 1.02, 1.17}, {0.0, 4.0, 0.0, 0.5, 0.5}};
 // The fit cannot tell why: less is hidden, and tiles beyond an expert's first cost more, of what
 // takes less time altogether.
-constexpr OrderCost kPacked = {0.31, 0.6, 0.86, 1.03, {1.0, 1.0, 0.91, 0.94, 0.9}, {}};
+constexpr OrderCost kPacked = {
+    0.26, 0.60, 0.44, 1.09, {1.0, 1.0, 0.97, 1.12, 1.05}, {0.0, 6.9, 0.0, 0.0, 0.0}};
 constexpr const OrderCost& OrderCostOf(const GemmConfig& config) {
   return config.packed ? kPacked : kNatural;
 }
@@ -101,15 +101,15 @@ FamilyCost CostOf(const GemmConfig& config) {
     case Family::kFp8AsBf16:
     case Family::kMxFp8AsBf16:
     case Family::kMxFp4AsBf16:
-      return config.packed ? FamilyCost{760.0, 14.9, 1870.0, 0.08}
+      return config.packed ? FamilyCost{671.0, 15.7, 2760.0, 0.09}
                            : FamilyCost{1370.0, 13.1, 3110.0, 0.17};
     case Family::kNvFp4AsBf16:
     case Family::kMxInt4AsBf16:
-      return config.packed ? FamilyCost{800.0, 14.1, 2200.0, 0.16}
+      return config.packed ? FamilyCost{702.0, 17.4, 1790.0, 0.11}
                            : FamilyCost{1535.0, 12.1, 2480.0, 0.13};
     case Family::kMxFp4AsFp8:
     case Family::kNvFp4AsFp8:
-      return config.packed ? FamilyCost{600.0, 13.7, 4700.0, 0.39}
+      return config.packed ? FamilyCost{759.0, 13.5, 2190.0, 0.40}
                            : FamilyCost{1055.0, 11.0, 5540.0, 0.15};
   }
   return {};
@@ -130,10 +130,11 @@ double Slowdown(const FamilyCost& cost, double warpgroups) {
   return cost.waiting + (1.0 - cost.waiting) * warpgroups / 2.0;
 }
 
-// Work items that the busiest multiprocessor does one after the other, `places` at a time. Up to
-// one for every place they are spread evenly, though the number is a guess: a quarter above a whole
-// one some multiprocessor has another. Beyond, the last turn is half full on the average.
-double ItemsOfBusiest(double average, double places) {
+// Work items that the busiest multiprocessor does one after the other, `places` at a time, of an
+// average with a deviation. Up to one for every place they are spread evenly, though the number is
+// a guess: a quarter above a whole one some multiprocessor has another. Beyond, the expected number
+// of turns.
+double ItemsOfBusiest(double average, double deviation, double places) {
   if (average <= 1.0) {
     return 1.0;
   }
@@ -141,7 +142,14 @@ double ItemsOfBusiest(double average, double places) {
     const auto everywhere = static_cast<double>(static_cast<int64_t>(average));
     return everywhere + std::min(1.0, 4.0 * (average - everywhere));
   }
-  return average + 0.5 * std::min(1.0, average - places);
+  // Rounded up, of a normal distribution: one more than k wherever there are more than k.
+  const double spread = std::max(deviation, 1e-3);
+  double k = std::max(0.0, std::floor(average - 4.0 * spread));
+  double turns = k;
+  for (; k < average + 4.0 * spread; k += 1.0) {
+    turns += 0.5 * std::erfc((k - average) / (spread * std::sqrt(2.0)));
+  }
+  return turns;
 }
 
 // Time of so many items on one multiprocessor, in those of an item with two warpgroups there.
@@ -172,8 +180,11 @@ double ComputeMicroseconds(const GemmConfig& config, const GemmShape& shape, con
   const double items =
       tiles *
       static_cast<double>(CeilDiv(shape.features, FeaturesPerBlock(config)) * config.k_parts);
-  const double busiest =
-      ItemsOfBusiest(items / kProcessors, static_cast<double>(BlocksPerProcessor(config)));
+  const double deviation =
+      items / tiles *
+      std::sqrt(static_cast<double>(shape.experts) * rows.TileVariance(config.tokens));
+  const double busiest = ItemsOfBusiest(items / kProcessors, deviation / kProcessors,
+                                        static_cast<double>(BlocksPerProcessor(config)));
   const auto whole = static_cast<int64_t>(busiest);
   const double part = busiest - static_cast<double>(whole);
   const double turns =
@@ -198,7 +209,10 @@ double ReadMicroseconds(const GemmConfig& config, const GemmShape& shape, const 
                                                                       : order.reread;
   const double further = std::clamp(tiles / touched - 1.0, 0.0, kMostRereads);
   const double out = experts * rows.average() * static_cast<double>(shape.features) * 2.0;
-  return (touched * matrix * (1.0 + reread * further) + out) / kReadBytesPerUs;
+  const bool once =
+      config.tokens == 32 && config.consumers == 1 && WeightRowBytes(config.family) == 128;
+  return (touched * matrix * (once ? kReadOnce : 1.0) * (1.0 + reread * further) + out) /
+         kReadBytesPerUs;
 }
 
 }  // namespace
@@ -259,6 +273,16 @@ double RowSpread::Tiles(int64_t rows) const {
   return tiles;
 }
 
+double RowSpread::TileVariance(int64_t rows) const {
+  double squares = 0.0;
+  const int64_t last = first_ + static_cast<int64_t>(above_.size());
+  for (int64_t tile = 0; tile * rows < last; ++tile) {
+    squares += static_cast<double>(2 * tile + 1) * Above(tile * rows);
+  }
+  const double average = Tiles(rows);
+  return std::max(0.0, squares - average * average);
+}
+
 double EstimateMicroseconds(const GemmConfig& config, const GemmShape& shape,
                             const RowSpread& rows) {
   // Tiles come in whole clusters.
@@ -278,13 +302,8 @@ double EstimateMicroseconds(const GemmConfig& config, const GemmShape& shape,
   const double margin = config.k_parts > 1 ? kPartsMargin
                         : two && few       ? order.few_blocks_margin
                                            : 1.0;
-  const double once = config.tokens != 32 ? 1.0
-                      : config.packed     ? kReadOncePacked
-                      : config.consumers == 1 && WeightRowBytes(config.family) == 128 ? kReadOnce
-                                                                                      : 1.0;
   const double start = kKernelUs + order.start_us[static_cast<size_t>(BlocksPerProcessor(config))];
-  return margin * once *
-         (start + std::max(compute, read) + order.exposed * std::min(compute, read));
+  return margin * (start + std::max(compute, read) + order.exposed * std::min(compute, read));
 }
 
 double EstimateMicroseconds(int index, const GemmShape& shape, const RowSpread& rows) {

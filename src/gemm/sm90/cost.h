@@ -23,6 +23,8 @@ class RowSpread {
   [[nodiscard]] double touched() const { return Above(0); }
   // Expected number of tiles of `rows` rows.
   [[nodiscard]] double Tiles(int64_t rows) const;
+  // Variance of that number.
+  [[nodiscard]] double TileVariance(int64_t rows) const;
 
  private:
   // Chance of more than `rows` rows.
