@@ -22,8 +22,10 @@ constexpr double kReadBytesPerUs = 3.16e6;  // cold, of bench/gpu.h
 // median error of a layer's time was 2 %, of nine tenths below 8 %. 23 of those were read off the
 // notes rather than measured, and the fit was drawn to the kernels that had been taken. What is
 // said of bench_gemm was set to the 424 lines of gemm.jsonl (0787b56), which cost_test compares.
-// Those of packed weights were fitted on their own: to 65 layers of forward.jsonl, 94 pairs of
-// kernels and the winners of 350 ranges in src/tune/tables/h100.json and tune.jsonl (a26f9a4).
+// Those of packed weights were fitted on their own, to the 65 packed layers of forward.jsonl and to
+// pairs of kernels and winners of src/tune/tables/h100.json, as they stood at 523e3c6. What
+// OrderCost has was then moved until the model expected the least loss, 0.3 % in the mean, of its
+// choices against those of the 240 lines of forward.jsonl.
 
 // A kernel: launch, first reads, the last block's end.
 constexpr double kKernelUs = 7.0;
@@ -40,7 +42,7 @@ constexpr double kClusterGain = 0.97;
 constexpr double kEmptyTile = 0.3;
 // Tiles of 32 with weights under an evict-first policy (producer.cuh), beside those without, to
 // which the rest was fitted: layers of BF16 and FP8 took 0.99 and 0.97 (T = 256).
-constexpr double kReadOnce = 0.98;
+constexpr double kReadOnce = 0.985;
 // Two consumers on tiles of 16 and 32 rows decode as fast together as two blocks of one, but with
 // fewer registers each: with fewer than some 700 blocks, of which the last ones find the
 // multiprocessors half empty, they lose up to 15 % (bench_gemm, T = 8 .. 32).
@@ -66,14 +68,14 @@ struct OrderCost {
 // Two blocks copy token rows twice: from 0.9 to 1.4 were seen of two-consumer rows where all blocks
 // find room at once (T = 1 and 2). Four blocks of tiles of 16 with FP8 products took 0.98 to 1.03
 // of the layer's time with two from T = 8 on (experiments.jsonl, H100), where fewer waits alone
-// would make it 0.92 to 0.94. At T = 1 three and four took 1.00 to 1.03: half a microsecond a GEMM
-// keeps the model off them. One large block fills its stages 2 to 7 us later (bench_gemm, T = 1).
+// would make it 0.92 to 0.94. At T = 1 three and four took 1.00 to 1.03: a tenth of a microsecond a
+// GEMM keeps the model off them. One large block fills its stages later.
 constexpr OrderCost kNatural = {
-    0.15, 0.04, 0.39, 1.12, {1.0, 1.0, 1.02, 1.02, 1.17}, {0.0, 4.0, 0.0, 0.5, 0.5}};
+    0.09, 0.05, 0.15, 1.08, {1.0, 1.0, 1.01, 1.02, 1.1}, {0.0, 1.2, 0.0, 0.1, 0.15}};
 // The fit cannot tell why: less is hidden, and tiles beyond an expert's first cost more, of what
 // takes less time altogether.
 constexpr OrderCost kPacked = {
-    0.26, 0.60, 0.44, 1.09, {1.0, 1.0, 0.97, 1.12, 1.05}, {0.0, 6.9, 0.0, 0.0, 0.0}};
+    0.23, 0.58, 0.63, 1.06, {1.0, 1.0, 1.0, 1.03, 1.1}, {0.0, 4.0, 0.0, 0.0, 0.0}};
 constexpr const OrderCost& OrderCostOf(const GemmConfig& config) {
   return config.packed ? kPacked : kNatural;
 }
