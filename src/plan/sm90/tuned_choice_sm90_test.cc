@@ -2,6 +2,7 @@
 // Measured ranges in plans for a GPU, made without one: which kernels they replace, and what the
 // tuner is told of the others.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <set>
 #include <string>
@@ -295,6 +296,14 @@ PlanOptions PackedOptions(const MoeSpec& spec, int64_t tokens) {
   return options;
 }
 
+// NaN for what is not listed.
+double TimeOf(const std::vector<RankedTactics::Entry>& entries, const std::string& kernel) {
+  const auto found =
+      std::find_if(entries.begin(), entries.end(),
+                   [&](const RankedTactics::Entry& entry) { return entry.kernel == kernel; });
+  return found == entries.end() ? NAN : found->us;
+}
+
 // Kernels that one for packed weights replaces are the same one there: listed once, expected to
 // take its time, which is not that of the checkpoint's layout.
 TEST(TunedChoice, PackedWeightsHaveTheirKernelsTimes) {
@@ -317,9 +326,11 @@ TEST(TunedChoice, PackedWeightsHaveTheirKernelsTimes) {
     }
     EXPECT_LT(packed.gemm1.size(), natural.gemm1.size());
     EXPECT_LT(packed.gemm1.front().us, natural.gemm1.front().us);
+    // The cheapest, or one with tiles of as many rows in both GEMMs that takes 1 % more at most.
     const size_t plus = packed.untuned.find('+');
-    EXPECT_EQ(packed.untuned.substr(0, plus), packed.gemm1.front().kernel);
-    EXPECT_EQ(packed.untuned.substr(plus + 1), packed.gemm2.front().kernel);
+    EXPECT_LT(TimeOf(packed.gemm1, packed.untuned.substr(0, plus)) +
+                  TimeOf(packed.gemm2, packed.untuned.substr(plus + 1)),
+              1.01 * (packed.gemm1.front().us + packed.gemm2.front().us));
   }
 }
 
@@ -342,13 +353,13 @@ TEST(TunedChoice, PackedKernelsThatRoundOrDoNotAreTwo) {
 // Names of one packed kernel are one choice: what was measured under another is said of it.
 TEST(TunedChoice, ExplainsThePackedKernelsThatRun) {
   const MoeSpec spec = PackableSpec(ActivationFormat::kBf16);
-  const PlanOptions options = PackedOptions(spec, 64);
+  const PlanOptions options = PackedOptions(spec, 4);
   if (!test::HasAllKernels()) {
     EXPECT_EQ(Hopper().Choose(spec, options, {}).reason.find("there is no kernel for packed"), 0U);
     GTEST_SKIP() << "a build of a few kernels";
   }
   const std::string other = "mxfp4_bf16_gated_m64n16_s4+mxfp4_bf16_m128n16_s4";
-  TunedRange range = RangeOf(64, 64, other);
+  TunedRange range = RangeOf(4, 4, other);
   range.untuned = other;
   const Explanation explanation = Hopper().Choose(spec, options, {range});
   EXPECT_EQ(explanation.Chosen(), "mxfp4_bf16_gated_m64n16_s8+mxfp4_bf16_m128n16_s8");
@@ -357,7 +368,7 @@ TEST(TunedChoice, ExplainsThePackedKernelsThatRun) {
         candidate.reason.find("packed, runs as mxfp4_bf16_packed_") != std::string::npos;
     const bool same = candidate.reason.find("no other than ") != std::string::npos;
     EXPECT_EQ(named, candidate.chosen || same) << candidate.kernel << ": " << candidate.reason;
-    EXPECT_EQ(candidate.reason.find("tuned: 95.1 us at 64 tokens") != std::string::npos,
+    EXPECT_EQ(candidate.reason.find("tuned: 95.1 us at 4 tokens") != std::string::npos,
               candidate.chosen)
         << candidate.kernel << ": " << candidate.reason;
     EXPECT_TRUE(candidate.kernel != "mxfp4_bf16_gated_m64n16_s4" || same) << candidate.reason;
@@ -382,9 +393,9 @@ TEST(TunedChoice, ARangeOfOneKernelIsTheModelsWhereItsKernelIs) {
   if (!test::HasAllKernels()) {
     GTEST_SKIP() << "a build of a few kernels";
   }
-  const PlanOptions options = PackedOptions(spec, 64);
+  const PlanOptions options = PackedOptions(spec, 4);
   const std::string usual = Hopper().Choose(spec, options, {}).Chosen();
-  TunedRange range = RangeOf(64, 64, usual.substr(0, usual.find('+')));
+  TunedRange range = RangeOf(4, 4, usual.substr(0, usual.find('+')));
   range.untuned = range.tactic;
   const Explanation explanation = Hopper().Choose(spec, options, {range});
   EXPECT_EQ(explanation.Chosen(), usual);
