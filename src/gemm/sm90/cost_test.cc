@@ -37,12 +37,16 @@ TEST(RowSpread, IsTheBinomialDistribution) {
   EXPECT_NEAR(four.Tiles(2), (108 + 54 + 2 * (12 + 1)) / 256.0, 1e-12);
   EXPECT_NEAR(four.Tiles(3), (108 + 54 + 12 + 2 * 1) / 256.0, 1e-12);
   EXPECT_NEAR(four.Tiles(4), four.touched(), 1e-12);
+  const double tiles = four.Tiles(2);
+  EXPECT_NEAR(four.TileVariance(2), (108 + 54 + 4 * (12 + 1)) / 256.0 - tiles * tiles, 1e-12);
+  EXPECT_NEAR(four.TileVariance(4), four.touched() * (1.0 - four.touched()), 1e-12);
 }
 
 TEST(RowSpread, AllOrManyTokens) {
   const RowSpread all(300, 1.0);
   EXPECT_EQ(all.touched(), 1.0);
   EXPECT_EQ(all.Tiles(128), 3.0);
+  EXPECT_EQ(all.TileVariance(128), 0.0);
   EXPECT_EQ(all.Tiles(100), 3.0);
   EXPECT_EQ(all.Tiles(300), 1.0);
   const RowSpread one(1, 8.0 / 128);
