@@ -7,9 +7,8 @@
 // rows of gate and the same 64 of up, by 128 of K:
 //   scales  [words of a row][32][2 tiles][2][4 bytes]: row r of a tile is entry r % 16 / 8 of
 //           r / 16 * 8 + r % 8, so that the four rows of a thread lie together (decode.cuh)
-//   codes   [2 halves of K][2 tiles][64 rows][32 bytes]: row r of the second half is entry r ^ 2,
-//   so
-//           that the lanes that read two rows at a time meet no bank of shared memory twice
+//   codes   [2 halves of K][2 tiles][64 rows][32 bytes]: row r of the second half is entry r ^ 2
+//           so that the lanes that read two rows at a time meet no bank of shared memory twice
 // Rows and columns that fill up a unit are zero; so is one more unit of rows where their number is
 // odd, for kernels with two consumers. The last unit of a row whose K ends in its first half is
 // read up to there.

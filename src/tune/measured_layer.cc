@@ -29,7 +29,7 @@ constexpr int64_t kColdCaches = 3;
 // What is read between calls otherwise: a cache does not drop the oldest line first.
 constexpr int64_t kFlushCaches = 2;
 // Outputs up to this are compared whole, of larger ones every so many rows: copying and comparing
-// them takes longer than the calls that are timed. A tile that is left out has tokens among them.
+// them takes longer than the calls that are timed.
 constexpr int64_t kComparedBytes = int64_t{32} << 20;
 
 int64_t LastCache(Device device) {
@@ -252,7 +252,11 @@ std::vector<uint16_t> MeasuredLayer::RowsOf(const Plan& plan, int kind) {
   if (!finalised) {
     CopyBytes(rows.data(), outputs_.slot_to_row.data, Bytes(outputs_.slot_to_row), task_.device);
   }
-  const int64_t stride = CeilDiv(Bytes(values), kComparedBytes);
+  int64_t stride = CeilDiv(Bytes(values), kComparedBytes);
+  // Of rows by slot: each slot of a token in its turn.
+  while (!finalised && std::gcd(stride, task_.spec.slots_per_token()) > 1) {
+    ++stride;
+  }
   std::vector<uint16_t> whole(stride == 1 ? static_cast<size_t>(values.numel()) : 0);
   CopyBytes(whole.data(), values.data, stride == 1 ? Bytes(values) : 0, task_.device);
   if (finalised && stride == 1) {

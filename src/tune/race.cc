@@ -33,10 +33,12 @@ constexpr double kDropNoises = 4.0;
 // the median of 25 rounds has a standard error of 1.25 * 2 % / 5 = 0.5 %, twice of which is the
 // usual margin. A GPU's 0.3 % is there after the fewest.
 constexpr size_t kFewestRounds = 9;
-// Where a call takes so long: the noise of 29 such differences was 0.09 % in the median (15 rounds,
-// 256 experts of 7168 x 2048, tune.jsonl at a26f9a4), and with 9 that layer took the whole minute.
+// Where a call takes so long, if they agree so well (of the margin): the noise of 29 such
+// differences on a GPU was 0.09 % in the median (15 rounds, 256 experts of 7168 x 2048, tune.jsonl
+// at a26f9a4), and with 9 that layer took the whole minute.
 constexpr size_t kFewestLongRounds = 5;
 constexpr double kLongUs = 3000.0;
+constexpr double kSteadyShare = 0.25;
 constexpr size_t kMostRounds = 25;
 // Of the reference alone, whose time is all that is asked for then.
 constexpr size_t kRoundsAlone = 3;
@@ -327,14 +329,21 @@ bool Race::Decided(const std::vector<Runner>& runners) const {
   });
 }
 
+bool Race::Steady(const std::vector<Runner>& runners) const {
+  return reference_first_us_ >= kLongUs &&
+         std::all_of(runners.begin() + 1, runners.end(), [&](const Runner& runner) {
+           return StandingOf(runner, runners.front()).against.noise <= kSteadyShare * rules_.margin;
+         });
+}
+
 // Ends: at most kMostRounds.
 Decision Race::Final(const std::vector<std::string>& tactics,
                      const std::vector<std::string>& favourites, double deadline) {
   std::vector<Runner> runners = Line(tactics, std::numeric_limits<double>::infinity());
   for (size_t round = 1; round <= kMostRounds && end_ == RaceEnd::kNone; ++round) {
-    const size_t fewest = runners.size() == 1              ? kRoundsAlone
-                          : reference_first_us_ >= kLongUs ? kFewestLongRounds
-                                                           : kFewestRounds;
+    const size_t fewest = runners.size() == 1                            ? kRoundsAlone
+                          : round > kFewestLongRounds && Steady(runners) ? kFewestLongRounds
+                                                                         : kFewestRounds;
     if (round > fewest && (lab_->Seconds() > deadline || Decided(runners))) {
       break;
     }

@@ -106,6 +106,8 @@ class Race {
   void DropSlow(size_t round, std::vector<Runner>* runners) const;
   [[nodiscard]] bool Wins(const Standing& standing) const;
   [[nodiscard]] bool Decided(const std::vector<Runner>& runners) const;
+  // Long calls, and as much alike as a few rounds can tell.
+  [[nodiscard]] bool Steady(const std::vector<Runner>& runners) const;
   void Pulse(const std::vector<Runner>& runners);
 
   Lab* lab_;

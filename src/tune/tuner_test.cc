@@ -117,6 +117,25 @@ TEST(Tuner, TheSlowLeaveEarly) {
   EXPECT_EQ(lab.RunsOf("c"), 1 + 3 * 2) << "out after three";
 }
 
+// A final of calls that take milliseconds has fewer rounds, unless they differ.
+TEST(Tuner, LongSteadyCallsTakeFewerRounds) {
+  const auto finals_of = [](double us, double noise) {
+    FakeLab lab;
+    lab.kernels = {"a", {"a", "b"}, {}};
+    lab.time = TimesOf({{"a", us}, {"b", 0.97 * us}});
+    lab.noise = noise;
+    EXPECT_EQ(RangeAt(Tune(&lab, {8}), 8).tactic, "b") << us;
+    const auto runs =
+        std::count(lab.runs.begin(), lab.runs.end(), std::pair{int64_t{8}, std::string("b")});
+    // Once on entry, a screening of five rounds of both kinds.
+    return (runs - 11) / 2;
+  };
+  EXPECT_EQ(finals_of(2000.0, 0.0), 9);
+  EXPECT_EQ(finals_of(5000.0, 0.0), 5);
+  EXPECT_EQ(finals_of(5000.0, 0.001), 5);
+  EXPECT_GE(finals_of(5000.0, 0.015), 9);
+}
+
 // --- failures ---
 
 TEST(Tuner, ACandidateThatThrowsIsNotRunAgain) {

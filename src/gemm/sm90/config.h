@@ -57,7 +57,7 @@ struct GemmConfig {
   // for memory, too. Their stages leave room for the L1 cache in the same memory: with all of it
   // taken (packed MXFP4 x FP8, 5 stages for 4) T = 8 to 128 took 6 to 12 % longer (H100, 2026-11).
   int blocks = 0;
-  // Weights and their block scales come in units of gemm/packed_order.h, one copy each.
+  // Weights and their block scales come in units of gemm/packed_order.h, each in one piece or two.
   bool packed = false;
 
   friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
@@ -149,7 +149,7 @@ constexpr bool RoundsRows(const GemmConfig& config) {
 constexpr int TileBytes(const GemmConfig& config) {
   return kTileRows * WeightRowBytes(config.family);
 }
-// Of a consumer's 128 weight rows in a stage. Packed ones bring their block scales, behind them.
+// Of a consumer's 128 weight rows in a stage. Packed ones bring their block scales, ahead of them.
 constexpr int ConsumerWeightBytes(const GemmConfig& config) {
   return 2 * TileBytes(config) + (config.packed ? 2 * kTileRows * ScaleBytes(config.family) : 0);
 }

@@ -21,7 +21,7 @@ constexpr double kReadBytesPerUs = 3.16e6;  // cold, of bench/gpu.h
 // the pairs of times in docs/perf-notes.md, 300 cases of eleven layers and T = 1 .. 16384: the
 // median error of a layer's time was 2 %, of nine tenths below 8 %. 23 of those were read off the
 // notes rather than measured, and the fit was drawn to the kernels that had been taken. What is
-// said of bench_gemm was set to the 424 lines of gemm.jsonl (0787b56), which cost_test compares.
+// said of bench_gemm was set to 424 lines of 0787b56; cost_test compares those of gemm.jsonl.
 // Those of packed weights were fitted on their own, to the 65 packed layers of forward.jsonl and to
 // pairs of kernels and winners of src/tune/tables/h100.json, as they stood at 523e3c6. What
 // OrderCost has, and what CostOf says of 4-bit weights that are not packed, was then moved until
@@ -272,9 +272,10 @@ double RowSpread::Tiles(int64_t rows) const {
 }
 
 double RowSpread::TileVariance(int64_t rows) const {
-  double squares = 0.0;
+  const int64_t sure = CeilDiv(first_, rows);
+  auto squares = static_cast<double>(sure * sure);
   const int64_t last = first_ + static_cast<int64_t>(above_.size());
-  for (int64_t tile = 0; tile * rows < last; ++tile) {
+  for (int64_t tile = sure; tile * rows < last; ++tile) {
     squares += static_cast<double>(2 * tile + 1) * Above(tile * rows);
   }
   const double average = Tiles(rows);

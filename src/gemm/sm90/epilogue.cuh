@@ -394,7 +394,7 @@ __device__ __forceinline__ void WriteStaged(const GroupedGemmArgs& args, OutputT
     }
   }
   auto* const out = static_cast<uint16_t*>(args.out);
-  if (Row::kConfig.interleaved || args.out_format.order == KOrder::kNatural) {
+  if (Row::kConfig.interleaved || !args.out_format.fills_groups()) {
     StoreNatural({out, args.out_pitch, args.features}, tile);
   } else if constexpr (!Row::kConfig.interleaved) {
     StoreOrdered({out, args.out_pitch, (args.features + kKGroup - 1) / kKGroup * kKGroup}, tile);

@@ -66,6 +66,8 @@ struct RowFormat {
   DType dtype = DType::kBf16;
   KOrder order = KOrder::kNatural;  // others: whole groups of 128, zero beyond K
 
+  // Rows are written, and may be read, to the end of their last group of 128.
+  [[nodiscard]] constexpr bool fills_groups() const { return order != KOrder::kNatural; }
   friend bool operator==(const RowFormat&, const RowFormat&) = default;
 };
 

@@ -533,7 +533,7 @@ TEST_P(GroupedGemm, RepeatedLaunchesGiveTheSameBits) {
   const int64_t n = KernelAt(GetParam()).tokens;
   GemmProblem problem;
   problem.k = 704;
-  problem.features = 200;
+  problem.features = 300;
   problem.bias = true;
   RunCase(problem, {1, 0, n, n + 3}, test::SmallTests() ? 3 : 10000);
 }

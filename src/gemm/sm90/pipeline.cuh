@@ -177,9 +177,9 @@ struct Scheduler {
         next(static_cast<int>(blockIdx.x) / BlocksPerCluster(Row::kConfig)) {
     constexpr int kFeatures = FeaturesPerBlock(Row::kConfig);
     // Rows in an order of groups of 128 are written to the end of their last group.
-    const int64_t features = gemm.out_format.order == KOrder::kNatural
-                                 ? gemm.features
-                                 : (gemm.features + kKGroup - 1) / kKGroup * kKGroup;
+    const int64_t features = gemm.out_format.fills_groups()
+                                 ? (gemm.features + kKGroup - 1) / kKGroup * kKGroup
+                                 : gemm.features;
     feature_blocks = static_cast<int>((features + kFeatures - 1) / kFeatures);
   }
   // False at the end.

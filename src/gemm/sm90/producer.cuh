@@ -122,7 +122,7 @@ struct PackedCopies {
     units = args.first.packed + work.expert * args.first.packed_stride +
             unit * blocks * ConsumerWeightBytes(kConfig);
     tiles = 2;
-    if (!kConfig.gated && args.out_format.order == KOrder::kNatural) {
+    if (!kConfig.gated && !args.out_format.fills_groups()) {
       const auto left = static_cast<int>(args.features - unit * kFeatures);
       tiles = left > kTileRows ? 2 : left > 0 ? 1 : 0;
     }
@@ -131,7 +131,8 @@ struct PackedCopies {
   }
   // Starts the copies of a stage. What is left out stays what it was, of an earlier stage or none.
   // In the second half of K: 4-bit codes are finite, the unit's scales are there, and the token
-  // rows are zero.
+  // rows are zero (RowFormat::order). Of rows that do not exist sums may be anything, scales of a
+  // unit without rows being left out, too: the epilogue stores no more than args.features.
   __device__ __forceinline__ void Issue(const GroupedGemmArgs& /*args*/, const Shared<Row>& shared,
                                         int stage, int k_block) const {
     constexpr auto kHalfBytes = static_cast<uint32_t>(kPackedHalfBytes);

@@ -31,7 +31,7 @@ __device__ __forceinline__ WeightRow ThreadRow(const GroupedGemmArgs& args, int6
     return {&args.first, feature + half * kTileRows + in_tile};
   }
 }
-// Rows beyond the last read the last one's scales: what they scale is zero and is not stored.
+// Rows beyond the last read the last one's scales: what they scale is not stored, or zero.
 __device__ __forceinline__ int64_t PositionInOrder(const MatrixArgs& matrix, int64_t row) {
   const int64_t real = row < matrix.rows ? row : matrix.rows - 1;
   return matrix.position_begin + real * matrix.position_step;
