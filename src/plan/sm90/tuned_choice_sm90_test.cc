@@ -331,6 +331,9 @@ TEST(TunedChoice, PackedWeightsHaveTheirKernelsTimes) {
     EXPECT_LT(TimeOf(packed.gemm1, packed.untuned.substr(0, plus)) +
                   TimeOf(packed.gemm2, packed.untuned.substr(plus + 1)),
               1.01 * (packed.gemm1.front().us + packed.gemm2.front().us));
+    // Where no two are within that of each other, the cheapest.
+    const RankedTactics few = Hopper().Rank(spec, PackedOptions(spec, 4), 4);
+    EXPECT_EQ(few.untuned, few.gemm1.front().kernel + '+' + few.gemm2.front().kernel);
   }
 }
 
