@@ -27,14 +27,14 @@ GOLDEN = ROOT / "src/gemm/sm90/resources.golden"
 UPDATE = "python3 tools/kernel_resources.py build/cuda --update"
 HEADER = f"""\
 # SPDX-License-Identifier: Apache-2.0
-# What ptxas gives each row of configs.def; written by `{UPDATE}`.
+# What ptxas gives the kernels of each row of configs.def; written by `{UPDATE}`.
 # name registers static_smem stack spills waits
 """
 
 _ROW = re.compile(r"HOPYARD_GEMM_CONFIG\(\s*(\w+)")
 _ENTRY = re.compile(r"Compiling entry function '(\S+)'")
-# Mangled: GroupedGemmKernel<TableRow<index>>.
-_TABLE_ROW = re.compile(r"GroupedGemmKernel.*TableRowILi(\d+)E")
+# Mangled: GroupedGemmKernel<TableRow<index, plain>>.
+_TABLE_ROW = re.compile(r"GroupedGemmKernel.*TableRowILi(\d+)ELb([01])E")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SMEM = re.compile(r"(\d+) bytes smem")
@@ -55,24 +55,28 @@ class Resources:
         return " ".join(str(value) for value in astuple(self))
 
 
-def row_names(table: str) -> list[str]:
-    """Names of the rows, by index."""
+def kernel_names(table: str) -> list[str]:
+    """Both kernels of every row, the general one and the plain one, by the row's index."""
     lines = [line for line in table.splitlines() if not line.startswith("//")]
-    return _ROW.findall("\n".join(lines))
+    rows = _ROW.findall("\n".join(lines))
+    return [name + suffix for name in rows for suffix in ("", ".plain")]
+
+
+def _kernel_of(entry: str) -> int | None:
+    """Where the kernel of a mangled name is among kernel_names; None: it is another one."""
+    row = _TABLE_ROW.search(entry)
+    return 2 * int(row[1]) + int(row[2]) if row else None
 
 
 def parse_log(log: str) -> dict[int, Resources]:
-    """Resources by row index from the text of `ptxas -v`; other kernels are passed over."""
+    """Resources by place in kernel_names from what `ptxas -v` prints; others are passed over."""
     found: dict[int, Resources] = {}
-    waits = Counter(
-        int(row[1]) for entry in _WAIT.findall(log) if (row := _TABLE_ROW.search(entry))
-    )
+    waits = Counter(map(_kernel_of, _WAIT.findall(log)))
     index: int | None = None
     frame = (0, 0)
     for line in log.splitlines():
         if entry := _ENTRY.search(line):
-            row = _TABLE_ROW.search(entry[1])
-            index = int(row[1]) if row else None
+            index = _kernel_of(entry[1])
         elif match := _FRAME.search(line):
             frame = (int(match[1]), int(match[2]) + int(match[3]))
         elif (match := _USED.search(line)) and index is not None:
@@ -95,10 +99,10 @@ def read_golden(text: str) -> dict[str, Resources]:
 
 
 def name_rows(names: list[str], found: dict[int, Resources]) -> dict[str, Resources]:
-    """By name, in the table's order; every row must be there."""
+    """By name, in the table's order; every kernel must be there."""
     if sorted(found) != list(range(len(names))):
         raise SystemExit(
-            f"kernel_resources: {len(found)} of configs.def's {len(names)} rows were compiled "
+            f"kernel_resources: {len(found)} of configs.def's {len(names)} kernels were compiled "
             "there; wanted all of them: cmake --build the preset cuda-full"
         )
     return {name: found[index] for index, name in enumerate(names)}
@@ -120,7 +124,7 @@ def main(arguments: list[str]) -> int:
     found: dict[int, Resources] = {}
     for log in options.build.rglob("families/*.ptxas"):
         found |= parse_log(log.read_text())
-    got = name_rows(row_names(TABLE.read_text()), found)
+    got = name_rows(kernel_names(TABLE.read_text()), found)
     if options.update:
         GOLDEN.write_text(HEADER + "".join(f"{name} {row}\n" for name, row in got.items()))
         return 0

@@ -14,11 +14,13 @@ import kernel_resources
 from kernel_resources import Resources
 
 NAMESPACE = "_ZN7hopyard4gemm4sm90"
-KERNEL = "17GroupedGemmKernelINS1_55_GLOBAL__N__a_7_b_cu_8TableRowILi{}EEEEEvNS1_15GroupedGemmArgsE"
+KERNEL = (
+    "17GroupedGemmKernelINS1_55_GLOBAL__N__a_7_b_cu_8TableRowILi{}ELb{}EEEEEvNS1_15GroupedGemmArgsE"
+)
 
 
 def log(index: int, spills: int, used: str) -> str:
-    symbol = NAMESPACE + KERNEL.format(index)
+    symbol = NAMESPACE + KERNEL.format(index // 2, index % 2)
     return (
         f"ptxas info    : Compiling entry function '{symbol}' for 'sm_90a'\n"
         f"ptxas info    : Function properties for {symbol}\n"
@@ -33,9 +35,9 @@ def test_reads_rows_and_nothing_else() -> None:
     text = "nvcc warning\n" + log(1, 4, "224 registers") + other + log(0, 0, "168 registers")
     text += (
         "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are "
-        f"serialized due to ... in the function '{NAMESPACE + KERNEL.format(0)}'\n"
+        f"serialized due to ... in the function '{NAMESPACE + KERNEL.format(0, 0)}'\n"
         "ptxas info    : (C7517) warpgroup.wait is injected in around line 9 by compiler to allow "
-        f"use of registers defined by GMMA in function '{NAMESPACE + KERNEL.format(0)}'\n"
+        f"use of registers defined by GMMA in function '{NAMESPACE + KERNEL.format(0, 0)}'\n"
     )
     text += log(12, 0, "90 registers").replace(" 16 barriers", " 16 barriers, 120 bytes smem")
     assert kernel_resources.parse_log(text) == {
@@ -51,8 +53,13 @@ def test_names_are_those_of_the_table() -> None:
         "HOPYARD_GEMM_CONFIG(a_m64n16_s8, .tokens = 16,\n    .stages = 8)\n"
         "HOPYARD_GEMM_CONFIG(\n    b_m64n32_s8, .tokens = 32)\n"
     )
-    assert kernel_resources.row_names(table) == ["a_m64n16_s8", "b_m64n32_s8"]
-    assert kernel_resources.row_names(kernel_resources.TABLE.read_text())
+    assert kernel_resources.kernel_names(table) == [
+        "a_m64n16_s8",
+        "a_m64n16_s8.plain",
+        "b_m64n32_s8",
+        "b_m64n32_s8.plain",
+    ]
+    assert kernel_resources.kernel_names(kernel_resources.TABLE.read_text())
 
 
 def test_a_missing_row_is_no_agreement() -> None:
@@ -79,7 +86,7 @@ def test_finds_every_difference() -> None:
 
 
 def test_the_committed_file_has_the_tables_rows() -> None:
-    names = kernel_resources.row_names(kernel_resources.TABLE.read_text())
+    names = kernel_resources.kernel_names(kernel_resources.TABLE.read_text())
     golden = kernel_resources.read_golden(kernel_resources.GOLDEN.read_text())
     assert list(golden) == names
     assert all(row.stack == row.spills == row.waits == 0 for row in golden.values())

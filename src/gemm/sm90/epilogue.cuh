@@ -50,18 +50,30 @@ __device__ __forceinline__ int32_t DeltaRow(const GroupedGemmArgs& args,
   return within < args.delta_slots ? slot / args.slots_per_token * args.delta_slots + within : -1;
 }
 
+template <class Row>
 __device__ __forceinline__ bool HasFactors(const GroupedGemmArgs& args) {
-  return args.x_token_scales != nullptr || args.slot_weights != nullptr;
+  return !Row::kPlain && (args.x_token_scales != nullptr || args.slot_weights != nullptr);
 }
+template <class Row>
+__device__ __forceinline__ bool HasDelta(const GroupedGemmArgs& args) {
+  return !Row::kPlain && args.delta != nullptr;
+}
+
+// Plain kernels would read ones; those with four blocks a multiprocessor do, since ptxas spills a
+// word without (mxfp4_fp8_m128n16_s4, CUDA 13.0).
+template <class Row>
+inline constexpr bool kReadsFactors = !Row::kPlain || Row::kConfig.blocks == 4;
 
 // Ones, once before the first tile: most layers have no factors.
 template <class Row>
 __device__ __forceinline__ void ClearFactors(const OutputTile<Row>& tile) {
-  const auto n = static_cast<uint32_t>(threadIdx.x) % 128;
-  if (n < Row::kConfig.tokens) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(tile.factors() + 4U * n), "f"(1.0F) : "memory");
+  if constexpr (kReadsFactors<Row>) {
+    const auto n = static_cast<uint32_t>(threadIdx.x) % 128;
+    if (n < Row::kConfig.tokens) {
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(tile.factors() + 4U * n), "f"(1.0F) : "memory");
+    }
+    tile.Barrier();
   }
-  tile.Barrier();
 }
 
 // Puts what belongs to the tile's tokens into shared memory. The warpgroup meets at a barrier
@@ -69,7 +81,7 @@ __device__ __forceinline__ void ClearFactors(const OutputTile<Row>& tile) {
 template <class Row>
 __device__ __forceinline__ void StageFactors(const GroupedGemmArgs& args,
                                              const OutputTile<Row>& tile) {
-  if (!HasFactors(args) && args.delta == nullptr) {
+  if (!HasFactors<Row>(args) && !HasDelta<Row>(args)) {
     return;
   }
   const int n = static_cast<int>(hopyard::sm90::ThreadHere()) % 128;
@@ -80,7 +92,7 @@ __device__ __forceinline__ void StageFactors(const GroupedGemmArgs& args,
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(tile.factors() + 4U * static_cast<uint32_t>(n)),
                  "f"(factor)
                  : "memory");
-    if (args.delta != nullptr) {
+    if (HasDelta<Row>(args)) {
       const int32_t row = DeltaRow(args, tile, n);
       asm volatile(
           "st.shared.s32 [%0], %1;" ::"r"(tile.delta_rows() + 4U * static_cast<uint32_t>(n)),
@@ -102,11 +114,13 @@ __device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args,
                                             const OutputTile<Row>& tile, const WeightRow& at) {
   const MatrixArgs& matrix = *at.matrix;
   const ExpertPointers* const pointers = matrix.pointers + tile.expert;
+  // Of weights that are not decoded, plain kernels know scales of whole matrices and tensors alone.
+  constexpr bool kOfRows = !Row::kPlain || IsDecoded(Row::kConfig.family);
   RowTerms terms{1.0F, 0.0F};
   if (at.row >= matrix.rows) {
     return terms;
   }
-  const int64_t stored = StoredRow(matrix, at.row);
+  const int64_t stored = kOfRows ? StoredRow<Row>(matrix, at.row) : 0;
   if constexpr (Row::kConfig.family == Family::kNvFp4AsBf16) {
     terms.factor = kNvFp4RowFactor;
   }
@@ -116,16 +130,16 @@ __device__ __forceinline__ RowTerms TermsOf(const GroupedGemmArgs& args,
     terms.factor =
         __uint_as_float(exponent << 23 | (exponent == 0 || exponent == 255 ? 0x00400000U : 0U));
   }
-  if (args.weights == WeightFormat::kFp8PerChannel) {
+  if (!Row::kPlain && args.weights == WeightFormat::kFp8PerChannel) {
     terms.factor = static_cast<const float*>(pointers->scales)[stored * matrix.scale_stride];
   }
   if (matrix.has_global_scale) {
     terms.factor = __fmul_rn(terms.factor, *pointers->global_scale);
   }
-  if (args.x_scale != nullptr) {
+  if ((!Row::kPlain || PlainKnowsTensorScale(Row::kConfig)) && args.x_scale != nullptr) {
     terms.factor = __fmul_rn(terms.factor, args.x_scale[tile.expert * args.x_scale_stride]);
   }
-  if (matrix.has_bias) {
+  if (kOfRows && matrix.has_bias) {
     terms.bias =
         matrix.bias_dtype == DType::kBf16
             ? hopyard::sm90::WidenBf16(static_cast<const uint16_t*>(pointers->bias)[stored])
@@ -166,7 +180,11 @@ struct FeatureTerms {
     }
   }
   __device__ __forceinline__ static float2 TokenFactors(const OutputTile<Row>& tile, int j) {
-    return LoadPair(tile.factors() + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
+    if constexpr (!kReadsFactors<Row>) {
+      return {1.0F, 1.0F};
+    } else {
+      return LoadPair(tile.factors() + 8U * (threadIdx.x % 4) + 32U * static_cast<uint32_t>(j));
+    }
   }
   // Sums i = 0 and 1, with both factors applied; `tokens` = TokenFactors(tile, j).
   __device__ __forceinline__ float2 Of(int h, int /*j*/, float first, float second,
@@ -188,9 +206,11 @@ struct FeatureTerms {
 
 // Whether any weight row has a factor or a bias. Kernels with tokens as M read none of the formats
 // that always have.
+template <class Row>
 __device__ __forceinline__ bool HasTerms(const GroupedGemmArgs& args) {
-  return args.weights == WeightFormat::kFp8PerChannel || args.first.has_global_scale ||
-         args.x_scale != nullptr || args.first.has_bias;
+  const bool of_rows =
+      !Row::kPlain && (args.weights == WeightFormat::kFp8PerChannel || args.first.has_bias);
+  return of_rows || args.first.has_global_scale || args.x_scale != nullptr;
 }
 
 // Tokens as M: those of all weight rows lie in shared memory, those of `half` in 128 of them.
@@ -201,12 +221,14 @@ struct TokenTerms {
 
   __device__ __forceinline__ TokenTerms(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
                                         int half)
-      : terms(HasTerms(args) ? tile.terms() + 16U * (hopyard::sm90::ThreadHere() % 4) +
-                                   static_cast<uint32_t>(half * 2 * kTileRows * 8)
-                             : 0U) {
+      : terms(HasTerms<Row>(args) ? tile.terms() + 16U * (hopyard::sm90::ThreadHere() % 4) +
+                                        static_cast<uint32_t>(half * 2 * kTileRows * 8)
+                                  : 0U) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      token[h] = LoadOne(tile.factors() + 4U * static_cast<uint32_t>(TokenOfThread(h)));
+      token[h] = Row::kPlain
+                     ? 1.0F
+                     : LoadOne(tile.factors() + 4U * static_cast<uint32_t>(TokenOfThread(h)));
     }
   }
   // Token row h in the tile.
@@ -247,7 +269,7 @@ template <class Row>
 __device__ __forceinline__ float2 WithDelta(const GroupedGemmArgs& args,
                                             const OutputTile<Row>& tile, int part, int j, int h,
                                             float2 values) {
-  if (args.delta == nullptr) {
+  if (!HasDelta<Row>(args)) {
     return values;
   }
   const float2 delta = Terms<Row>::Delta(args, tile, part, j, h);
@@ -385,7 +407,7 @@ __device__ __forceinline__ void WriteStaged(const GroupedGemmArgs& args, OutputT
   asm volatile(""
                : "+l"(tile.row_begin), "+l"(tile.feature_begin), "+r"(tile.num_rows),
                  "+r"(tile.base), "+r"(tile.staged), "+r"(tile.expert));
-  if (args.activation_out != nullptr) {
+  if (!Row::kPlain && args.activation_out != nullptr) {
     StoreNatural({args.activation_out, args.features, args.features}, tile);
   }
   if constexpr (RoundsRows(Row::kConfig)) {
@@ -431,7 +453,7 @@ __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const Ou
   const Terms<Row> gate_terms(args, tile, 0);
   const Terms<Row> up_terms(args, tile, 1);
   const activation::Parameters parameters = ParametersOf(args, tile.expert);
-  if (args.activation == ActivationKind::kSwiGlu && args.delta == nullptr) {
+  if (Row::kPlain || (args.activation == ActivationKind::kSwiGlu && args.delta == nullptr)) {
     const SwiGlu formula(parameters);
     StageDirectly(tile, [&](int at, int j, int h) {
       const float2 tokens = Terms<Row>::TokenFactors(tile, j);
@@ -440,7 +462,7 @@ __device__ __forceinline__ void StoreGated(const GroupedGemmArgs& args, const Ou
       const float2 u = up_terms.Of(h, j, sums.up.x, sums.up.y, tokens);
       return float2{formula(g.x, u.x), formula(g.y, u.y)};
     });
-  } else {
+  } else if constexpr (!Row::kPlain) {
     WithGatedFormula(args, parameters, [&](auto&& formula) {
       StageInLoop(tile, [&](int chunk) {
         return [&, chunk, gates = Select(gate, chunk), ups = Select(up, chunk)](int pair, int h) {
@@ -465,11 +487,11 @@ template <class Row>
 __device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const OutputTile<Row>& tile,
                                            int half, float (&sums)[kSums<Row>]) {
   const Terms<Row> terms(args, tile, half);
-  if (args.activation == ActivationKind::kIdentity && args.delta == nullptr) {
+  if (Row::kPlain || (args.activation == ActivationKind::kIdentity && args.delta == nullptr)) {
     StageDirectly(tile, [&](int at, int j, int h) {
       return terms.Of(h, j, sums[at], sums[at + 1], Terms<Row>::TokenFactors(tile, j));
     });
-  } else {
+  } else if constexpr (!Row::kPlain) {
     StageInLoop(tile, [&](int chunk) {
       return [&, chunk, values = Select(sums, chunk)](int pair, int h) {
         const int at = 4 * pair + 2 * h;
@@ -489,7 +511,7 @@ __device__ __forceinline__ void StorePlain(const GroupedGemmArgs& args, const Ou
 template <class Row>
 __device__ __forceinline__ void StageTerms(const GroupedGemmArgs& args,
                                            const OutputTile<Row>& tile) {
-  if (!HasTerms(args)) {
+  if (!HasTerms<Row>(args)) {
     return;
   }
   const int row = static_cast<int>(hopyard::sm90::ThreadHere()) - 128;

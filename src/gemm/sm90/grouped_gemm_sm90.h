@@ -112,6 +112,9 @@ struct GroupedGemmArgs {
   const int32_t* num_tiles = nullptr;
   int64_t max_tiles = 0;
 
+  // The kernel with everything runs also where the plain one would do (plain.h).
+  bool general = false;
+
   void* out = nullptr;    // [rows of all segments, out_pitch]
   int64_t out_pitch = 0;  // elements
   // kFp8Block128 output: [rows][ceil(features / 128)] f32. kNvFp4PerToken: see out_scale.

@@ -115,6 +115,7 @@ class Call {
     RunGroupedGemm(index_, args, nullptr);
     Check(out.Download(), out_pitch);
     ExpectSameBits(args, out, launches);
+    ExpectGeneralKernelAgrees(args, out);
     ASSERT_TRUE(out.GuardsIntact());
   }
 
@@ -182,6 +183,16 @@ class Call {
       }
     }
     ASSERT_TRUE(many.GuardsIntact());
+  }
+  // Where the plain kernel ran (plain.h), the general one gives its bits.
+  void ExpectGeneralKernelAgrees(GroupedGemmArgs args, const DeviceArray<uint16_t>& out) const {
+    const std::vector<uint16_t> first = out.Download();
+    const DeviceArray<uint16_t> again(static_cast<int64_t>(first.size()));
+    args.general = true;
+    args.out = again.get();
+    RunGroupedGemm(index_, args, nullptr);
+    ASSERT_TRUE(again.Download() == first) << "the general kernel gives other bits";
+    ASSERT_TRUE(again.GuardsIntact());
   }
   [[nodiscard]] PackedOrder OrderOfPart(int64_t part, uint8_t* base) const {
     PackedOrder order;
@@ -533,9 +544,13 @@ TEST_P(GroupedGemm, RepeatedLaunchesGiveTheSameBits) {
   const int64_t n = KernelAt(GetParam()).tokens;
   GemmProblem problem;
   problem.k = 704;
-  problem.features = 300;
-  problem.bias = true;
-  RunCase(problem, {1, 0, n, n + 3}, test::SmallTests() ? 3 : 10000);
+  // Of the general kernel and of the plain one.
+  for (const bool plain : {false, true}) {
+    problem.features = plain ? 304 : 300;
+    problem.bias = !plain;
+    RunCase(problem, {1, 0, n, n + 3}, test::SmallTests() ? 3 : 10000);
+    ASSERT_FALSE(HasFatalFailure());
+  }
 }
 
 // Of codes and of scales, wherever they stand; other rows are what they were.
@@ -565,6 +580,19 @@ TEST_P(GroupedGemm, ManyTilesPerBlock) {
   problem.k = 512;
   problem.features = 1024;
   RunCase(problem, std::vector<int64_t>(48, 2 * n + 3));
+}
+
+// So few blocks of K that a consumer can be several work items ahead of the other.
+TEST_P(GroupedGemm, ManyTilesOfFewBlocks) {
+  HOPYARD_NEEDS_GPU();
+  const int64_t n = KernelAt(GetParam()).tokens;
+  GemmProblem problem;
+  problem.features = 4096;
+  for (const int64_t k : {64, 128, 384}) {
+    problem.k = k;
+    RunCase(problem, std::vector<int64_t>(24, 3 * n - 1), test::SmallTests() ? 2 : 50);
+    ASSERT_FALSE(HasFatalFailure());
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Rows, GroupedGemm, ::testing::Range(0, NumKernels()),

@@ -9,15 +9,17 @@
 
 #include "device/launch.cuh"
 #include "gemm/sm90/kernel.cuh"
+#include "gemm/sm90/plain.h"
 #include "gemm/sm90/rows.h"
 
 namespace hopyard::gemm::sm90 {
 namespace {
 
 // Row `kIndex` of the table: the kernel's name in a profile, and its traits.
-template <int kIndex>
+template <int kIndex, bool kIsPlain>
 struct TableRow {
   static constexpr GemmConfig kConfig = kKernelRows[kIndex].config;
+  static constexpr bool kPlain = kIsPlain;
   static_assert(IsValid(kConfig), "a row nobody can run");
 };
 
@@ -44,12 +46,19 @@ void Launch(const GroupedGemmArgs& args, const LaunchDevice& device, const devic
                  GroupedGemmKernel<Row>, args);
 }
 
+template <int kIndex>
+void LaunchEither(const GroupedGemmArgs& args, const LaunchDevice& device,
+                  const device::Queue& queue) {
+  const bool plain = IsPlain(kKernelRows[kIndex].config, args);
+  (plain ? &Launch<TableRow<kIndex, true>> : &Launch<TableRow<kIndex, false>>)(args, device, queue);
+}
+
 template <Family kFamily, int kIndex>
 LaunchRow FindLaunch(int index) {
   if constexpr (kIndex < static_cast<int>(std::size(kKernelRows))) {
     if constexpr (kKernelRows[kIndex].config.family == kFamily) {
       if (index == kIndex) {
-        return &Launch<TableRow<kIndex>>;
+        return &LaunchEither<kIndex>;
       }
     }
     return FindLaunch<kFamily, kIndex + 1>(index);

@@ -386,7 +386,9 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   const bool complete = ScalesAreComplete<Row>(args);
   Clear(acc);
   // Both warpgroups would multiply at the same time and then add at the same time. The second lets
-  // the first go ahead by a tile of products; from then on one multiplies while the other adds.
+  // the first go ahead by a tile of products; from then on one multiplies while the other adds. Only
+  // where a work item fills the ring: else the first could begin the next item but one, and arrive
+  // again, ahead of the second's wait for it.
   constexpr int kTurn = 4;
   const auto add = [&](int half, int stage, bool gives_turn) {
     hopyard::sm90::MmaWait<0>();
@@ -405,6 +407,7 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   // registers are short.
   constexpr bool kAhead = WeightTiles<Row>::kSets == 2;
   const bool in_turn = Row::kConfig.consumers == 2 && BlocksPerProcessor(Row::kConfig) == 1 &&
+                       blocks.end - blocks.begin >= Row::kConfig.stages &&
                        (!Row::kConfig.tokens_are_m || work.num_rows > kTileRows);
   tiles.NextScales(args, blocks.begin);
   shared.AwaitFull(self.ring.stage, self.ring.parity);

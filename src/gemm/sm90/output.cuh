@@ -152,7 +152,11 @@ __device__ __forceinline__ void StoreNatural(const RowsOut& rows, const OutputTi
   const int first = thread / 8;
   const int64_t feature = tile.feature_begin + piece * 8;
   const int64_t left = rows.features - feature;
-  if (left < 8 || rows.pitch % 8 != 0 || reinterpret_cast<uintptr_t>(rows.out) % 16 != 0) {
+  if constexpr (Row::kPlain) {
+    if (left <= 0) {
+      return;
+    }
+  } else if (left < 8 || rows.pitch % 8 != 0 || reinterpret_cast<uintptr_t>(rows.out) % 16 != 0) {
     return StoreElements(rows, tile, feature, left);
   }
   // Reads of several rows are under way before the first is stored.

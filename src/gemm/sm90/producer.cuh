@@ -77,8 +77,8 @@ struct WeightCopies {
       const hopyard::sm90::BoxStart start{{column, k, 0, 0, expert}};
       return Copy(matrix, tile, barrier, start);
     }
-    const bool whole = matrix.row_unit == 1;
-    const bool blocks = matrix.k_blocks_last != 0;
+    const bool whole = Row::kPlain || matrix.row_unit == 1;
+    const bool blocks = !Row::kPlain && matrix.k_blocks_last != 0;
     const hopyard::sm90::BoxStart start{{blocks ? k % kBlock : k, whole ? row : 0, 0,
                                          whole ? 0 : row / matrix.row_unit,
                                          blocks ? k / kBlock : expert}};

@@ -11,6 +11,7 @@
 #include "gemm/packed_order.h"
 #include "gemm/sm90/decode.cuh"
 #include "gemm/sm90/pipeline.cuh"
+#include "gemm/sm90/plain.h"
 
 namespace hopyard::gemm::sm90 {
 
@@ -36,8 +37,13 @@ __device__ __forceinline__ int64_t PositionInOrder(const MatrixArgs& matrix, int
   const int64_t real = row < matrix.rows ? row : matrix.rows - 1;
   return matrix.position_begin + real * matrix.position_step;
 }
+template <class Row>
 __device__ __forceinline__ int64_t StoredRow(const MatrixArgs& matrix, int64_t row) {
-  return formats::StoredPosition(matrix.row_map, PositionInOrder(matrix, row));
+  if constexpr (Row::kPlain) {
+    return PositionInOrder(matrix, row);
+  } else {
+    return formats::StoredPosition(matrix.row_map, PositionInOrder(matrix, row));
+  }
 }
 
 // From a lane's quarter of the scales of a thread's rows side by side, and a byte for each of their
@@ -85,7 +91,7 @@ struct BlockScales {
     const int64_t natural =
         feature + (Row::kConfig.gated ? 0 : lane / 16 * kTileRows) + warp % 4 * 16 + lane % 16;
     const ExpertPointers* const pointers = matrix.pointers + work.expert;
-    const int64_t stored = StoredRow(matrix, natural);
+    const int64_t stored = StoredRow<Row>(matrix, natural);
     const int64_t at = IsLinear(args) ? stored * matrix.scale_stride
                                       : stored / 128 * ((matrix.scale_stride + 3) / 4 * 512) +
                                             stored % 32 * 16 + stored % 128 / 32 * 4;
@@ -138,7 +144,7 @@ struct BlockScales {
 
  private:
   __device__ __forceinline__ static bool IsLinear(const GroupedGemmArgs& args) {
-    return args.first.scale_layout == ScaleLayout::kLinear;
+    return Row::kPlain || args.first.scale_layout == ScaleLayout::kLinear;
   }
   // Row i = 2 * half + h of the thread among its warp's 32: a multiple of 8, and lane / 4.
   __device__ __forceinline__ static int RowOfThread(int i, uint32_t thread) {
@@ -270,15 +276,11 @@ __device__ __forceinline__ const float* SquareScales(const MatrixArgs& matrix, i
   return static_cast<const float*>(matrix.pointers[expert].scales) +
          (matrix.scale_row_origin + PositionInOrder(matrix, row)) / 128 * matrix.scale_stride;
 }
-// Whether natural rows 128 * i .. + 127 lie in one block.
-__device__ __forceinline__ bool KeepsToBlocks(const MatrixArgs& matrix) {
-  return matrix.position_step == 1 && (matrix.scale_row_origin + matrix.position_begin) % 128 == 0;
-}
 // Whether the scales that the producer leaves with a stage are those of tokens times those of
 // weights; else it leaves the tokens', and for each tile those of the blocks that its rows lie in.
 template <class Row>
 __device__ __forceinline__ bool ScalesAreComplete(const GroupedGemmArgs& args) {
-  return !ReadsSquareScales<Row>(args) ||
+  return Row::kPlain || !ReadsSquareScales<Row>(args) ||
          (KeepsToBlocks(args.first) && (!Row::kConfig.gated || KeepsToBlocks(args.second)));
 }
 // Rows of the tile from natural row `row` on that lie in its first row's block of 128.
