@@ -66,7 +66,7 @@ def test_a_missing_row_is_no_agreement() -> None:
     row = Resources(1, 2, 3, 4, 0)
     assert kernel_resources.name_rows(["a", "b"], {0: row, 1: row}) == {"a": row, "b": row}
     for found in ({0: row}, {0: row, 1: row, 2: row}, {}):
-        with pytest.raises(SystemExit, match=r"of configs\.def's 2 rows"):
+        with pytest.raises(SystemExit, match=r"of configs\.def's 2 kernels"):
             kernel_resources.name_rows(["a", "b"], found)
 
 
