@@ -161,6 +161,44 @@ TEST_P(GpuForward, EveryKernelMatchesOracle) {
   EXPECT_GT(ran, 0);
 }
 
+// Without biases, and without outputs that only general kernels have, plain kernels run
+// (gemm/sm90/plain.h): the oracle's output, and the bits of the call that asks for everything.
+TEST_P(GpuForward, PlainKernelsMatchOracle) {
+  HOPYARD_NEEDS_GPU();
+  WeightSource source;
+  source.spec = Spec();
+  source.spec.intermediate_size = 256;
+  TwinLayer layer(source);
+  const auto judge = [&](const LayerInputs& inputs, RunOptions run, int64_t tokens) {
+    RunResult all = layer.Run(inputs, run);
+    run.extras = false;
+    const RunResult plain = layer.Run(inputs, run);
+    EXPECT_TRUE(SameBits(plain.output, all.output));
+    all.output = plain.output;
+    EXPECT_TRUE(
+        MatchesOracle(layer.spec(), layer.cpu(), inputs.get(), all, {0, tokens / 2, tokens - 1}));
+  };
+  for (const int64_t tokens : {1, 33, 700}) {
+    LayerInputs inputs(layer.spec(), tokens);
+    SCOPED_TRACE(tokens);
+    judge(inputs.Logits(), {}, tokens);
+  }
+  LayerInputs inputs(layer.spec(), 130);
+  inputs.Logits();
+  PlanOptions options;
+  options.max_tokens = 130;
+  for (const Candidate& candidate : Explain(layer.spec(), kGpu, options).candidates) {
+    RunOptions run;
+    run.plan.tactic = candidate.kernel;
+    run.plan.max_tokens = 130;
+    const bool exact = candidate.reason.find("by name only") == std::string::npos;
+    if (exact && Explain(layer.spec(), kGpu, run.plan).supported) {
+      SCOPED_TRACE(candidate.kernel);
+      judge(inputs, run, 130);
+    }
+  }
+}
+
 // GEMM1 and GEMM2 in tiles of their own: from one launch ahead of them to four, several tiles an
 // expert. What GEMM1 writes does not depend on how GEMM2 takes it.
 TEST_P(GpuForward, EveryKernelBesideOtherTilesMatchesOracle) {

@@ -208,9 +208,10 @@ struct FeatureTerms {
 // that always have.
 template <class Row>
 __device__ __forceinline__ bool HasTerms(const GroupedGemmArgs& args) {
-  const bool of_rows =
-      !Row::kPlain && (args.weights == WeightFormat::kFp8PerChannel || args.first.has_bias);
-  return of_rows || args.first.has_global_scale || args.x_scale != nullptr;
+  const bool bias = args.first.has_bias || (Row::kConfig.gated && args.second.has_bias);
+  const bool of_rows = !Row::kPlain && (args.weights == WeightFormat::kFp8PerChannel || bias);
+  return of_rows || args.first.has_global_scale ||
+         (Row::kConfig.gated && args.second.has_global_scale) || args.x_scale != nullptr;
 }
 
 // Tokens as M: those of all weight rows lie in shared memory, those of `half` in 128 of them.

@@ -386,9 +386,9 @@ __device__ void MultiplyPromoted(const GroupedGemmArgs& args, const Shared<Row>&
   const bool complete = ScalesAreComplete<Row>(args);
   Clear(acc);
   // Both warpgroups would multiply at the same time and then add at the same time. The second lets
-  // the first go ahead by a tile of products; from then on one multiplies while the other adds. Only
-  // where a work item fills the ring: else the first could begin the next item but one, and arrive
-  // again, ahead of the second's wait for it.
+  // the first go ahead by a tile of products; from then on one multiplies while the other adds.
+  // Only where a work item fills the ring: else the first could arrive for the next item before the
+  // second has waited for this one, and the barrier would take both arrivals for one turn.
   constexpr int kTurn = 4;
   const auto add = [&](int half, int stage, bool gives_turn) {
     hopyard::sm90::MmaWait<0>();

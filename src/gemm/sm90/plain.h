@@ -21,10 +21,11 @@ namespace hopyard::gemm::sm90 {
   return config.blocks != 4;
 }
 
-// Whether the plain kernel of the row computes these arguments. It knows SwiGLU where gated, else
-// no activation; weights in natural rows, linear scales, those of 128x128 blocks on whole blocks;
-// output rows in pieces of 16 bytes; and neither a LoRA delta, factors of tokens, scales of
-// channels, nor a copy of the activation. Where weights are not decoded, no bias.
+// Whether the plain kernel of the row computes these arguments, and the general one is not asked
+// for. It knows SwiGLU where gated, else no activation; weights in natural rows, their blocks of K
+// not apart; linear scales, those of 128x128 blocks on whole blocks; output rows in pieces of 16
+// bytes; and neither a LoRA delta, factors of tokens, scales of channels, nor a copy of the
+// activation. Where weights are not decoded, no bias.
 [[nodiscard]] bool IsPlain(const GemmConfig& config, const GroupedGemmArgs& args);
 
 }  // namespace hopyard::gemm::sm90

@@ -16,6 +16,8 @@ namespace {
 
 constexpr GemmConfig kFp8Gated = {
     .family = Family::kFp8, .tokens = 16, .consumers = 1, .gated = true, .promoted = true};
+constexpr GemmConfig kFp8AsBf16Gated = {
+    .family = Family::kFp8AsBf16, .tokens = 16, .consumers = 1, .gated = true, .promoted = true};
 constexpr GemmConfig kMxFp4Gated = {
     .family = Family::kMxFp4AsBf16, .tokens = 16, .consumers = 1, .gated = true};
 
@@ -63,6 +65,11 @@ TEST_F(Plain, LeavesTheRestToTheGeneralKernel) {
       {"output off a multiple of 16", [&](auto& args) { args.out = memory_ + 1; }},
       {"bias", [&](auto& args) { args.first.has_bias = true; }},
       {"bias of up", [&](auto& args) { args.second.has_bias = true; }},
+      {"blocks of K of up apart", [&](auto& args) { args.second.k_blocks_last = 1; }},
+      {"swizzled scales of up",
+       [&](auto& args) { args.second.scale_layout = ScaleLayout::kSwizzled128x4; }},
+      {"shuffled rows of gate", [&](auto& args) { args.first.row_map = RowMap::kShuffled64; }},
+      {"rows of gate by twos", [&](auto& args) { args.first.row_unit = 2; }},
       {"shuffled rows", [&](auto& args) { args.second.row_map = RowMap::kShuffled128; }},
       {"swizzled scales",
        [&](auto& args) { args.first.scale_layout = ScaleLayout::kSwizzled128x4; }},
@@ -93,6 +100,16 @@ TEST_F(Plain, KnowsScalesOfTensors) {
   GemmConfig short_of_registers = kFp8Gated;
   short_of_registers.blocks = 4;
   EXPECT_FALSE(IsPlain(short_of_registers, args_));
+}
+
+// FP8 weights that are decoded may have biases, and cut no blocks of scales either.
+TEST_F(Plain, CutsNoBlocksOfScales) {
+  args_.first.has_bias = true;
+  EXPECT_TRUE(IsPlain(kFp8AsBf16Gated, args_));
+  args_.second.position_begin = 704;
+  EXPECT_FALSE(IsPlain(kFp8AsBf16Gated, args_));
+  args_.weights = WeightFormat::kFp8PerTensor;
+  EXPECT_TRUE(IsPlain(kFp8AsBf16Gated, args_)) << "has no blocks of scales";
 }
 
 // gpt-oss: biases, and gate and up in turn; NVFP4: global scales.
