@@ -455,18 +455,20 @@ void ExpectTheSameBitsOfEveryBatch(const Shape& shape, const Method& method, Sou
   }
 }
 
-TEST(RoutePermuteSm90, HasTheBitsOfSeparateLaunches) {
+class RoutePermuteShape : public ::testing::TestWithParam<Shape> {};
+
+TEST_P(RoutePermuteShape, HasTheBitsOfSeparateLaunches) {
   HOPYARD_NEEDS_GPU();
+  const Shape& shape = GetParam();
   Random random(1);
-  for (const Shape& shape : kShapes) {
-    for (const Method& method : Methods(shape.groups, shape.top_groups)) {
-      for (const Source source : kSources) {
-        ExpectTheSameBitsOfEveryBatch(shape, method, source, &random);
-        ASSERT_FALSE(HasFailure());
-      }
+  for (const Method& method : Methods(shape.groups, shape.top_groups)) {
+    for (const Source source : kSources) {
+      ExpectTheSameBitsOfEveryBatch(shape, method, source, &random);
+      ASSERT_FALSE(HasFailure());
     }
   }
 }
+INSTANTIATE_TEST_SUITE_P(Shapes, RoutePermuteShape, ::testing::ValuesIn(kShapes));
 
 // The largest blocks and the longest strides that a block, and a block per token, lead to.
 TEST(RoutePermuteSm90, EveryNumberOfTokensUpToTheLast) {

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <random>
 #include <vector>
 
@@ -61,17 +63,20 @@ class GemmWeights {
     if (problem.weights == WeightFormat::kNvFp4 && problem.x.dtype == DType::kE4m3) {
       MakeRowPowers();
     }
-    values_.resize(static_cast<size_t>(experts * rows * k_));
-    ParallelFor(0, experts * rows, 16, MaxThreads(), [&](int64_t row, int) {
-      for (int64_t k = 0; k < k_; ++k) {
-        values_[static_cast<size_t>(row * k_ + k)] = Decode(row / rows_, row % rows_, k);
-      }
-    });
+    values_ = std::make_unique<RowValues[]>(static_cast<size_t>(experts * rows));
   }
 
-  // Of an expert's row.
+  // Of an expert's row. Decoded when a thread first asks for it: tests judge a part of all rows,
+  // and decoding them all took most of their time.
   [[nodiscard]] const double* Row(int64_t expert, int64_t row) const {
-    return values_.data() + static_cast<size_t>((expert * rows_ + row) * k_);
+    RowValues& values = values_[static_cast<size_t>(expert * rows_ + row)];
+    std::call_once(values.once, [&] {
+      values.of.resize(static_cast<size_t>(k_));
+      for (int64_t k = 0; k < k_; ++k) {
+        values.of[static_cast<size_t>(k)] = Decode(expert, row, k);
+      }
+    });
+    return values.of.data();
   }
 
   [[nodiscard]] int64_t value_stride() const { return value_stride_; }
@@ -99,6 +104,10 @@ class GemmWeights {
   }
 
  private:
+  struct RowValues {
+    std::once_flag once;
+    std::vector<double> of;
+  };
   [[nodiscard]] double Decode(int64_t expert, int64_t row, int64_t k) const {
     const int64_t byte = k * SizeOf(rule_.code_dtype) / rule_.codes_per_byte;
     const uint8_t* at =
@@ -277,7 +286,7 @@ class GemmWeights {
   std::vector<uint8_t> scales_;
   std::vector<float> global_;
   std::vector<double> row_powers_;  // NVFP4 with FP8 products
-  std::vector<double> values_;
+  std::unique_ptr<RowValues[]> values_;
 };
 
 }  // namespace hopyard::test
