@@ -31,8 +31,9 @@ struct GemmProblem {
   bool gather = true;
   bool integers = false;  // small integers: sums are exact
   bool bias = false;
-  bool nans = false;     // among codes and scales: GemmWeights::MakeNans
-  bool ordered = false;  // output in KOrder::kBf16Decoded
+  bool second_bias = false;  // of that, up's alone where there is a gate
+  bool nans = false;         // among codes and scales: GemmWeights::MakeNans
+  bool ordered = false;      // output in KOrder::kBf16Decoded
   ActivationKind activation = ActivationKind::kIdentity;
 };
 
