@@ -29,6 +29,25 @@ MoeSpec OddSpec(const FormatPair& pair) {
   return spec;
 }
 
+// Calls run(options) with every kernel that computes the layer as its formats say: those that round
+// more than these ask have tests of their own.
+template <class Run>
+void ForEveryKernel(const MoeSpec& spec, int64_t tokens, Run&& run) {
+  RunOptions options;
+  options.plan.max_tokens = tokens;
+  int ran = 0;
+  for (const Candidate& candidate : Explain(spec, kGpu, options.plan).candidates) {
+    options.plan.tactic = candidate.kernel;
+    const bool exact = candidate.reason.find("by name only") == std::string::npos;
+    if (exact && Explain(spec, kGpu, options.plan).supported) {
+      SCOPED_TRACE(candidate.kernel);
+      run(options);
+      ++ran;
+    }
+  }
+  EXPECT_GT(ran, 0);
+}
+
 class GpuForward : public ::testing::TestWithParam<FormatPair> {
  protected:
   [[nodiscard]] MoeSpec Spec() const {
@@ -143,22 +162,8 @@ TEST_P(GpuForward, EveryKernelMatchesOracle) {
   TwinLayer layer(SourceOf(Spec()));
   LayerInputs inputs(layer.spec(), 41);
   inputs.Logits();
-  PlanOptions options;
-  options.max_tokens = 41;
-  int ran = 0;
-  for (const Candidate& candidate : Explain(layer.spec(), kGpu, options).candidates) {
-    RunOptions run;
-    run.plan.tactic = candidate.kernel;
-    run.plan.max_tokens = 41;
-    // Those that round more than the formats ask have tests of their own.
-    const bool exact = candidate.reason.find("by name only") == std::string::npos;
-    if (exact && Explain(layer.spec(), kGpu, run.plan).supported) {
-      SCOPED_TRACE(candidate.kernel);
-      layer.Judge(inputs, layer.Run(inputs, run));
-      ++ran;
-    }
-  }
-  EXPECT_GT(ran, 0);
+  ForEveryKernel(layer.spec(), 41,
+                 [&](const RunOptions& run) { layer.Judge(inputs, layer.Run(inputs, run)); });
 }
 
 // Without biases, and without outputs that only general kernels have, plain kernels run
@@ -185,18 +190,7 @@ TEST_P(GpuForward, PlainKernelsMatchOracle) {
   }
   LayerInputs inputs(layer.spec(), 130);
   inputs.Logits();
-  PlanOptions options;
-  options.max_tokens = 130;
-  for (const Candidate& candidate : Explain(layer.spec(), kGpu, options).candidates) {
-    RunOptions run;
-    run.plan.tactic = candidate.kernel;
-    run.plan.max_tokens = 130;
-    const bool exact = candidate.reason.find("by name only") == std::string::npos;
-    if (exact && Explain(layer.spec(), kGpu, run.plan).supported) {
-      SCOPED_TRACE(candidate.kernel);
-      judge(inputs, run, 130);
-    }
-  }
+  ForEveryKernel(layer.spec(), 130, [&](const RunOptions& run) { judge(inputs, run, 130); });
 }
 
 // GEMM1 and GEMM2 in tiles of their own: from one launch ahead of them to four, several tiles an

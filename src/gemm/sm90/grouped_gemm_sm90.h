@@ -112,7 +112,7 @@ struct GroupedGemmArgs {
   const int32_t* num_tiles = nullptr;
   int64_t max_tiles = 0;
 
-  // The kernel with everything runs also where the plain one would do (plain.h).
+  // For tests: the kernel with everything runs also where the plain one would do (plain.h).
   bool general = false;
 
   void* out = nullptr;    // [rows of all segments, out_pitch]

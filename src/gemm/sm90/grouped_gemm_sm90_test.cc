@@ -567,9 +567,9 @@ TEST_P(GroupedGemm, NanWeightsSpoilTheirRowsOnly) {
   GemmProblem problem;
   problem.nans = true;
   for (const int64_t k :
-       test::SmallTests() ? std::vector<int64_t>{40} : std::vector<int64_t>{40, 704}) {
+       test::SmallTests() ? std::vector<int64_t>{40} : std::vector<int64_t>{40, 704, 1024}) {
     problem.k = k;
-    problem.features = k == 704 ? 384 : OddFeatures(KernelAt(GetParam()));
+    problem.features = k == 1024 ? 384 : OddFeatures(KernelAt(GetParam()));
     RunCase(problem, {1, n, 2});
     ASSERT_FALSE(HasFatalFailure());
   }
